@@ -1,0 +1,114 @@
+"""What an objective is: a composition of pure functions of arrays, and the surrogate loss that they define.
+
+    loss = - sum c * sg[weight * gate * advantage] * log pi_theta  +  sum_j beta_j * sum c * regulariser_j
+
+Each piece is a plain function; ``piece(function, number=...)`` binds its numbers as a pytree, so that they are traced:
+changing a coefficient recompiles nothing, changing a function compiles once.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.tree_util import Partial
+from jaxtyping import Array, Bool, Float, Int
+
+from rlstab_jax.types import Scores, masked
+
+
+def piece(function: Callable, **numbers: float) -> Partial:
+    """Binds the numbers of one piece of an objective. The function is static under jit, its numbers are traced."""
+    return Partial(function, **numbers)
+
+
+def all_tokens(scores: Scores) -> Bool[Array, "batch R"]:
+    """``select`` that rejects nothing."""
+    return scores.mask
+
+
+def no_trust_region(scores: Scores, advantage: Float[Array, "batch R"]) -> Float[Array, "batch R"]:
+    """``trust`` that gates nothing: 1 everywhere."""
+    return jnp.ones_like(scores.target)
+
+
+@struct.dataclass
+class Regulariser:
+    """One differentiable penalty: ``coefficient * sum c * term(scores)``."""
+
+    term: Partial  # (scores) -> [batch, R]
+    coefficient: float
+
+
+@struct.dataclass
+class Objective:
+    """The pieces of an objective. All see arrays only; none sees a model.
+
+    Attributes:
+      advantage: ``(rewards[batch], groups[batch]) -> [batch] or [batch, R]``, over the whole rollout batch, before it is split.
+      weight: ``(scores) -> [batch, R]``, the stop-gradient weight of each token, after truncation.
+      normalise: ``(mask, groups) -> c[batch, R]``, over the whole mini-batch, before micro-batching; 0 outside the mask.
+      trust: ``(scores, advantage[batch, R]) -> gate[batch, R]`` in [0, 1]; never changes ``c``.
+      select: ``(scores) -> mask[batch, R]``, rejection that also changes ``c``. It runs before the micro-batches are scored,
+        so it sees ``target == old`` and may depend on old, rollout, reference and mask only.
+      regularisers: penalties added to the loss.
+    """
+
+    advantage: Partial
+    weight: Partial
+    normalise: Partial
+    trust: Partial = Partial(no_trust_region)
+    select: Partial = Partial(all_tokens)
+    regularisers: tuple[Regulariser, ...] = ()
+
+
+@struct.dataclass
+class SurrogateParts:
+    """What the surrogate was made of, for the diagnostics: each [batch, R]."""
+
+    weight: Float[Array, "batch R"]
+    gate: Float[Array, "batch R"]
+
+
+def coefficients(objective: Objective, scores: Scores) -> Float[Array, "batch R"]:
+    """``c`` of a whole mini-batch, from ``select`` and ``normalise``. Call it before splitting into micro-batches.
+
+    ``scores.target`` is ignored: it is replaced by ``scores.old``.
+    """
+    selected = objective.select(scores.replace(target=scores.old)) & scores.mask
+    return masked(objective.normalise(selected, scores.groups), selected)
+
+
+def surrogate(
+    objective: Objective,
+    scores: Scores,
+    advantage: Float[Array, "batch R"] | Float[Array, "batch"],
+    c: Float[Array, "batch R"],
+) -> tuple[Float[Array, ""], SurrogateParts]:
+    """The loss of (part of) a mini-batch: a plain sum, so that sums over micro-batches and shards are exact.
+
+    Args:
+      objective: the composition.
+      scores: log-probs of these rows; differentiable in ``target`` and ``entropy``.
+      advantage: of these rows.
+      c: their coefficients, from `coefficients` over the whole mini-batch.
+
+    Returns:
+      The loss to minimise, and its parts.
+    """
+    if advantage.ndim == 1:
+        advantage = advantage[:, None]
+    advantage = jnp.broadcast_to(advantage, scores.target.shape)
+    frozen = jax.lax.stop_gradient(scores)
+    parts = SurrogateParts(weight=objective.weight(frozen), gate=objective.trust(frozen, advantage))
+    factor = masked(c * parts.weight * parts.gate * advantage, c != 0)
+    loss = -jnp.sum(masked(factor * scores.target, c != 0))
+    for regulariser in objective.regularisers:
+        loss += regulariser.coefficient * jnp.sum(masked(c * regulariser.term(scores), c != 0))
+    return loss, jax.lax.stop_gradient(parts)
+
+
+def group_count(groups: Int[Array, "batch"]) -> Float[Array, ""]:
+    """Number of distinct groups of a batch whose group numbers lie in [0, batch)."""
+    present = jnp.zeros(groups.shape[0], jnp.float32).at[groups].max(1.0)
+    return present.sum()

@@ -1,0 +1,88 @@
+"""Unreduced statistics: a sum with its weight, a maximum, an effective sample size.
+
+Diagnostics return these, so that micro-batches, mini-batches and shards merge into the global value, never into a mean of
+means; the division happens once, in `values`, at the very end.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float
+
+from rlstab_jax.types import masked
+
+
+@struct.dataclass
+class Mean:
+    """A weighted mean, kept as its sum and weight (of any equal shape, e.g. one per layer)."""
+
+    total: Float[Array, "*shape"]
+    weight: Float[Array, "*shape"]
+
+    def merge(self, other: "Mean") -> "Mean":
+        return Mean(self.total + other.total, self.weight + other.weight)
+
+    def value(self) -> np.ndarray:
+        total, weight = np.asarray(self.total, np.float64), np.asarray(self.weight, np.float64)
+        return np.where(weight > 0, total / np.where(weight > 0, weight, 1.0), math.nan)
+
+
+@struct.dataclass
+class Max:
+    """A maximum; -inf when nothing was seen."""
+
+    maximum: Float[Array, "*shape"]
+
+    def merge(self, other: "Max") -> "Max":
+        return Max(jnp.maximum(self.maximum, other.maximum))
+
+    def value(self) -> np.ndarray:
+        maximum = np.asarray(self.maximum, np.float64)
+        return np.where(np.isneginf(maximum), math.nan, maximum)
+
+
+@struct.dataclass
+class EffectiveSampleSize:
+    """(sum w)^2 / (n sum w^2), in (0, 1]: the share of the sample that a weighted mean really uses."""
+
+    total: Float[Array, ""]
+    squares: Float[Array, ""]
+    count: Float[Array, ""]
+
+    def merge(self, other: "EffectiveSampleSize") -> "EffectiveSampleSize":
+        return jax.tree.map(jnp.add, self, other)
+
+    def value(self) -> np.ndarray:
+        total, squares, count = (np.asarray(x, np.float64) for x in (self.total, self.squares, self.count))
+        denominator = count * squares
+        return np.where(denominator > 0, total**2 / np.where(denominator > 0, denominator, 1.0), math.nan)
+
+
+Statistic = Mean | Max | EffectiveSampleSize
+Statistics = dict[str, Any]  # metric name -> Statistic
+
+
+def mean_of(values: jax.Array, mask: Bool[Array, "*shape"], axis: Any = None) -> Mean:
+    """The mean of ``values`` where ``mask``, over ``axis`` (all axes by default)."""
+    values = masked(jnp.asarray(values, jnp.float32), mask)
+    return Mean(values.sum(axis), jnp.broadcast_to(mask, values.shape).sum(axis).astype(jnp.float32))
+
+
+def max_of(values: jax.Array, mask: Bool[Array, "*shape"], axis: Any = None) -> Max:
+    """The maximum of ``values`` where ``mask``, over ``axis`` (all axes by default)."""
+    return Max(jnp.where(mask, jnp.asarray(values, jnp.float32), -jnp.inf).max(axis))
+
+
+def merge(first: Statistics, second: Statistics) -> Statistics:
+    """Merges two dictionaries of statistics with equal keys. Works under jit, e.g. as a scan's carry."""
+    return {name: statistic.merge(second[name]) for name, statistic in first.items()}
+
+
+def values(statistics: Mapping[str, Statistic]) -> dict[str, float]:
+    """The last reduction, on the host: scalars become floats. Raises TypeError on a statistic that is no scalar."""
+    return {name: float(statistic.value()) for name, statistic in statistics.items()}

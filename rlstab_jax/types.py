@@ -1,0 +1,106 @@
+"""The arrays that travel between the rooms of the code. This file imports nothing else of the package.
+
+Layout of a row: ``tokens[batch, prompt_length + response_length]``. Prompts are right-aligned, responses left-aligned, and
+they meet at column ``prompt_length``. Response arrays are ``[batch, response_length]`` with a mask. One layout, from the
+sampler to the loss.
+"""
+
+import enum
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+# The experts chosen for each token that was *fed* to the model: ``fed = time - 1``, because the last token of a row never is.
+# MoE layers in depth order. The value ``num_experts`` means "not recorded: route live". ``uint8`` up to 255 experts, else ``uint16``.
+Routes = UInt[Array, "layer batch fed expert_per_token"]
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend. Its message names the file, field or shape, what was expected and what to do."""
+
+
+class RoutingReplay(enum.Enum):
+    """Which recorded experts the training engine uses (PAPER section 4; gate weights are always live)."""
+
+    LIVE = "live"  # none: each pass routes by its own scores
+    R2 = "r2"  # e^pi_old: recorded by the training engine's `old` pass, replayed in the updates
+    R3 = "r3"  # e^mu_old: recorded by the inference engine, replayed in the `old` pass and in the updates
+
+
+@struct.dataclass
+class Rollout:
+    """Responses y ~ mu_old, with what the inference engine recorded while it sampled them.
+
+    Attributes:
+      tokens: prompt and response of each row.
+      prompt_mask: True on real prompt tokens (right-aligned).
+      response_mask: True up to and including the stop token (left-aligned).
+      log_probs: log mu_old of each sampled token under the very distribution it was drawn from, in nats; 0 outside the mask.
+      truncated: True where the response met the length limit without a stop token.
+      routes: experts used by the inference engine, or None for a dense model or where recording was off.
+      temperature: sampling temperature; the training engine scores at the same one.
+    """
+
+    tokens: Int[Array, "batch time"]
+    prompt_mask: Bool[Array, "batch prompt_length"]
+    response_mask: Bool[Array, "batch response_length"]
+    log_probs: Float[Array, "batch response_length"]
+    truncated: Bool[Array, "batch"]
+    routes: Routes | None
+    temperature: Float[Array, ""]
+
+    @property
+    def prompt_length(self) -> int:
+        return self.prompt_mask.shape[1]
+
+    @property
+    def response_length(self) -> int:
+        return self.response_mask.shape[1]
+
+    @property
+    def valid(self) -> Bool[Array, "batch time"]:
+        return jnp.concatenate([self.prompt_mask, self.response_mask], axis=1)
+
+    @property
+    def fed_mask(self) -> Bool[Array, "batch fed"]:
+        """True on tokens that are fed to the model: every valid one that has a valid successor."""
+        valid = self.valid
+        return valid[:, :-1] & valid[:, 1:]
+
+
+@struct.dataclass
+class Scores:
+    """What an objective sees of a mini-batch: arrays of log-probs, never a model. ``R`` is the response length.
+
+    Log-probs are those of the sampled tokens, at the sampling temperature. The three policies are PAPER section 1's:
+    ``rollout`` mu_old, ``old`` pi_old, ``target`` pi_theta. Only ``target`` and ``entropy`` carry gradients.
+
+    Attributes:
+      mask: True on response tokens up to and including the stop token.
+      groups: equal numbers in [0, batch) for the responses of one prompt.
+      reference: log-probs of a frozen reference policy, for KL regularisers.
+      entropy: full-vocabulary entropy of pi_theta on each prefix, in nats, for an entropy regulariser.
+      router_old, router_target: log router probabilities of the experts in use, [batch, R, layer * k], for RSPO.
+    """
+
+    target: Float[Array, "batch R"]
+    old: Float[Array, "batch R"]
+    rollout: Float[Array, "batch R"]
+    mask: Bool[Array, "batch R"]
+    groups: Int[Array, "batch"]
+    reference: Float[Array, "batch R"] | None = None
+    entropy: Float[Array, "batch R"] | None = None
+    router_old: Float[Array, "batch R slot"] | None = None
+    router_target: Float[Array, "batch R slot"] | None = None
+
+
+def route_dtype(num_experts: int) -> jnp.dtype:
+    """The narrowest unsigned type that holds every expert and the sentinel ``num_experts``."""
+    return jnp.dtype(jnp.uint8 if num_experts <= 255 else jnp.uint16)
+
+
+def masked(values: jax.Array, mask: jax.Array) -> jax.Array:
+    """``values`` where ``mask``, else 0. Selects and never multiplies, so NaN under the mask stays out of values."""
+    return jnp.where(mask, values, jnp.zeros((), values.dtype))
