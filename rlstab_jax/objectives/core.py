@@ -1,6 +1,6 @@
 """What an objective is: a composition of pure functions of arrays, and the surrogate loss that they define.
 
-    loss = - sum c * sg[weight * gate * advantage] * log pi_theta  +  sum_j beta_j * sum c * regulariser_j
+    loss = - sum c * sg[truncate(weight) * gate * advantage] * log pi_theta  +  sum_j beta_j * sum c * regulariser_j
 
 Each piece is a plain function; ``piece(function, number=...)`` binds its numbers as a pytree, so that they are traced:
 changing a coefficient recompiles nothing, changing a function compiles once.
@@ -32,6 +32,11 @@ def no_trust_region(scores: Scores, advantage: Float[Array, "batch R"]) -> Float
     return jnp.ones_like(scores.target)
 
 
+def no_truncation(scores: Scores, weight: Float[Array, "batch R"]) -> Float[Array, "batch R"]:
+    """``truncate`` that leaves every weight alone."""
+    return weight
+
+
 @struct.dataclass
 class Regulariser:
     """One differentiable penalty: ``coefficient * sum c * term(scores)``."""
@@ -46,8 +51,9 @@ class Objective:
 
     Attributes:
       advantage: ``(rewards[batch], groups[batch]) -> [batch] or [batch, R]``, over the whole rollout batch, before it is split.
-      weight: ``(scores) -> [batch, R]``, the stop-gradient weight of each token, after truncation.
+      weight: ``(scores) -> [batch, R]``, the stop-gradient importance weight of each token, before truncation.
       normalise: ``(mask, groups) -> c[batch, R]``, over the whole mini-batch, before micro-batching; 0 outside the mask.
+      truncate: ``(scores, weight[batch, R]) -> weight[batch, R]``, a cap or a band on the weight; never changes ``c``.
       trust: ``(scores, advantage[batch, R]) -> gate[batch, R]`` in [0, 1]; never changes ``c``.
       select: ``(scores) -> mask[batch, R]``, rejection that also changes ``c``. It runs before the micro-batches are scored,
         so it sees ``target == old`` and may depend on old, rollout, reference and mask only.
@@ -57,6 +63,7 @@ class Objective:
     advantage: Partial
     weight: Partial
     normalise: Partial
+    truncate: Partial = Partial(no_truncation)
     trust: Partial = Partial(no_trust_region)
     select: Partial = Partial(all_tokens)
     regularisers: tuple[Regulariser, ...] = ()
@@ -66,7 +73,8 @@ class Objective:
 class SurrogateParts:
     """What the surrogate was made of, for the diagnostics: each [batch, R]."""
 
-    weight: Float[Array, "batch R"]
+    weight: Float[Array, "batch R"]  # after truncation
+    truncated: Bool[Array, "batch R"]
     gate: Float[Array, "batch R"]
 
 
@@ -100,7 +108,9 @@ def surrogate(
         advantage = advantage[:, None]
     advantage = jnp.broadcast_to(advantage, scores.target.shape)
     frozen = jax.lax.stop_gradient(scores)
-    parts = SurrogateParts(weight=objective.weight(frozen), gate=objective.trust(frozen, advantage))
+    raw = objective.weight(frozen)
+    weight = objective.truncate(frozen, raw)
+    parts = SurrogateParts(weight=weight, truncated=weight != raw, gate=objective.trust(frozen, advantage))
     factor = masked(c * parts.weight * parts.gate * advantage, c != 0)
     loss = -jnp.sum(masked(factor * scores.target, c != 0))
     for regulariser in objective.regularisers:
