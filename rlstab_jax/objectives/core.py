@@ -7,6 +7,7 @@ changing a coefficient recompiles nothing, changing a function compiles once.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,13 @@ from jaxtyping import Array, Bool, Float, Int
 from rlstab_jax.types import Scores, masked
 
 
-def piece(function: Callable, **numbers: float) -> Partial:
-    """Binds the numbers of one piece of an objective. The function is static under jit, its numbers are traced."""
-    return Partial(function, **numbers)
+def piece(function: Callable, **bound: float | Callable) -> Partial:
+    """Binds the numbers of one piece of an objective, and the functions that it is built on.
+
+    Under jit, functions are static and compared by identity (so pass functions of a module, not fresh lambdas), and
+    numbers are traced.
+    """
+    return Partial(function, **{name: Partial(value) if callable(value) else value for name, value in bound.items()})
 
 
 def all_tokens(scores: Scores) -> Bool[Array, "batch R"]:
@@ -50,13 +55,15 @@ class Objective:
     """The pieces of an objective. All see arrays only; none sees a model.
 
     Attributes:
-      advantage: ``(rewards[batch], groups[batch]) -> [batch] or [batch, R]``, over the whole rollout batch, before it is split.
+      advantage: ``(rewards[batch], groups[batch]) -> [batch] or [batch, R]``, over the whole rollout batch, before it
+        is split.
       weight: ``(scores) -> [batch, R]``, the stop-gradient importance weight of each token, before truncation.
-      normalise: ``(mask, groups) -> c[batch, R]``, over the whole mini-batch, before micro-batching; 0 outside the mask.
+      normalise: ``(mask, groups) -> c[batch, R]``, over the whole mini-batch, before micro-batching; 0 outside the
+        mask.
       truncate: ``(scores, weight[batch, R]) -> weight[batch, R]``, a cap or a band on the weight; never changes ``c``.
       trust: ``(scores, advantage[batch, R]) -> gate[batch, R]`` in [0, 1]; never changes ``c``.
-      select: ``(scores) -> mask[batch, R]``, rejection that also changes ``c``. It runs before the micro-batches are scored,
-        so it sees ``target == old`` and may depend on old, rollout, reference and mask only.
+      select: ``(scores) -> mask[batch, R]``, rejection that also changes ``c``. It runs before the micro-batches are
+        scored, so it sees ``target == old`` and may depend on old, rollout, reference and mask only.
       regularisers: penalties added to the loss.
     """
 
@@ -76,14 +83,17 @@ class SurrogateParts:
     weight: Float[Array, "batch R"]  # after truncation
     truncated: Bool[Array, "batch R"]
     gate: Float[Array, "batch R"]
+    broken: Bool[Array, "batch R"]  # in the mask, but with a NaN or infinite log-prob or advantage: counts as exactly 0
 
 
 def coefficients(objective: Objective, scores: Scores) -> Float[Array, "batch R"]:
     """``c`` of a whole mini-batch, from ``select`` and ``normalise``. Call it before splitting into micro-batches.
 
-    ``scores.target`` is ignored: it is replaced by ``scores.old``.
+    ``scores.target`` is ignored: it is replaced by ``scores.old``. A token whose log-prob is NaN or infinite stays in
+    the denominators.
     """
-    selected = objective.select(scores.replace(target=scores.old)) & scores.mask
+    clean, _ = _without_broken(replace(scores, target=scores.old))
+    selected = objective.select(clean) & scores.mask
     return masked(objective.normalise(selected, scores.groups), selected)
 
 
@@ -94,6 +104,9 @@ def surrogate(
     c: Float[Array, "batch R"],
 ) -> tuple[Float[Array, ""], SurrogateParts]:
     """The loss of (part of) a mini-batch: a plain sum, so that sums over micro-batches and shards are exact.
+
+    A token of which a log-prob or the advantage is NaN or infinite adds exactly 0 to the loss and to the gradient, its
+    ratios count as 1 in those of its sequence, and ``parts.broken`` shows it.
 
     Args:
       objective: the composition.
@@ -107,15 +120,39 @@ def surrogate(
     if advantage.ndim == 1:
         advantage = advantage[:, None]
     advantage = jnp.broadcast_to(advantage, scores.target.shape)
+    scores, finite = _without_broken(scores)
+    used = finite & jnp.isfinite(advantage) & (c != 0)
     frozen = jax.lax.stop_gradient(scores)
     raw = objective.weight(frozen)
     weight = objective.truncate(frozen, raw)
-    parts = SurrogateParts(weight=weight, truncated=weight != raw, gate=objective.trust(frozen, advantage))
-    factor = masked(c * parts.weight * parts.gate * advantage, c != 0)
-    loss = -jnp.sum(masked(factor * scores.target, c != 0))
+    parts = SurrogateParts(
+        weight=weight,
+        truncated=weight != raw,
+        gate=objective.trust(frozen, advantage),
+        broken=scores.mask & ~(finite & jnp.isfinite(advantage)),
+    )
+    factor = masked(c * parts.weight * parts.gate * advantage, used)
+    loss = -jnp.sum(factor * scores.target)
     for regulariser in objective.regularisers:
-        loss += regulariser.coefficient * jnp.sum(masked(c * regulariser.term(scores), c != 0))
+        loss += regulariser.coefficient * jnp.sum(masked(c * regulariser.term(scores), used))
     return loss, jax.lax.stop_gradient(parts)
+
+
+def _without_broken(scores: Scores) -> tuple[Scores, Bool[Array, "batch R"]]:
+    """Scores with 0 wherever a token is outside the mask or has a log-prob that is no finite number, and who is left.
+
+    The pieces then never meet a NaN, in values or in gradients: masking their results would be too late for the latter.
+    """
+    fields = {"target": scores.target, "old": scores.old, "rollout": scores.rollout}
+    optional = {"reference": scores.reference, "entropy": scores.entropy}
+    fields |= {name: values for name, values in optional.items() if values is not None}
+    finite = scores.mask
+    for values in fields.values():
+        finite &= jnp.isfinite(values)
+    clean = {name: masked(values, finite) for name, values in fields.items()}
+    routers = {"router_old": scores.router_old, "router_target": scores.router_target}
+    clean |= {name: masked(values, finite[..., None]) for name, values in routers.items() if values is not None}
+    return replace(scores, **clean), finite
 
 
 def group_count(groups: Int[Array, "batch"]) -> Float[Array, ""]:

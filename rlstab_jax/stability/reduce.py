@@ -1,7 +1,7 @@
 """Unreduced statistics: a sum with its weight, a maximum, an effective sample size.
 
-Diagnostics return these, so that micro-batches, mini-batches and shards merge into the global value, never into a mean of
-means; the division happens once, in `values`, at the very end.
+Diagnostics return these, so that micro-batches, mini-batches and shards merge into the global value, never into a mean
+of means; the division happens once, in `values`, at the very end.
 """
 
 import math
