@@ -1,0 +1,91 @@
+"""Prompts through Grain, and the way from text to arrays and back."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from rlstab_jax.tasks.protocol import Prompt, PromptSource, Tokenizer
+from rlstab_jax.types import UserError
+
+if TYPE_CHECKING:
+    import grain
+
+
+def prompt_iterator(
+    source: PromptSource,
+    batch_size: int,
+    seed: int,
+    shuffle: bool = True,
+    repeat: bool = True,
+    shard_index: int = 0,
+    shard_count: int = 1,
+) -> "grain.DatasetIterator[list[Prompt]]":
+    """Batches of prompts. The position is ``get_state()``, a dict for JSON; ``set_state(state)`` restores it exactly.
+
+    Args:
+      source: any random-access source of prompts, e.g. ``task.split("train")``.
+      batch_size: prompts of a global batch, over all shards.
+      seed: of the order, used where ``shuffle``; each epoch has another order.
+      repeat: whether to go round for ever. If not, the last batch holds what is left.
+      shard_index, shard_count: this host's number and the number of hosts. A host gets its contiguous share of each
+        global batch, so the batches of a run do not depend on the number of hosts.
+
+    Raises:
+      UserError: an empty source, or a batch size that does not divide by the number of shards.
+    """
+    import grain  # takes a second to import, and nothing else here needs it
+
+    if batch_size < 1 or batch_size % shard_count:
+        raise UserError(
+            f"batch_size = {batch_size}: expected a positive multiple of {shard_count}, the number of hosts"
+        )
+    if not len(source):
+        raise UserError("the prompt source is empty: give it at least one prompt")
+    dataset = grain.MapDataset.source(source)
+    if shuffle:
+        dataset = dataset.shuffle(seed=seed)
+    if repeat:
+        dataset = dataset.repeat()
+    share = batch_size // shard_count
+    dataset = dataset.batch(batch_size, drop_remainder=False, batch_fn=list)
+    if shard_count > 1:
+        dataset = dataset.map(lambda batch: batch[shard_index * share : (shard_index + 1) * share])
+    # Prompts cost microseconds: threads that read ahead would only add a state to restore.
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+
+
+def encode_prompts(
+    prompts: Sequence[Prompt], tokenizer: Tokenizer, prompt_length: int
+) -> tuple[Int[np.ndarray, "batch prompt_length"], Bool[np.ndarray, "batch prompt_length"]]:
+    """Right-aligned int32 tokens of the prompts, padded with ``pad_id``, and the mask that is True on real tokens.
+
+    Raises UserError for an empty prompt and for one of more than ``prompt_length`` tokens.
+    """
+    tokens = np.full((len(prompts), prompt_length), tokenizer.pad_id, np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for row, prompt in enumerate(prompts):
+        ids = tokenizer.encode(prompt.text)
+        if not 0 < len(ids) <= prompt_length:
+            raise UserError(
+                f"prompt {prompt.id} has {len(ids)} tokens, expected 1 to {prompt_length}: raise the prompt length "
+                f"or leave the prompt out; it begins {prompt.text[:40]!r}"
+            )
+        tokens[row, prompt_length - len(ids) :] = ids
+        mask[row, prompt_length - len(ids) :] = True
+    return tokens, mask
+
+
+def decode_responses(
+    tokens: Int[np.ndarray, "batch response_length"],
+    mask: Bool[np.ndarray, "batch response_length"],
+    tokenizer: Tokenizer,
+) -> list[tuple[str, bool]]:
+    """Each response's text without its stop token, and whether it stopped. ``mask`` is True up to and including it."""
+    responses = []
+    for row, keep in zip(np.asarray(tokens), np.asarray(mask, bool), strict=True):
+        ids = row[keep].tolist()
+        stopped = bool(ids) and ids[-1] in tokenizer.stop_ids
+        responses.append((tokenizer.decode(ids[:-1] if stopped else ids), stopped))
+    return responses

@@ -1,0 +1,82 @@
+"""Prompts through Grain, and the arrays made of them."""
+
+import json
+
+import numpy as np
+import pytest
+
+from rlstab_jax.tasks import Arithmetic, CharTokenizer, Prompt, decode_responses, encode_prompts, prompt_iterator
+from rlstab_jax.types import UserError
+
+SOURCE = [Prompt(i, str(i), "0") for i in range(7)]
+
+
+def ids(batch: list[Prompt]) -> list[int]:
+    return [prompt.id for prompt in batch]
+
+
+def test_position_survives_json():
+    source = Arithmetic().split("train")
+    iterator = prompt_iterator(source, 4, seed=3)
+    for _ in range(5):
+        next(iterator)
+    state = json.loads(json.dumps(iterator.get_state()))
+    expected = [next(iterator) for _ in range(3)]
+    restored = prompt_iterator(source, 4, seed=3)
+    restored.set_state(state)
+    assert [next(restored) for _ in range(3)] == expected
+
+
+def test_each_epoch_is_a_permutation_and_a_new_one():
+    iterator = prompt_iterator(SOURCE, 7, seed=0)
+    epochs = [ids(next(iterator)) for _ in range(3)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert ids(next(prompt_iterator(SOURCE, 7, seed=1))) != epochs[0]
+
+
+def test_one_pass_in_order_keeps_the_remainder():
+    batches = list(prompt_iterator(SOURCE, 4, seed=0, shuffle=False, repeat=False))
+    assert [ids(batch) for batch in batches] == [[0, 1, 2, 3], [4, 5, 6]]
+
+
+def test_shards_are_the_parts_of_the_global_batch():
+    whole = prompt_iterator(SOURCE, 6, seed=2)
+    parts = [prompt_iterator(SOURCE, 6, seed=2, shard_index=i, shard_count=3) for i in range(3)]
+    for _ in range(4):
+        assert [prompt for part in parts for prompt in next(part)] == next(whole)
+
+
+@pytest.mark.parametrize(
+    ("source", "batch", "shards", "message"),
+    [(SOURCE, 0, 1, "batch_size"), (SOURCE, 5, 2, "multiple of 2"), ([], 4, 1, "empty")],
+)
+def test_bad_iterators(source, batch, shards, message):
+    with pytest.raises(UserError, match=message):
+        prompt_iterator(source, batch, seed=0, shard_count=shards)
+
+
+def test_encode_prompts_right_aligns():
+    tokens, mask = encode_prompts([Prompt(0, "a", ""), Prompt(1, "bab", "")], CharTokenizer("ab"), 3)
+    np.testing.assert_array_equal(tokens, [[0, 0, 2], [3, 2, 3]])
+    np.testing.assert_array_equal(mask, [[False, False, True], [True, True, True]])
+    assert tokens.dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("abab", "prompt 9 has 4 tokens, expected 1 to 3"), ("", "has 0 tokens")]
+)
+def test_prompt_that_does_not_fit(text, message):
+    with pytest.raises(UserError, match=message):
+        encode_prompts([Prompt(9, text, "")], CharTokenizer("ab"), 3)
+
+
+def test_decode_responses():
+    tokens = np.array([[2, 3, 1, 0], [2, 0, 3, 2], [1, 0, 0, 0]])
+    mask = np.array([[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]])
+    assert decode_responses(tokens, mask, CharTokenizer("ab")) == [("ab", True), ("a<pad>ba", False), ("", True)]
+
+
+def test_character_outside_the_alphabet():
+    with pytest.raises(UserError, match="no token for 'c'"):
+        CharTokenizer("ab").encode("abc")
