@@ -1,0 +1,381 @@
+"""What a run leaves on disk, and the name, meaning and unit of every metric.
+
+A run directory holds ``manifest.json``, ``metrics.jsonl`` (one object a global step), ``samples.jsonl``, TensorBoard
+events with the same names, ``checkpoints/`` and ``report.png``. Lines are appended whole; all else is written aside and
+renamed. So a run can be killed at any moment: what is torn then is the last line, which readers skip and the next
+opening removes.
+"""
+
+import contextlib
+import dataclasses
+import enum
+import errno
+import json
+import math
+import os
+import re
+import socket
+import struct
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlstab_jax.types import UserError
+
+STEP = "progress/global_steps"
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """What a metric means (with its formula), how its tokens or sequences become one number, and its unit."""
+
+    meaning: str
+    reduction: str
+    unit: str
+
+
+def _gap(prefix: str, numerator: str, denominator: str) -> dict[str, Metric]:
+    """The estimators of one gap, with d = log numerator - log denominator of a sampled token and r = exp(d)."""
+    ratio = f"r = {numerator} / {denominator}"
+    return {
+        f"{prefix}/k1": Metric(f"KL({denominator} || {numerator}), estimator -log r, {ratio}", "mean, tokens", "nats"),
+        f"{prefix}/k3": Metric(f"the same KL, estimator r - 1 - log r >= 0, {ratio}", "mean, tokens", "nats"),
+        f"{prefix}/max_ratio": Metric(f"max(r, 1/r), {ratio}", "maximum, tokens", "1"),
+    }
+
+
+def _f2(prefix: str) -> dict[str, Metric]:
+    return {f"{prefix}/f2": Metric("tokens with max(pi_old/mu_old, mu_old/pi_old) > 2", "share of tokens", "1")}
+
+
+_DIFFER = "top-k expert sets that differ between the live choices of "
+_ROUTING = {
+    "rollout_vs_old": Metric(_DIFFER + "mu_old and pi_old", "share of fed tokens x MoE layers", "1"),
+    "old_vs_target": Metric(_DIFFER + "pi_old and pi_theta", "share of fed tokens x MoE layers", "1"),
+    "margin": Metric("k-th less (k+1)-th router probability of pi_old", "mean, fed tokens x MoE layers", "1"),
+    "load_max": Metric("the busiest expert's load over the mean load", "maximum, MoE layers", "1"),
+}
+
+# In a name, `layer_NN` and `minibatch_NN` stand for every number, from 00 on. "Response tokens" count up to and
+# including the stop token; "fed tokens" are those that the model was fed, prompts included.
+METRICS: dict[str, Metric] = {
+    "reward/mean": Metric("R(x, y) of the responses sampled in this step", "mean, responses", "1"),
+    "response/length": Metric("response tokens", "mean, responses", "tokens"),
+    "response/truncated": Metric("responses that met the length limit without a stop token", "share of responses", "1"),
+    **_gap("discrepancy", "pi_old", "mu_old"),
+    **_f2("discrepancy"),
+    **_gap("discrepancy_live", "pi_old (live routing)", "mu_old"),
+    **_f2("discrepancy_live"),
+    **_gap("staleness", "pi_theta", "pi_old"),
+    **_gap("staleness/minibatch_NN", "pi_theta", "pi_old"),
+    "weight/mean": Metric("importance weight of a token as the loss uses it, truncated", "mean, tokens", "1"),
+    "weight/max": Metric("importance weight of a token as the loss uses it, truncated", "maximum, tokens", "1"),
+    "weight/ess": Metric("effective sample size (sum w)^2 / (n sum w^2)", "share of tokens", "1"),
+    "weight/truncated": Metric("weights that were truncated", "share of tokens", "1"),
+    "trust/masked": Metric("tokens whose gradient the trust region stops, 1 - M_t", "share of tokens", "1"),
+    "trust/masked_high": Metric("those of them with A > 0 (ratio above the bound)", "share of tokens", "1"),
+    "trust/masked_low": Metric("those of them with A < 0 (ratio below the bound)", "share of tokens", "1"),
+    **{f"routing/{name}": metric for name, metric in _ROUTING.items()},
+    **{f"routing/layer_NN/{name}": metric for name, metric in _ROUTING.items()},
+    "routing/minibatch_NN/old_vs_target": _ROUTING["old_vs_target"],
+    "first_order/sequence_gap": Metric(
+        "|prod_t r_t - 1 - sum_t (r_t - 1)|, r = pi_theta / mu_old", "mean, responses", "1"
+    ),
+    "first_order/token_gap": Metric("|prod_s r_s - r_t|, r = pi_theta / mu_old", "mean, tokens", "1"),
+    "policy/entropy": Metric("entropy of pi_old over the full vocabulary on mu_old's prefixes", "mean, tokens", "nats"),
+    "learner/loss": Metric("the objective's loss", "mean, updates of the step", "1"),
+    "learner/grad_norm": Metric("global gradient norm before clipping", "mean, updates of the step", "1"),
+    "learner/learning_rate": Metric("learning rate of the step's last update", "last", "1"),
+    "time/sample": Metric("wall-clock time of sampling", "sum", "s"),
+    "time/score": Metric("wall-clock time of the training engine's pass for pi_old", "sum", "s"),
+    "time/update": Metric("wall-clock time of the updates", "sum", "s"),
+    "throughput/sample_tokens_per_s": Metric("response tokens sampled over time/sample", "ratio of sums", "tokens/s"),
+    "throughput/update_tokens_per_s": Metric(
+        "response tokens trained on over time/update", "ratio of sums", "tokens/s"
+    ),
+    "eval/accuracy_rollout": Metric(
+        "reward on held-out prompts, sampled by the inference engine", "mean, prompts x samples", "1"
+    ),
+    "eval/accuracy_training": Metric(
+        "reward on held-out prompts, sampled by the training engine", "mean, prompts x samples", "1"
+    ),
+    "eval/response_length": Metric("response tokens on held-out prompts", "mean, responses", "tokens"),
+    STEP: Metric("rollout batches so far, this one included", "count", "global steps"),
+    "progress/gradient_steps": Metric("updates so far, this step's included", "count", "gradient steps"),
+    "progress/responses": Metric("responses sampled so far for training", "count", "responses"),
+    "progress/tokens": Metric("response tokens sampled so far for training", "count", "tokens"),
+}
+
+
+def describe(name: str) -> Metric:
+    """The definition of a metric's name, e.g. ``staleness/minibatch_03/k1``. Raises ValueError for an unknown name."""
+    pattern = re.sub(r"(?<=/)(layer|minibatch)_\d{2,}(?=/)", r"\1_NN", name)
+    if pattern not in METRICS:
+        raise ValueError(f"metric {name!r} is not defined: give it a line in METRICS of rlstab_jax/rundir.py")
+    return METRICS[pattern]
+
+
+def plain(value: Any, nonfinite: Callable[[float], Any] = str) -> Any:
+    """``value`` as JSON knows it: dataclasses become dicts, enums their values, tuples lists, arrays numbers or lists.
+
+    Args:
+      nonfinite: what becomes of NaN and infinities, which strict JSON does not have; by default "nan", "inf", "-inf".
+
+    Raises:
+      TypeError: something that has no plain form.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name), nonfinite) for f in dataclasses.fields(value)}
+    if isinstance(value, enum.Enum):
+        return plain(value.value, nonfinite)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item, nonfinite) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item, nonfinite) for item in (value if isinstance(value, list | tuple) else sorted(value))]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else nonfinite(value)
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist(), nonfinite)
+    raise TypeError(f"{value!r} of type {type(value).__name__} has no plain form for JSON")
+
+
+def config_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """The fields in which two nested configs differ: (dotted name, first value, second value), "absent" where missing.
+
+    >>> config_difference({"n": 4, "learner": {"rate": 0.1}}, {"n": 4, "learner": {"rate": 0.2}})
+    [('learner.rate', 0.1, 0.2)]
+    """
+    one, other = dict(_leaves(plain(first))), dict(_leaves(plain(second)))
+    names = [*one, *(name for name in other if name not in one)]
+    pairs = ((name, one.get(name, "absent"), other.get(name, "absent")) for name in names)
+    return [(name, a, b) for name, a, b in pairs if a != b]
+
+
+def open_run(
+    path: str | os.PathLike,
+    manifest: Mapping[str, Any],
+    fresh: bool = False,
+    may_change: Collection[str] = (),
+    say: Callable[[str], None] = print,
+) -> "RunDir":
+    """Opens the run in ``path`` to go on with it, or begins one there.
+
+    Args:
+      manifest: ``config`` and whatever else describes the run (versions, devices, kernels, seed); see `plain`.
+      fresh: begin anew. What is there is not lost: it is renamed to ``<path>.old-1`` (the next free number).
+      may_change: dotted names of config fields that may differ when a run goes on, e.g. how many steps to take.
+      say: where a message for the user goes.
+
+    Raises:
+      UserError: the directory holds a run of another config, or something that is no run.
+    """
+    path = Path(path)
+    if fresh and path.exists():
+        say(f"{path} is kept as {_set_aside(path)}")
+    manifest, file = plain(manifest), path / "manifest.json"
+    if file.exists():
+        before = read_manifest(path)
+        _same_config(path, before.get("config", {}), manifest["config"], may_change)
+        manifest = {**before, "config": manifest["config"]}
+    elif path.exists() and (
+        not path.is_dir() or any((path / name).exists() for name in ("metrics.jsonl", "checkpoints"))
+    ):
+        raise UserError(f"{path} is there but holds no manifest.json: give another --out, or --fresh to move it aside")
+    with _disk(path):
+        path.mkdir(parents=True, exist_ok=True)
+    _write_aside(file, (json.dumps(manifest, indent=2, allow_nan=False) + "\n").encode())
+    return RunDir(path)
+
+
+def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
+    """The manifest of the run directory ``path``. Raises UserError where there is none or it cannot be read."""
+    try:
+        return json.loads((Path(path) / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: its manifest.json cannot be read ({error}); is it the directory of a run?") from error
+
+
+def read_metrics(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The metrics of a run (its directory, or the file itself) as float64 columns [global_step], NaN where absent.
+
+    A torn last line is left out. Raises UserError for a missing file and for a torn line in the middle.
+    """
+    path = Path(path)
+    path = path / "metrics.jsonl" if path.is_dir() else path
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give the directory of a run")
+    rows = [row for _, row in _complete_lines(path)]
+    names = sorted({name for row in rows for name in row})
+    return {name: np.array([row.get(name) for row in rows], np.float64) for name in names}
+
+
+class RunDir:
+    """The writer of a run directory that exists. One process writes it; no file stays open between two calls.
+
+    Methods raise UserError when the disk is full; what was on disk before stays good.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.samples_path = self.path / "samples.jsonl"
+        self.checkpoints_path = self.path / "checkpoints"
+        self.report_path = self.path / "report.png"
+        self._last_step, self._events = self._cut(math.inf)
+
+    def append_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """Adds one global step: a line of metrics.jsonl with sorted names (NaN and infinity as null), and an event.
+
+        Raises ValueError for a name that METRICS does not define, and for a step that is not after the last one.
+        """
+        for name in metrics:
+            describe(name)
+        row = {name: np.asarray(metrics[name]).item() for name in sorted(metrics)}
+        if not row[STEP] > self._last_step:
+            raise ValueError(f"global step {row[STEP]} after {self._last_step}: call truncate_after on resuming")
+        _append(self.metrics_path, _line(row))
+        if not self._events.exists():
+            _append(self._events, _event(file_version="brain.Event:2"))
+        _append(self._events, _event(step=row[STEP], values=row))
+        self._last_step = row[STEP]
+
+    def append_samples(self, global_step: int, samples: Iterable[Mapping[str, Any]]) -> None:
+        """Adds responses to samples.jsonl, one object each, with their ``global_step``."""
+        lines = [_line({"global_step": global_step, **sample}) for sample in samples]
+        _append(self.samples_path, b"".join(lines))
+
+    def truncate_after(self, global_step: int) -> None:
+        """Cuts all that comes after ``global_step`` (the restored one) from the metrics, the samples and the events."""
+        self._last_step, self._events = self._cut(global_step)
+
+    def _cut(self, last: float) -> tuple[float, Path]:
+        """Cuts, and returns the last step that is left and the event file to go on with."""
+        rows = _cut_lines(self.metrics_path, STEP, last)
+        _cut_lines(self.samples_path, "global_step", last)
+        events = sorted(self.path.glob("events.out.tfevents.*"))
+        for file in events:
+            _cut_events(file, last)
+        # A new file each time: a TensorBoard that is watching never comes back to one that was replaced. It reads
+        # them in the order of their names, so time comes first; the count tells apart those of one second.
+        name = f"events.out.tfevents.{int(time.time())}.{len(events):04d}.{socket.gethostname()}"
+        return rows[-1][STEP] if rows else -math.inf, self.path / name
+
+
+def _same_config(path: Path, there: Mapping[str, Any], here: Mapping[str, Any], may_change: Collection[str]) -> None:
+    differences = [item for item in config_difference(there, here) if item[0] not in may_change]
+    if differences:
+        shown = ", ".join(f"{name} is {a!r} there and {b!r} here" for name, a, b in differences[:3])
+        more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
+        raise UserError(
+            f"{path} holds a run of another config: {shown}{more}. Give another --out, or --fresh to begin anew "
+            "(the old run is moved aside)"
+        )
+
+
+def _set_aside(path: Path) -> Path:
+    number = 1
+    while (target := path.with_name(f"{path.name}.old-{number}")).exists():
+        number += 1
+    return path.rename(target)
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _leaves(item, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, value
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    """One line of strict JSON with sorted names; floats by `repr`, so that equal runs leave equal bytes."""
+    return (json.dumps(plain(row, nonfinite=lambda _: None), sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+@contextlib.contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"{path}: the disk is full; free some space and give the same command again to resume"
+        ) from error
+
+
+def _append(path: Path, data: bytes) -> None:
+    """One write a call, complete in the kernel when it returns: a killed process tears at most the last record."""
+    with _disk(path), open(path, "ab") as file:
+        file.write(data)
+
+
+def _write_aside(path: Path, data: bytes) -> None:
+    aside = path.with_name(path.name + ".tmp")
+    with _disk(path), open(aside, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def _complete_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The lines of a JSON-lines file with what they say, without a torn last one."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            if not line.endswith(b"\n"):
+                return
+            yield line, json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                return
+            raise UserError(f"{path}, line {number} is no JSON object: mend or remove it") from error
+
+
+def _cut_lines(path: Path, key: str, last: float) -> list[dict[str, Any]]:
+    """Leaves the complete lines whose ``key`` is at most ``last``, and returns what they say."""
+    kept = [(line, row) for line, row in _complete_lines(path) if row[key] <= last]
+    if path.exists() and path.stat().st_size != sum(len(line) for line, _ in kept):
+        _write_aside(path, b"".join(line for line, _ in kept))
+    return [row for _, row in kept]
+
+
+def _event(values: Mapping[str, float] | None = None, **fields: Any) -> bytes:
+    """A TensorBoard event in its record frame: length, checksum of it, event, checksum of that."""
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto.summary_pb2 import Summary
+    from tensorboardX.record_writer import masked_crc32c
+
+    event = Event(wall_time=time.time(), **fields)
+    if values is not None:
+        event.summary.CopyFrom(Summary(value=[Summary.Value(tag=tag, simple_value=x) for tag, x in values.items()]))
+    data = event.SerializeToString()
+    length = struct.pack("<Q", len(data))
+    return b"".join([length, struct.pack("<I", masked_crc32c(length)), data, struct.pack("<I", masked_crc32c(data))])
+
+
+def _cut_events(path: Path, last: float) -> None:
+    """Leaves the complete records of an event file whose step is at most ``last``."""
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.record_writer import masked_crc32c
+
+    data, kept, start = path.read_bytes(), [], 0
+    while start + 12 <= len(data):
+        if struct.unpack_from("<I", data, start + 8)[0] != masked_crc32c(data[start : start + 8]):
+            break
+        end = start + 12 + struct.unpack_from("<Q", data, start)[0] + 4
+        if end > len(data):
+            break
+        if Event.FromString(data[start + 12 : end - 4]).step <= last:
+            kept.append(data[start:end])
+        start = end
+    if sum(map(len, kept)) != len(data):
+        _write_aside(path, b"".join(kept))
