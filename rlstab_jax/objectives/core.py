@@ -24,7 +24,11 @@ def piece(function: Callable, **bound: float | Callable) -> Partial:
     Under jit, functions are static and compared by identity (so pass functions of a module, not fresh lambdas), and
     numbers are traced.
     """
-    return Partial(function, **{name: Partial(value) if callable(value) else value for name, value in bound.items()})
+
+    def bind(value: float | Callable) -> float | Partial:
+        return Partial(value) if callable(value) and not isinstance(value, Partial) else value
+
+    return Partial(function, **{name: bind(value) for name, value in bound.items()})
 
 
 def all_tokens(scores: Scores) -> Bool[Array, "batch R"]:
@@ -40,6 +44,11 @@ def no_trust_region(scores: Scores, advantage: Float[Array, "batch R"]) -> Float
 def no_truncation(scores: Scores, weight: Float[Array, "batch R"]) -> Float[Array, "batch R"]:
     """``truncate`` that leaves every weight alone."""
     return weight
+
+
+def plain_reward(scores: Scores, rewards: Float[Array, "batch"]) -> Float[Array, "batch"]:
+    """``reward`` that adds nothing to what the verifier said."""
+    return rewards
 
 
 @struct.dataclass
@@ -65,6 +74,8 @@ class Objective:
       select: ``(scores) -> mask[batch, R]``, rejection that also changes ``c``. It runs before the micro-batches are
         scored, so it sees ``target == old`` and may depend on old, rollout, reference and mask only.
       regularisers: penalties added to the loss.
+      reward: ``(scores, rewards[batch]) -> rewards[batch]``, a penalty that belongs to the reward, such as a KL; it
+        sees ``target == old``. `advantages_of` applies it.
     """
 
     advantage: Partial
@@ -74,6 +85,7 @@ class Objective:
     trust: Partial = Partial(no_trust_region)
     select: Partial = Partial(all_tokens)
     regularisers: tuple[Regulariser, ...] = ()
+    reward: Partial = Partial(plain_reward)
 
 
 @struct.dataclass
@@ -84,6 +96,16 @@ class SurrogateParts:
     truncated: Bool[Array, "batch R"]
     gate: Float[Array, "batch R"]
     broken: Bool[Array, "batch R"]  # in the mask, but with a NaN or infinite log-prob or advantage: counts as exactly 0
+
+
+def advantages_of(
+    objective: Objective, scores: Scores, rewards: Float[Array, "batch"]
+) -> Float[Array, "batch"] | Float[Array, "batch R"]:
+    """The advantages of a whole rollout batch, with the penalties that the objective keeps in the reward.
+
+    ``scores.target`` is ignored: it is replaced by ``scores.old``.
+    """
+    return objective.advantage(objective.reward(replace(scores, target=scores.old), rewards), scores.groups)
 
 
 def coefficients(objective: Objective, scores: Scores) -> Float[Array, "batch R"]:

@@ -53,11 +53,11 @@ def _on(mask: Mask, denominator: Array) -> Coefficients:
 
 
 def _responses(mask: Mask) -> Float[Array, "batch"]:
-    return mask.any(1).astype(jnp.float32)
+    return mask.any(1).astype(float)
 
 
 def _lengths(mask: Mask) -> Float[Array, "batch"]:
-    return mask.sum(1).astype(jnp.float32)
+    return mask.sum(1).astype(float)
 
 
 def _per_group(values: Float[Array, "batch"], groups: Groups) -> Float[Array, "batch"]:

@@ -1,0 +1,89 @@
+"""Objectives from a config: every recipe, overridden numbers, errors, one's own function, and no second trace."""
+
+import functools
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tyro
+from ragged import gradient, ragged
+
+from rlstab_jax import objectives as o
+from rlstab_jax.objectives import Objective, ObjectiveConfig, build, piece
+from rlstab_jax.objectives.config import RecipeName
+from rlstab_jax.types import UserError
+
+NAMES = get_args(RecipeName)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_is_the_recipe(name: str) -> None:
+    built, recipe = build(ObjectiveConfig(name)), getattr(o, name)()
+    assert jax.tree.structure(built) == jax.tree.structure(recipe)
+    assert jax.tree.leaves(built) == jax.tree.leaves(recipe)
+    assert ObjectiveConfig(name).needs_router == (name == "rspo")
+
+
+def test_the_command_line_overrides_numbers() -> None:
+    arguments = ["--eps-high", "0.4", "--cap-on", "discrepancy", "--length-normalise", "True"]
+    config = tyro.cli(ObjectiveConfig, args=arguments, default=ObjectiveConfig("minirl", cap=3.0))
+    assert config == ObjectiveConfig("minirl", cap=3.0, eps_high=0.4, cap_on="discrepancy", length_normalise=True)
+    assert build(config).trust.keywords["eps_high"] == 0.4
+
+
+def test_numbers_that_the_recipe_does_not_take_are_errors() -> None:
+    with pytest.raises(UserError, match=r"objective\.delta: minirl .*cap, cap_on, eps_high"):
+        build(ObjectiveConfig("minirl", delta=0.1))
+    with pytest.raises(UserError, match="kl_estimator"):
+        build(ObjectiveConfig("grpo", kl_estimator="k3"))
+    with pytest.raises(UserError, match="kl_coefficient"):
+        build(ObjectiveConfig("grpo", kl_in="reward"))
+
+
+def geometric_minirl(eps_low: float = 0.2, eps_high: float = 0.2, power: float = 1.0) -> Objective:
+    """A loss of one's own, in under ten lines: MiniRL on the geometric ratio, with rejection."""
+    ratio = piece(o.ratios.geometric, of=o.ratios.target_over_rollout)
+    drift = piece(o.trust.largest_token_kl, of=o.ratios.old_over_rollout, at=power)
+    return o.minirl().replace(
+        weight=piece(o.weights.importance, of=ratio),
+        trust=piece(o.trust.ppo_clip, of=ratio, eps_low=eps_low, eps_high=eps_high),
+        select=piece(o.trust.passing, gate=drift),
+    )
+
+
+def squared(scores, advantage):
+    """A gate of one's own: a plain function of the arrays."""
+    return jnp.exp(-((scores.target - scores.old) ** 2))
+
+
+def test_a_function_of_ones_own() -> None:
+    scores, rewards = ragged(0)
+    mine = ObjectiveConfig(recipe=functools.partial(geometric_minirl, power=0.5), eps_low=0.1)
+    assert build(mine).trust.keywords["eps_low"] == 0.1
+    assert np.isfinite(gradient(build(mine), scores, rewards)).all()
+    soft = o.minirl(eps_low=np.inf, eps_high=np.inf)
+    gate = np.exp(-(np.where(scores.mask, scores.target - scores.old, 0.0) ** 2))
+    expected = gate * gradient(soft, scores, rewards)
+    np.testing.assert_allclose(gradient(soft.replace(trust=piece(squared)), scores, rewards), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_changing_a_number_traces_nothing_again(name: str) -> None:
+    scores, rewards = ragged(1)
+    traces = 0
+
+    @jax.jit
+    def loss(objective, scores, rewards):
+        nonlocal traces
+        traces += 1
+        c = o.coefficients(objective, scores)
+        return o.surrogate(objective, scores, o.advantages_of(objective, scores, rewards), c)[0]
+
+    first = build(ObjectiveConfig(name, kl_coefficient=0.1))
+    inputs = jax.tree.map(jnp.asarray, (scores, rewards))
+    loss(first, *inputs)
+    loss(jax.tree.map(lambda number: number * 1.5, first), *inputs)
+    loss(build(ObjectiveConfig(name, kl_coefficient=0.2)), *inputs)
+    assert traces == 1
