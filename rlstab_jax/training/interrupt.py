@@ -1,0 +1,54 @@
+"""Ctrl-C and SIGTERM as a flag that the training loop polls, so that it can save a checkpoint and leave."""
+
+import contextlib
+import dataclasses
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+
+@dataclasses.dataclass
+class Stop:
+    """Whether someone asked the loop to stop, and how.
+
+    Attributes:
+      reason: ``"SIGINT"`` or ``"SIGTERM"``, the first that came; None before.
+    """
+
+    reason: str | None = None
+
+    @property
+    def requested(self) -> bool:
+        return self.reason is not None
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[Stop]:
+    """Yields a ``Stop`` that the first SIGINT (Ctrl-C) or SIGTERM sets. A Ctrl-C after it raises ``KeyboardInterrupt``.
+
+    The handlers from before are back on exit. Outside the main thread, where Python permits no handlers, nothing is
+    ever requested.
+
+    Example::
+
+        with stop_on_signal() as stop:
+            while not stop.requested:
+                step()
+    """
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.reason = stop.reason or signal.Signals(number).name
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
