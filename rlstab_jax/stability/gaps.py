@@ -8,7 +8,7 @@ is never read. Log-ratios are clipped to +-`LOG_RATIO_LIMIT`. PAPER, section 1 n
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from rlstab_jax.stability.reduce import EffectiveSampleSize, Statistics, max_of, mean_of
+from rlstab_jax.stability.reduce import Statistics, ess_of, histogram_of, max_of, mean_of
 from rlstab_jax.types import masked
 
 LogProbs = Float[Array, "batch R"]
@@ -20,7 +20,7 @@ EXTREME_RATIO = 2.0  # F(2): the share of tokens whose ratio is off by more than
 
 def log_ratio(numerator: LogProbs, denominator: LogProbs, mask: Mask) -> LogProbs:
     """log(numerator/denominator), clipped; 0 outside the mask."""
-    return jnp.clip(masked(numerator - denominator, mask), -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return jnp.clip(masked(jnp.subtract(numerator, denominator), mask), -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
 def discrepancy(old: LogProbs, rollout: LogProbs, mask: Mask) -> Statistics:
@@ -50,12 +50,10 @@ def staleness(target: LogProbs, old: LogProbs, mask: Mask) -> Statistics:
 
 def weight_statistics(weight: LogProbs, truncated: Mask, mask: Mask) -> Statistics:
     """The importance weights as used: mean, max, ess (effective sample size by token), and the share truncated."""
-    kept = masked(jnp.asarray(weight, jnp.float32), mask)
-    ess = EffectiveSampleSize(kept.sum(), (kept**2).sum(), mask.sum().astype(jnp.float32))
     return {
         "mean": mean_of(weight, mask),
         "max": max_of(weight, mask),
-        "ess": ess,
+        "ess": ess_of(weight, mask),
         "truncated": mean_of(truncated, mask),
     }
 
@@ -94,6 +92,52 @@ def first_order(target: LogProbs, rollout: LogProbs, mask: Mask) -> Statistics:
         "sequence_gap": mean_of(jnp.abs(product - linear), mask.any(1)),
         "token_gap": mean_of(jnp.abs(product[:, None] - ratio), mask),
     }
+
+
+def effective_sample(target: LogProbs, rollout: LogProbs, mask: Mask) -> Statistics:
+    """What importance sampling from mu_old to pi_theta costs, token by token and for whole sequences.
+
+    Returns:
+      token_ess, sequence_ess: effective sample size as a share of the sample, of r_t and of prod_t r_t.
+      token_chi_square, sequence_chi_square: chi^2(pi_theta || mu_old) = E_mu[(r - 1)^2], estimated on the samples.
+    """
+    d = log_ratio(target, rollout, mask)
+    token = jnp.exp(d)
+    sequence, present = jnp.exp(jnp.clip(d.sum(1), -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)), mask.any(1)
+    return {
+        "token_ess": ess_of(token, mask),
+        "sequence_ess": ess_of(sequence, present),
+        "token_chi_square": mean_of((token - 1) ** 2, mask),
+        "sequence_chi_square": mean_of((sequence - 1) ** 2, present),
+    }
+
+
+def ratio_factors(target: LogProbs, old: LogProbs, rollout: LogProbs, mask: Mask) -> Statistics:
+    """Both factors of Eq. 5 and their product, apart: the keys of `discrepancy` under ``discrepancy_``, ``staleness_``
+    and ``product_``, and in ``..._log_ratio`` a histogram for quantiles (`reduce.LogRatioHistogram`)."""
+    pairs = {"discrepancy": (old, rollout), "staleness": (target, old), "product": (target, rollout)}
+    statistics: Statistics = {}
+    for name, (numerator, denominator) in pairs.items():
+        statistics |= {f"{name}_{key}": value for key, value in discrepancy(numerator, denominator, mask).items()}
+        statistics[f"{name}_log_ratio"] = histogram_of(log_ratio(numerator, denominator, mask), mask)
+    return statistics
+
+
+def routing_discrepancy(old_live: LogProbs, old_replayed: LogProbs, rollout: LogProbs, mask: Mask) -> Statistics:
+    """How much of KL(mu_old || pi_old) the routing causes: KL with live routes minus KL with the rollout's routes, in
+    nats.
+
+    Args:
+      old_live: log pi_old with its own routes.
+      old_replayed: log pi_old with the experts that the inference engine chose (R3).
+      rollout: log mu_old.
+
+    Returns:
+      k1, k3: the mean difference, by the estimators of `discrepancy`. Over the live KL, it is the routing's share.
+    """
+    live, replayed = log_ratio(old_live, rollout, mask), log_ratio(old_replayed, rollout, mask)
+    k3 = (jnp.expm1(live) - live) - (jnp.expm1(replayed) - replayed)
+    return {"k1": mean_of(replayed - live, mask), "k3": mean_of(k3, mask)}
 
 
 def _kl(d: LogProbs, mask: Mask) -> Statistics:

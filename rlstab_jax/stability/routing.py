@@ -7,7 +7,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from rlstab_jax.stability.reduce import Mean, mean_of
+from rlstab_jax.stability.reduce import Mean, Statistics, mean_of
 from rlstab_jax.types import Routes
 
 FedMask = Bool[Array, "batch fed"]
@@ -23,6 +23,46 @@ def disagreement(first: Routes, second: Routes, fed_mask: FedMask, num_experts: 
     """
     counted = _recorded(first, num_experts) & _recorded(second, num_experts) & fed_mask
     return mean_of(_differ(first, second), counted, axis=(1, 2))
+
+
+def three_ways(rollout: Routes, old: Routes, current: Routes, fed_mask: FedMask, num_experts: int) -> Statistics:
+    """`disagreement` between each two of mu_old's, pi_old's and pi_theta's own choices, each of shape [layer].
+
+    ``rollout_old`` is the engines' doing, ``old_current`` the updates', ``rollout_current`` both together.
+    """
+    pairs = {"rollout_old": (rollout, old), "old_current": (old, current), "rollout_current": (rollout, current)}
+    return {name: disagreement(*pair, fed_mask, num_experts) for name, pair in pairs.items()}
+
+
+def flips(
+    first: Routes,
+    second: Routes,
+    margin: Float[Array, "layer batch fed"],
+    fed_mask: FedMask,
+    num_experts: int,
+) -> Statistics:
+    """Disagreement split by cause. A flip at (layer l, token t) is *downstream* if its row has a flip at a layer below
+    l at
+    t or at an earlier token: those are what the router's input depends on, through the residual stream and attention.
+    The others are *first* flips, which the arithmetic of the two passes alone can have caused.
+
+    Args:
+      margin: k-th minus (k+1)-th router probability of one of the passes.
+
+    Returns:
+      first, downstream: shares of the counted tokens, [layer]; they add up to `disagreement`.
+      first_margin: mean margin of the tokens that flip first, [layer]: small if flips are ties.
+    """
+    counted = _recorded(first, num_experts) & _recorded(second, num_experts) & fed_mask
+    flipped = _differ(first, second) & counted
+    below = jnp.cumsum(flipped, axis=0) - flipped  # flips of the same token at lower layers
+    downstream = flipped & (jnp.cumsum(below, axis=2) > 0)
+    begins = flipped & ~downstream
+    return {
+        "first": mean_of(begins, counted, axis=(1, 2)),
+        "downstream": mean_of(downstream, counted, axis=(1, 2)),
+        "first_margin": mean_of(margin, begins, axis=(1, 2)),
+    }
 
 
 def load(routes: Routes, fed_mask: FedMask, num_experts: int) -> Float[Array, "layer expert"]:
