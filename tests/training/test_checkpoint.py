@@ -3,6 +3,7 @@
 import os
 import pathlib
 import random
+import runpy
 import signal
 import subprocess
 import sys
@@ -271,8 +272,7 @@ def test_saved_on_one_mesh_restored_on_another(tmp_path: pathlib.Path) -> None:
 
 def test_killed_at_random_moments(tmp_path: pathlib.Path, lines: list[str]) -> None:
     """SIGKILL during a loop of saves: what is there afterwards is always good, matches its step, and is not older."""
-    from tests.training.save_loop import state_of
-
+    state_of = runpy.run_path(str(ROOT / "tests/training/save_loop.py"))["state_of"]
     rng, last = random.Random(0), -1
     for _ in range(4):
         process = subprocess.Popen(
