@@ -6,6 +6,7 @@ sampler to the loss.
 """
 
 import enum
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +100,40 @@ class Scores:
 def route_dtype(num_experts: int) -> jnp.dtype:
     """The narrowest unsigned type that holds every expert and the sentinel ``num_experts``."""
     return jnp.dtype(jnp.uint8 if num_experts <= 255 else jnp.uint16)
+
+
+def row_axis(leaf: jax.Array) -> int:
+    """The axis along which rows of a batch lie: 1 in `Routes`, the only arrays of four dimensions that travel, else 0."""
+    return 1 if leaf.ndim == 4 else 0
+
+
+def take_rows(tree: Any, rows: Int[Array, "n"]) -> Any:
+    """Those rows of a tree of arrays that travel; scalars, such as the temperature, belong to all rows."""
+    return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=row_axis(leaf)) if leaf.ndim else leaf, tree)
+
+
+def split_rows(tree: Any, parts: int) -> Any:
+    """Cuts the rows into ``parts`` equal parts along a new leading axis, for a scan; scalars are repeated."""
+
+    def split(leaf: jax.Array) -> jax.Array:
+        if not leaf.ndim:
+            return jnp.broadcast_to(leaf, (parts,))
+        axis = row_axis(leaf)
+        shape = leaf.shape[:axis] + (parts, leaf.shape[axis] // parts) + leaf.shape[axis + 1 :]
+        return jnp.moveaxis(leaf.reshape(shape), axis, 0)
+
+    return jax.tree.map(split, tree)
+
+
+def join_rows(tree: Any) -> Any:
+    """The inverse of `split_rows`."""
+
+    def join(leaf: jax.Array) -> jax.Array:
+        axis = row_axis(leaf[0])
+        whole = jnp.moveaxis(leaf, 0, axis)
+        return whole.reshape(whole.shape[:axis] + (-1,) + whole.shape[axis + 2 :])
+
+    return jax.tree.map(join, tree)
 
 
 def masked(values: jax.Array, mask: jax.Array) -> jax.Array:

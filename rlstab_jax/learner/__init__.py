@@ -1,0 +1,6 @@
+"""The training engine pi: score log-probs, update."""
+
+from rlstab_jax.learner.score import PolicyScores, score
+from rlstab_jax.learner.update import LearnerConfig, Minibatch, TrainState, init_state, update
+
+__all__ = ["LearnerConfig", "Minibatch", "PolicyScores", "TrainState", "init_state", "score", "update"]

@@ -1,0 +1,153 @@
+"""The training engine's forward pass: log-probs of sampled tokens, entropy, and what the routers did."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from rlstab_jax.models.transformer import Routing, Transformer
+from rlstab_jax.stability.reduce import Mean, Statistics, mean_of
+from rlstab_jax.stability.routing import margin_statistics
+from rlstab_jax.types import Rollout, Routes, RoutingReplay, UserError, join_rows, masked, split_rows
+
+
+@struct.dataclass
+class PolicyScores:
+    """One policy's view of a rollout.
+
+    Attributes:
+      log_probs: log pi of each sampled token at the sampling temperature, nats; 0 outside the mask.
+      entropy: of pi's full-vocabulary distribution on each prefix, nats; 0 outside the mask.
+      routes: experts in use, None for a dense model. ``live`` are the live choices, also under replay.
+      router: log router probability of the experts in use at each response token's prefix, [batch, R, layer * k].
+    """
+
+    log_probs: Float[Array, "batch R"]
+    entropy: Float[Array, "batch R"]
+    routes: Routes | None
+    live: Routes | None
+    router: Float[Array, "batch R slot"] | None
+
+
+def replayed_routes(replay: RoutingReplay, rollout: Rollout, old: Routes | None) -> Routes | None:
+    """The routes to replay in an update. ``old``: those that the `old` pass recorded; that pass itself gives None.
+
+    Raises UserError where the replay asked for has no routes: training never goes on without them.
+    """
+    if replay is RoutingReplay.LIVE:
+        return None
+    routes = rollout.routes if replay is RoutingReplay.R3 else old
+    if routes is None:
+        raise UserError(
+            f"replay {replay.value!r} needs recorded routes, but the "
+            f"{'rollout' if replay is RoutingReplay.R3 else 'old pass'} has none: use an MoE model and a sampler that "
+            "records routes, or replay = 'live'"
+        )
+    return routes
+
+
+def head_log_probs(
+    model: Transformer,
+    variables: dict,
+    hidden: Float[Array, "rows d"],
+    targets: Int[Array, "rows"],
+    temperature: Float[Array, ""],
+    logits_per_chunk: int,
+) -> tuple[Float[Array, "rows"], Float[Array, "rows"]]:
+    """Log-probs of ``targets`` and entropies, in chunks of about ``logits_per_chunk`` logits.
+
+    [rows, vocab] never exists at once; the backward pass recomputes each chunk.
+    """
+    rows = hidden.shape[0]
+    chunk = min(rows, max(1, logits_per_chunk // model.config.vocab_size))
+    chunks = -(-rows // chunk)
+
+    @jax.checkpoint
+    def one(arguments: tuple[Array, Array]) -> tuple[Array, Array]:
+        h, target = arguments
+        log_probs = jax.nn.log_softmax(model.apply(variables, h, method=Transformer.logits) / temperature, axis=-1)
+        entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
+        return jnp.take_along_axis(log_probs, target[:, None], axis=-1)[:, 0], entropy
+
+    if chunks == 1:
+        return one((hidden, targets))
+    padding = chunks * chunk - rows
+    split = (
+        jnp.pad(hidden, ((0, padding), (0, 0))).reshape(chunks, chunk, -1),
+        jnp.pad(targets, (0, padding)).reshape(chunks, chunk),
+    )
+    log_probs, entropy = jax.lax.map(one, split)
+    return log_probs.reshape(-1)[:rows], entropy.reshape(-1)[:rows]
+
+
+def policy_scores(
+    model: Transformer, variables: dict, rollout: Rollout, routes: Routes | None, logits_per_chunk: int
+) -> tuple[PolicyScores, Routing | None]:
+    """Scores a rollout teacher-forced, with the given routes or live ones. Traceable and differentiable in ``variables``.
+
+    Also returns the whole routing, for diagnostics and router losses; what nobody uses is never computed.
+    """
+    output = model.apply(variables, rollout.tokens[:, :-1], rollout.fed_mask, routes)
+    first = rollout.prompt_length - 1  # the last prompt token predicts the first response token
+    hidden = output.hidden[:, first:]
+    batch, length, d = hidden.shape
+    with jax.named_scope("lm_head"):
+        log_probs, entropy = head_log_probs(
+            model,
+            variables,
+            hidden.reshape(batch * length, d),
+            rollout.tokens[:, rollout.prompt_length :].reshape(-1),
+            rollout.temperature,
+            logits_per_chunk,
+        )
+    mask = rollout.response_mask
+    log_probs, entropy = (masked(x.reshape(batch, length), mask) for x in (log_probs, entropy))
+    routing = output.routing
+    if routing is None:
+        return PolicyScores(log_probs, entropy, None, None, None), None
+    router = jnp.moveaxis(routing.log_probs[:, :, first:], 0, 2).reshape(batch, length, -1)
+    return PolicyScores(log_probs, entropy, routing.used, routing.live, router), routing
+
+
+@partial(jax.jit, static_argnames=("model", "replay", "micro_batches", "logits_per_chunk"))
+def score(
+    model: Transformer,
+    variables: dict,
+    rollout: Rollout,
+    *,
+    replay: RoutingReplay = RoutingReplay.LIVE,
+    micro_batches: int = 1,
+    logits_per_chunk: int = 2**24,
+) -> tuple[PolicyScores, Statistics]:
+    """The `old` pass: pi_old on a rollout. Under R3 it replays the rollout's routes; R2 records, so it routes live.
+
+    Args:
+      model: the architecture, with the training engine's precision and kernels.
+      variables: {"params": ...}.
+      rollout: from the inference engine; its rows divide by ``micro_batches``.
+      replay: static; it decides whether the rollout's routes are passed in.
+      micro_batches: the rows are scored in that many parts, one after another.
+      logits_per_chunk: how many float32 logits exist at once.
+
+    Returns:
+      The scores, and unreduced statistics: entropy, and per MoE layer the routers' margin and the experts' load.
+    """
+    if replay is RoutingReplay.R3:
+        replayed_routes(replay, rollout, None)
+    else:
+        rollout = rollout.replace(routes=None)
+
+    def one(part: Rollout) -> tuple[PolicyScores, Statistics]:
+        scores, routing = policy_scores(model, variables, part, part.routes, logits_per_chunk)
+        statistics: Statistics = {"policy/entropy": mean_of(scores.entropy, part.response_mask)}
+        if routing is not None:
+            statistics["routing/margin"] = margin_statistics(routing.margin, part.fed_mask)
+            statistics["routing/load"] = Mean(routing.sums.load, jnp.ones_like(routing.sums.load))
+        return scores, statistics
+
+    if micro_batches == 1:
+        return one(rollout)
+    scores, statistics = jax.lax.map(one, split_rows(rollout, micro_batches))
+    return join_rows(scores), jax.tree.map(lambda leaf: leaf.sum(0), statistics)

@@ -1,0 +1,280 @@
+"""One update of the target policy pi_theta: loss, gradient accumulation, global-norm clipping, optimiser step."""
+
+import dataclasses
+from functools import partial, reduce
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from rlstab_jax.learner.score import PolicyScores, policy_scores, replayed_routes
+from rlstab_jax.models.precision import Precision
+from rlstab_jax.models.transformer import RouterSums, Routing, Transformer
+from rlstab_jax.objectives import Objective, coefficients, surrogate
+from rlstab_jax.stability.gaps import first_order, staleness, trust_statistics, weight_statistics
+from rlstab_jax.stability.reduce import Statistics, merge
+from rlstab_jax.stability.routing import disagreement
+from rlstab_jax.types import Rollout, Routes, RoutingReplay, Scores, split_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnerConfig:
+    """The training engine: how pi is computed and updated."""
+
+    learning_rate: float = 1.5e-3
+    """Step size of Adam after the warm-up."""
+    warmup_steps: int = 20
+    """Updates over which the learning rate rises linearly from 0."""
+    adam_b1: float = 0.9
+    """Decay of Adam's first moment."""
+    adam_b2: float = 0.95
+    """Decay of Adam's second moment."""
+    adam_eps: float = 1e-8
+    """Adam's epsilon."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices; norms are exempt."""
+    max_grad_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down; inf for never."""
+    load_balance: float = 0.0
+    """Coefficient of the routers' load-balance loss."""
+    router_z: float = 0.0
+    """Coefficient of the routers' z loss (mean squared logsumexp)."""
+    micro_batches: int = 1
+    """Parts that a mini-batch is computed in, with accumulated gradients: less memory, the same update."""
+    score_micro_batches: int = 1
+    """Parts that the old pass scores a global batch in."""
+    logits_per_chunk: int = 2**24
+    """Float32 logits that exist at once in the LM head."""
+    remat: bool = True
+    """Recompute layers in the backward pass instead of keeping their activations."""
+    precision: Precision = Precision()
+    """Number formats of the training engine."""
+    replay: Literal["live", "r2", "r3"] = "r3"
+    """Routing replay: none, the old pass's routes (R2), or the inference engine's (R3)."""
+
+    def numbers(self) -> "LearnerNumbers":
+        """The traced part: changing one of these recompiles nothing."""
+        names = [field.name for field in dataclasses.fields(LearnerNumbers)]
+        return LearnerNumbers(**{name: jnp.float32(getattr(self, name)) for name in names})
+
+
+@struct.dataclass
+class LearnerNumbers:
+    """Float32 scalars of `LearnerConfig`, as traced arguments of the jitted update."""
+
+    learning_rate: Any
+    warmup_steps: Any
+    adam_b1: Any
+    adam_b2: Any
+    adam_eps: Any
+    weight_decay: Any
+    max_grad_norm: Any
+    load_balance: Any
+    router_z: Any
+
+
+@struct.dataclass
+class TrainState:
+    """What an update changes: float32 parameters, the optimiser's state, gradient steps taken."""
+
+    params: dict
+    opt_state: Any
+    step: Int[Array, ""]
+
+
+@struct.dataclass
+class Minibatch:
+    """Rows to update on. Rows are axis 0, but axis 1 in routes; whole groups only.
+
+    Attributes:
+      rollout: what mu sampled.
+      old: pi_old's scores of it, with the routes that it used and its live choices.
+      advantage: [batch] or [batch, R].
+      groups: equal numbers for the responses of one prompt; any numbers, they are renumbered.
+      reference: log-probs of the reference policy, or None.
+    """
+
+    rollout: Rollout
+    old: PolicyScores
+    advantage: Float[Array, "batch *R"]
+    groups: Int[Array, "batch"]
+    reference: Float[Array, "batch R"] | None = None
+
+
+def optimizer(numbers: LearnerNumbers, step: Int[Array, ""] | int) -> optax.GradientTransformation:
+    """Global-norm clipping, Adam, decoupled weight decay, linear warm-up. Built inside jit: its numbers are traced."""
+    return optax.chain(
+        optax.clip_by_global_norm(numbers.max_grad_norm),
+        optax.scale_by_adam(b1=numbers.adam_b1, b2=numbers.adam_b2, eps=numbers.adam_eps),
+        optax.add_decayed_weights(numbers.weight_decay, mask=_decayed),
+        optax.scale(-learning_rate(numbers, step)),
+    )
+
+
+def _decayed(params: dict) -> dict:
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "gain", params)
+
+
+def learning_rate(numbers: LearnerNumbers, step: Int[Array, ""] | int) -> Float[Array, ""]:
+    """The rate of the update after ``step`` updates: linear warm-up, then constant."""
+    return numbers.learning_rate * jnp.minimum(1.0, (step + 1) / jnp.maximum(numbers.warmup_steps, 1.0))
+
+
+def init_state(params: dict, numbers: LearnerNumbers) -> TrainState:
+    """A state at gradient step 0."""
+    return TrainState(params, optimizer(numbers, 0).init(params), jnp.int32(0))
+
+
+def router_losses(sums: RouterSums, load: Array, tokens: Array, numbers: LearnerNumbers, k: int) -> Array:
+    """Load-balance and z losses of (part of) a mini-batch, summed over layers: a plain sum over its tokens.
+
+    Load balance: E sum_e f_e P_e with f_e the share of assignments and P_e the mean probability over the *whole*
+    mini-batch, whose ``load`` [layer, E] and ``tokens`` [layer] are given, so that accumulation is exact; 1 at uniform.
+    """
+    tokens = jnp.maximum(tokens, 1.0)
+    share = jax.lax.stop_gradient(load / (tokens[:, None] * k))
+    balance = load.shape[-1] * jnp.sum(share * sums.probability / tokens[:, None])
+    return numbers.load_balance * balance + numbers.router_z * jnp.sum(sums.z / tokens)
+
+
+def accumulate(loss: Any, params: dict, parts: Any, micro_batches: int) -> tuple[Array, Statistics, dict]:
+    """Sums loss, statistics and gradients over micro-batches. ``loss(params, part) -> (scalar sum, statistics)``."""
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    if micro_batches == 1:
+        (value, statistics), gradient = value_and_grad(params, parts)
+        return value, statistics, gradient
+
+    def add(total: dict, part: Any) -> tuple[dict, tuple]:
+        of_part, gradient = value_and_grad(params, part)
+        return jax.tree.map(jnp.add, total, gradient), of_part
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    gradient, (values, statistics) = jax.lax.scan(add, zeros, split_rows(parts, micro_batches))
+    each = [jax.tree.map(lambda leaf, i=i: leaf[i], statistics) for i in range(micro_batches)]
+    return values.sum(), reduce(merge, each), gradient
+
+
+def apply_gradient(
+    state: TrainState, gradient: dict, numbers: LearnerNumbers
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """One optimiser step. A gradient that is not finite changes nothing but the step count, and is reported as it is."""
+    norm = optax.global_norm(gradient)
+    updates, opt_state = optimizer(numbers, state.step).update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    finite = jnp.isfinite(norm)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+    )
+    measures = {"learner/grad_norm": norm, "learner/learning_rate": learning_rate(numbers, state.step)}
+    return TrainState(params, opt_state, state.step + 1), measures
+
+
+@partial(
+    jax.jit,
+    static_argnames=("model", "replay", "micro_batches", "logits_per_chunk", "use_router_losses"),
+    donate_argnames="state",
+)
+def update(
+    model: Transformer,
+    state: TrainState,
+    minibatch: Minibatch,
+    objective: Objective,
+    numbers: LearnerNumbers,
+    *,
+    replay: RoutingReplay,
+    micro_batches: int = 1,
+    logits_per_chunk: int = 2**24,
+    use_router_losses: bool = False,
+) -> tuple[TrainState, Statistics, dict[str, Float[Array, ""]]]:
+    """One gradient step on a mini-batch.
+
+    Args:
+      model: the architecture, with the training engine's precision and kernels.
+      state: donated.
+      minibatch: rows divide by ``micro_batches``.
+      objective: its numbers are traced.
+      numbers: of the learner; traced.
+      replay: static; it decides which recorded routes are passed in (`replayed_routes`).
+      use_router_losses: compile the router losses in.
+
+    Returns:
+      The new state, unreduced statistics (to merge over a step's updates), and the measures of this update alone.
+    """
+    rollout = minibatch.rollout
+    # Group numbers in [0, rows), as objectives expect: the first row of each group.
+    groups = jnp.argmax(minibatch.groups[:, None] == minibatch.groups[None, :], axis=1)
+    routes = replayed_routes(replay, rollout, minibatch.old.routes)
+    # Under replay the routes are fixed for the update, so the old pass's own ones are not needed twice.
+    old = minibatch.old.replace(routes=None)
+    scores = Scores(
+        target=old.log_probs,
+        old=old.log_probs,
+        rollout=rollout.log_probs,
+        mask=rollout.response_mask,
+        groups=groups,
+        reference=minibatch.reference,
+        router_old=old.router,
+    )
+    part = _Part(
+        rollout.replace(routes=None), routes, scores, old.live, minibatch.advantage, coefficients(objective, scores)
+    )
+    load = tokens = None
+    if use_router_losses:
+        load, tokens = _whole_load(model, state.params, part, micro_batches, logits_per_chunk)
+
+    def loss(params: dict, part: "_Part") -> tuple[Array, Statistics]:
+        target, routing = policy_scores(model, {"params": params}, part.rollout, part.routes, logits_per_chunk)
+        scores = part.scores.replace(target=target.log_probs, entropy=target.entropy, router_target=target.router)
+        value, parts = surrogate(objective, scores, part.advantage, part.c)
+        if use_router_losses:
+            value += router_losses(routing.sums, load, tokens, numbers, model.config.experts_per_token)
+        return value, _statistics(model, jax.lax.stop_gradient(scores), parts, part, jax.lax.stop_gradient(routing))
+
+    value, statistics, gradient = accumulate(loss, state.params, part, micro_batches)
+    state, measures = apply_gradient(state, gradient, numbers)
+    return state, statistics, {"learner/loss": value, **measures}
+
+
+@struct.dataclass
+class _Part:
+    """(A part of) a mini-batch as the loss sees it."""
+
+    rollout: Rollout
+    routes: Routes | None
+    scores: Scores
+    old_live: Routes | None
+    advantage: Array
+    c: Array
+
+
+def _whole_load(model: Transformer, params: dict, part: _Part, micro_batches: int, chunk: int) -> tuple[Array, Array]:
+    """Assignments per layer and expert, and tokens, over all micro-batches: a forward pass of its own."""
+
+    def one(part: _Part) -> tuple[Array, Array]:
+        _, routing = policy_scores(model, {"params": params}, part.rollout, part.routes, chunk)
+        return routing.sums.load, routing.sums.tokens
+
+    sums = jax.lax.map(one, split_rows(part, micro_batches))
+    return jax.tree.map(lambda leaf: leaf.sum(0), sums)
+
+
+def _statistics(model: Transformer, scores: Scores, parts: Any, part: _Part, routing: Routing | None) -> Statistics:
+    advantage = part.advantage[:, None] if part.advantage.ndim == 1 else part.advantage
+    mask = scores.mask
+    statistics = {
+        **_prefixed("staleness", staleness(scores.target, scores.old, mask)),
+        **_prefixed("weight", weight_statistics(parts.weight, parts.truncated, mask)),
+        **_prefixed("trust", trust_statistics(parts.gate, advantage, mask)),
+        **_prefixed("first_order", first_order(scores.target, scores.rollout, mask)),
+    }
+    if routing is not None:
+        fed = part.rollout.fed_mask
+        statistics["routing/old_vs_target"] = disagreement(part.old_live, routing.live, fed, model.config.num_experts)
+    return statistics
+
+
+def _prefixed(prefix: str, statistics: Statistics) -> Statistics:
+    return {f"{prefix}/{name}": statistic for name, statistic in statistics.items()}

@@ -1,0 +1,120 @@
+"""The model room's configuration: sizes, and which kernels compute them."""
+
+import dataclasses
+from typing import Literal
+
+from rlstab_jax.types import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """Which implementation computes attention and experts. ``auto`` is resolved once, at the start of a run."""
+
+    attention: Literal["auto", "reference", "cudnn"] = "auto"
+    """reference anywhere; cudnn needs an NVIDIA GPU and bfloat16."""
+    experts: Literal["auto", "dense", "tiles", "ragged_dot"] = "auto"
+    """dense is the slow reference; tiles is fast on CPU; ragged_dot is fast on TPU."""
+
+
+def resolve_kernels(kernels: Kernels, platform: str) -> Kernels:
+    """Replaces ``auto`` by what suits the hardware. Raises UserError where an explicit kernel does not exist there.
+
+    Args:
+      kernels: the configured ones.
+      platform: "cpu", "gpu" or "tpu", as `jax.default_backend()` says.
+    """
+    if kernels.attention == "cudnn" and platform != "gpu":
+        raise UserError(
+            f"kernels.attention = 'cudnn' needs an NVIDIA GPU, but this is {platform!r}: use 'auto' or 'reference'"
+        )
+    attention = "reference" if kernels.attention == "auto" else kernels.attention
+    experts = kernels.experts
+    if experts == "auto":
+        experts = "tiles" if platform == "cpu" else "ragged_dot"
+    return Kernels(attention, experts)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the transformer. The default is the quickstart's: about 140 thousand parameters."""
+
+    vocab_size: int = 0
+    """Number of tokens; 0 takes the tokeniser's."""
+    num_layers: int = 2
+    """Decoder layers."""
+    embed_dim: int = 64
+    """Width d of the residual stream."""
+    num_heads: int = 4
+    """Query heads."""
+    num_kv_heads: int = 2
+    """Key and value heads; divides num_heads."""
+    head_dim: int = 16
+    """Width of one head; even, for RoPE."""
+    num_experts: int = 16
+    """Experts of an MoE layer; 0 makes every layer dense."""
+    experts_per_token: int = 2
+    """k of the router's top-k."""
+    expert_dim: int = 24
+    """Hidden width of one expert."""
+    mlp_dim: int = 128
+    """Hidden width of a dense layer."""
+    dense_layers: tuple[int, ...] = ()
+    """Indices of layers that are dense among the MoE ones."""
+    renormalise_gates: bool = True
+    """Whether the gates of the chosen experts are rescaled to sum to 1 (norm_topk_prob)."""
+    tie_embeddings: bool = True
+    """Whether the LM head is the transposed embedding."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
+    norm_eps: float = 1e-6
+    """Epsilon of RMSNorm."""
+
+    def validate(self) -> None:
+        """Raises UserError on impossible sizes, naming the field."""
+        positive = ["num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim"]
+        positive += ["expert_dim", "experts_per_token"] if self.num_experts else ["mlp_dim"]
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name} = {getattr(self, name)}: expected at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"model.num_kv_heads = {self.num_kv_heads} does not divide model.num_heads = {self.num_heads}: "
+                "choose a divisor"
+            )
+        if self.head_dim % 2:
+            raise UserError(f"model.head_dim = {self.head_dim}: RoPE needs an even number")
+        if self.num_experts and self.experts_per_token > self.num_experts:
+            raise UserError(
+                f"model.experts_per_token = {self.experts_per_token} exceeds model.num_experts = {self.num_experts}: "
+                "choose at most as many"
+            )
+        if self.num_experts > 65_534:
+            raise UserError(f"model.num_experts = {self.num_experts}: routes are stored in 16 bits, at most 65534")
+        outside = [i for i in self.dense_layers if not 0 <= i < self.num_layers]
+        if outside:
+            raise UserError(f"model.dense_layers holds {outside}: expected indices from 0 to {self.num_layers - 1}")
+
+    @property
+    def kinds(self) -> tuple[bool, ...]:
+        """For each layer, whether it is an MoE layer."""
+        return tuple(self.num_experts > 0 and i not in self.dense_layers for i in range(self.num_layers))
+
+    @property
+    def num_moe_layers(self) -> int:
+        return sum(self.kinds)
+
+    @property
+    def segments(self) -> tuple[tuple[tuple[bool, ...], int], ...]:
+        """The layers as (period, repetitions): each segment is one scan. Greedy: the longest repeat from each layer on."""
+        kinds, segments, start = self.kinds, [], 0
+        while start < len(kinds):
+            best = (kinds[start : start + 1], 1)
+            for period in range(1, (len(kinds) - start) // 2 + 1):
+                pattern, repeats = kinds[start : start + period], 1
+                while kinds[start + repeats * period : start + (repeats + 1) * period] == pattern:
+                    repeats += 1
+                if repeats > 1 and repeats * period > len(best[0]) * best[1]:
+                    best = (pattern, repeats)
+            segments.append(best)
+            start += len(best[0]) * best[1]
+        return tuple(segments)

@@ -1,0 +1,195 @@
+"""Expert feed-forward layers (SwiGLU), dropless, in three ways that compute the same mathematics.
+
+`dense` is the reference: every expert sees every token. `tiles` sorts tokens by expert and pads each expert's share to whole
+tiles, so that shapes are static and no token is dropped. `ragged` uses `jax.lax.ragged_dot`, a real kernel on TPU.
+An expert number equal to ``num_experts`` means "not dispatched": padding never loads an expert.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from rlstab_jax.models.precision import Precision, Stored, matmul, store
+
+
+@struct.dataclass
+class ExpertWeights:
+    """Stacked weights of all experts: ``gate`` and ``up`` [E, d, f], ``down`` [E, f, d]."""
+
+    gate: Stored
+    up: Stored
+    down: Stored
+
+    @property
+    def num_experts(self) -> int:
+        return self.gate.values.shape[0]
+
+
+Tokens = Float[Array, "tokens d"]
+Experts = Int[Array, "tokens k"]
+Gates = Float[Array, "tokens k"]
+
+
+def swiglu(x: Array, weights: ExpertWeights, precision: Precision, product: Callable = matmul) -> Array:
+    """down(silu(gate x) * up x), with ``product`` as the matrix product."""
+    hidden = jax.nn.silu(product(x, weights.gate, precision, precision.dtype))
+    hidden = hidden * product(x, weights.up, precision, precision.dtype)
+    return product(hidden, weights.down, precision, precision.dtype)
+
+
+def dense(x: Tokens, experts: Experts, gates: Gates, weights: ExpertWeights, precision: Precision) -> Tokens:
+    """The reference: all experts on all tokens, combined with gates that are 0 where a token did not choose an expert."""
+    chosen = jax.nn.one_hot(experts, weights.num_experts, dtype=jnp.float32)  # the sentinel becomes a row of zeros
+    combine = jnp.einsum("tk,tke->et", gates, chosen)
+    y = swiglu(jnp.broadcast_to(x, (weights.num_experts, *x.shape)), weights, precision)
+    return jnp.einsum("et,etd->td", combine, y.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST).astype(x.dtype)
+
+
+def tile_size(assignments: int, num_experts: int) -> int:
+    """About half of an expert's mean share, a power of two in [8, 128]: small padding, large products."""
+    return int(np.clip(2 ** math.floor(math.log2(max(assignments / num_experts / 2, 1))), 8, 128))
+
+
+def tiles(x: Tokens, experts: Experts, gates: Gates, weights: ExpertWeights, precision: Precision) -> Tokens:
+    """Sorts tokens by expert into tiles that hold tokens of one expert each; one product per tile."""
+    num_tokens, k = experts.shape
+    num_experts = weights.num_experts
+    tile = tile_size(num_tokens * k, num_experts)
+    num_tiles = -(-num_tokens * k // tile) + min(
+        num_experts, num_tokens * k
+    )  # each expert leaves at most one part tile
+    flat = experts.reshape(-1)
+    one_hot = flat[:, None] == jnp.arange(num_experts)
+    rank = jnp.take_along_axis(  # position of each assignment among those of its expert
+        jnp.cumsum(one_hot, axis=0, dtype=jnp.int32), jnp.minimum(flat, num_experts - 1)[:, None], axis=1
+    )[:, 0]
+    tiles_of = -(-one_hot.sum(0, dtype=jnp.int32) // tile)
+    last_tile = jnp.cumsum(tiles_of)
+    first_slot = (last_tile - tiles_of) * tile
+    dropped = flat == num_experts
+    slot = jnp.where(dropped, num_tiles * tile, first_slot[jnp.minimum(flat, num_experts - 1)] + rank - 1)
+    # Slots that stay empty read the row of zeros behind the last token.
+    source = (
+        jnp.full(num_tiles * tile, num_tokens, jnp.int32)
+        .at[slot]
+        .set(jnp.arange(num_tokens * k, dtype=jnp.int32) // k, mode="drop", unique_indices=False)
+    )
+    owner = jnp.searchsorted(last_tile, jnp.arange(num_tiles), side="right", method="compare_all")
+    owner = jnp.minimum(owner, num_experts - 1)
+    slot = slot.reshape(num_tokens, k)
+
+    tiled = _dispatch(x, source, slot).reshape(num_tiles, tile, -1)
+    y = swiglu(tiled, weights, precision, partial(_tile_product, owner=owner))
+    return _combine(y.reshape(num_tiles * tile, -1), gates, source, slot).astype(x.dtype)
+
+
+def _tile_product(x: Array, weight: Stored, precision: Precision, out: str, owner: Array) -> Array:
+    scale = None if weight.scale is None else weight.scale[owner]
+    values = weight.values
+    if values.dtype.itemsize > 1:
+        values = values.astype(precision.dtype)
+    return matmul(x, Stored(_owned(values, owner), scale), precision, out)
+
+
+@jax.custom_vjp
+def _owned(weight: Float[Array, "E a b"], owner: Int[Array, "n"]) -> Float[Array, "n a b"]:
+    """``weight[owner]``. Its gradient sums each expert's tiles as one matrix product, much faster than a scatter."""
+    return weight[owner]
+
+
+def _owned_forward(weight, owner):
+    return weight[owner], (owner, weight.shape[0])
+
+
+def _owned_backward(saved, gradient):
+    owner, num_experts = saved
+    one_hot = (jnp.arange(num_experts)[:, None] == owner).astype(gradient.dtype)
+    total = jnp.matmul(one_hot, gradient.reshape(gradient.shape[0], -1), precision=jax.lax.Precision.HIGHEST)
+    return total.reshape(num_experts, *gradient.shape[1:]), None
+
+
+_owned.defvjp(_owned_forward, _owned_backward)
+
+
+@jax.custom_vjp
+def _dispatch(x: Tokens, source: Int[Array, "slots"], slot: Experts) -> Float[Array, "slots d"]:
+    """Row ``source[s]`` of ``x`` for each slot, 0 in empty slots. Its gradient is a gather by ``slot``, not a scatter."""
+    return x.at[source].get(mode="fill", fill_value=0)
+
+
+def _dispatch_forward(x, source, slot):
+    return _dispatch(x, source, slot), slot
+
+
+def _dispatch_backward(slot, gradient):
+    return gradient.at[slot].get(mode="fill", fill_value=0).sum(1), None, None
+
+
+_dispatch.defvjp(_dispatch_forward, _dispatch_backward)
+
+
+@jax.custom_vjp
+def _combine(y: Float[Array, "slots d"], gates: Gates, source: Int[Array, "slots"], slot: Experts) -> Tokens:
+    """sum_k gates[t, k] * y[slot[t, k]] in float32; not dispatched assignments give 0. Gradients are gathers."""
+    picked = y.at[slot].get(mode="fill", fill_value=0).astype(jnp.float32)
+    return jnp.einsum("tk,tkd->td", gates, picked)
+
+
+def _combine_forward(y, gates, source, slot):
+    return _combine(y, gates, source, slot), (y, gates, source, slot)
+
+
+def _combine_backward(saved, gradient):
+    y, gates, source, slot = saved
+    picked = y.at[slot].get(mode="fill", fill_value=0).astype(jnp.float32)
+    slot_gate = jnp.zeros(source.shape[0], gates.dtype).at[slot].set(gates, mode="drop")
+    d_y = gradient.at[source].get(mode="fill", fill_value=0) * slot_gate[:, None]
+    return d_y.astype(y.dtype), jnp.einsum("td,tkd->tk", gradient, picked), None, None
+
+
+_combine.defvjp(_combine_forward, _combine_backward)
+
+
+def ragged(x: Tokens, experts: Experts, gates: Gates, weights: ExpertWeights, precision: Precision) -> Tokens:
+    """Sorts tokens by expert and multiplies with `jax.lax.ragged_dot`."""
+    num_tokens, k = experts.shape
+    flat = experts.reshape(-1)
+    order = jnp.argsort(flat)  # stable; what is not dispatched comes last
+    sizes = (flat[:, None] == jnp.arange(weights.num_experts)).sum(0, dtype=jnp.int32)
+    sorted_experts = jnp.minimum(flat[order], weights.num_experts - 1)
+    # Rows past sum(sizes) are uninitialised on TPU: select, never multiply.
+    used = (jnp.arange(num_tokens * k) < sizes.sum())[:, None]
+    product = partial(_ragged_product, sizes=sizes, experts=sorted_experts, used=used)
+    y = swiglu(x[order // k], weights, precision, product).astype(jnp.float32)
+    y = jnp.zeros_like(y).at[order].set(y).reshape(num_tokens, k, -1)
+    return jnp.einsum("tk,tkd->td", gates, y).astype(x.dtype)
+
+
+def _ragged_product(
+    x: Array, weight: Stored, precision: Precision, out: str, sizes: Array, experts: Array, used: Array
+) -> Array:
+    quantised = precision.activations != "none" or weight.scale is not None
+    dtype = "float32" if quantised else precision.dtype
+    stored = store(x, precision.activations)
+    exact = jax.lax.Precision.HIGHEST if dtype == "float32" else None
+    y = jax.lax.ragged_dot(
+        stored.values.astype(dtype), weight.values.astype(dtype), sizes, precision=exact,
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    y = jnp.where(used, y, 0.0)
+    y = y if stored.scale is None else y * stored.scale
+    y = y if weight.scale is None else y * weight.scale[experts, 0]
+    return y.astype(out)
+
+
+KERNELS: dict[str, Callable[[Array, Array, Array, ExpertWeights, Precision], Array]] = {
+    "dense": dense,
+    "tiles": tiles,
+    "ragged_dot": ragged,
+}

@@ -1,0 +1,424 @@
+"""The model, from top to bottom: config, attention, router, experts, block, forward. Architecture of Qwen3-MoE.
+
+RMSNorm, grouped-query attention with q/k norm and RoPE, a softmax router over all experts, top-k, SwiGLU experts. Pure
+`init`/`apply`; routes are an input and an output. Like layers are stacked and scanned; `decode_step` applies the same
+`Block` to slices of the stacked parameters.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from rlstab_jax.models import experts as expert_kernels
+from rlstab_jax.models.attention import ATTENTION
+from rlstab_jax.models.config import Kernels, ModelConfig
+from rlstab_jax.models.experts import ExpertWeights
+from rlstab_jax.models.precision import Precision, Stored, matmul, store
+from rlstab_jax.types import Routes, route_dtype
+
+# Quantised weights travel as two collections: "params" holds the stored values, SCALE their scales under the same names.
+SCALE = "weight_scale"
+
+
+@struct.dataclass
+class KeyValues:
+    """Keys and values of one layer as they are stored: [batch, kv_head, time, head_dim]."""
+
+    k: Stored
+    v: Stored
+
+
+@struct.dataclass
+class RouterSums:
+    """Sums over tokens that were fed, for the load-balance and z losses: exact under accumulation and sharding."""
+
+    load: Float[Array, "*layer expert"]  # assignments to each expert in use
+    probability: Float[Array, "*layer expert"]
+    z: Float[Array, "*layer"]  # squared logsumexp of the router's logits
+    tokens: Float[Array, "*layer"]
+
+
+@struct.dataclass
+class Routing:
+    """What the routers of MoE layers did with each token. Leading axis: MoE layers in depth order."""
+
+    used: Routes  # the sentinel num_experts where the token was not fed
+    live: Routes  # top-k of the live scores at that layer, also under replay
+    margin: Float[Array, "layer batch fed"]  # k-th minus (k+1)-th live probability
+    log_probs: Float[Array, "layer batch fed k"]  # log router probability of each expert in use
+    sums: RouterSums
+
+
+@struct.dataclass
+class Output:
+    """Final hidden states [batch, time, d], the routing (None for a dense model), keys and values of each segment."""
+
+    hidden: Float[Array, "batch time d"]
+    routing: Routing | None
+    keys_values: Any
+
+
+class Linear(nn.Module):
+    """A matrix product [tokens, in] -> [tokens, features] in the engine's precision."""
+
+    features: int
+    precision: Precision
+    out: str | None = None  # dtype of the result; the precision's by default
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "tokens in"]) -> Float[Array, "tokens features"]:
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), jnp.float32)
+        weight = Stored(kernel, self.get_variable(SCALE, "kernel"))
+        return matmul(x, weight, self.precision, self.out or self.precision.dtype)
+
+
+class RMSNorm(nn.Module):
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        gain = self.param("gain", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (x32 * gain).astype(x.dtype)
+
+
+def rotate(x: Float[Array, "batch head time c"], positions: Int[Array, "batch time"], theta: float) -> Array:
+    """Rotary position embedding, halves paired as in Hugging Face's Qwen3."""
+    frequency = theta ** (-jnp.arange(0, x.shape[-1], 2, dtype=jnp.float32) / x.shape[-1])
+    angle = positions[:, None, :, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    config: ModelConfig
+    precision: Precision
+    kernels: Kernels
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch time d"],
+        positions: Int[Array, "batch time"],
+        mask: Bool[Array, "batch time key"],
+        cache: KeyValues | None = None,
+        column: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "batch time d"], KeyValues]:
+        """Attends where ``mask``. With a cache, writes this call's keys and values at ``column`` and attends to all of it."""
+        cfg = self.config
+        batch, time, d = x.shape
+        flat = x.reshape(batch * time, d)
+
+        def project(name: str, heads: int) -> Array:
+            y = Linear(heads * cfg.head_dim, self.precision, name=name)(flat)
+            return y.reshape(batch, time, heads, cfg.head_dim)
+
+        q = RMSNorm(cfg.norm_eps, name="q_norm")(project("q", cfg.num_heads)).swapaxes(1, 2)
+        k = RMSNorm(cfg.norm_eps, name="k_norm")(project("k", cfg.num_kv_heads)).swapaxes(1, 2)
+        v = project("v", cfg.num_kv_heads).swapaxes(1, 2)
+        q, k = rotate(q, positions, cfg.rope_theta), rotate(k, positions, cfg.rope_theta)
+        # Attention reads what a cache would hold, with or without one: prefill, decode and scoring see the same numbers.
+        kv = KeyValues(store(k, self.precision.kv_cache), store(v, self.precision.kv_cache))
+        if cache is not None:
+            kv = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, column, 2), cache, kv)
+        attend = ATTENTION[self.kernels.attention]
+        y = attend(q, kv.k.load(self.precision.dtype), kv.v.load(self.precision.dtype), mask)
+        y = y.swapaxes(1, 2).reshape(batch * time, cfg.num_heads * cfg.head_dim)
+        return Linear(d, self.precision, name="o")(y).reshape(batch, time, d), kv
+
+
+def route(
+    probabilities: Float[Array, "tokens expert"], k: int, recorded: Int[Array, "tokens k"] | None, renormalise: bool
+) -> tuple[Int[Array, "tokens k"], Float[Array, "tokens k"], Int[Array, "tokens k"], Float[Array, "tokens"]]:
+    """Chooses experts: the recorded ones where a token has them, else the live top-k. Gates are always live.
+
+    Gates are gathered from the full scores, so the router receives gradient under replay, and renormalised after the
+    gather, so that nothing is 0/0 (PAPER sections 4 and 8).
+
+    Returns:
+      experts in use, their gates, the live top-k, and the live margin (k-th minus (k+1)-th probability; 0 if k is all).
+    """
+    num_experts = probabilities.shape[-1]
+    top, order = jax.lax.top_k(jax.lax.stop_gradient(probabilities), min(k + 1, num_experts))
+    live = order[:, :k]
+    margin = top[:, k - 1] - top[:, k] if k < num_experts else jnp.zeros_like(top[:, 0])
+    used = live
+    if recorded is not None:
+        recorded = recorded.astype(live.dtype)
+        used = jnp.where(jnp.all(recorded < num_experts, axis=-1, keepdims=True), recorded, live)
+    gates = jnp.take_along_axis(probabilities, used, axis=-1)
+    if renormalise:
+        gates = gates / gates.sum(-1, keepdims=True)
+    return used, gates, live, margin
+
+
+class MoE(nn.Module):
+    """Router and experts of one layer."""
+
+    config: ModelConfig
+    precision: Precision
+    kernels: Kernels
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch time d"], fed: Bool[Array, "batch time"], routes: Array | None
+    ) -> tuple[Float[Array, "batch time d"], Routing]:
+        cfg = self.config
+        batch, time, d = x.shape
+        flat = x.reshape(batch * time, d)
+        with jax.named_scope("router"):
+            # The router is float32 in every precision, unless its stored values are quantised by choice.
+            precision = dataclasses.replace(self.precision, dtype="float32")
+            precision = precision if self.precision.quantise_router else precision.exempt()
+            logits = Linear(cfg.num_experts, precision, out="float32", name="router")(flat)
+            normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+            log_probs = logits - normaliser
+            recorded = None if routes is None else routes.reshape(batch * time, -1)
+            used, gates, live, margin = route(
+                jnp.exp(log_probs), cfg.experts_per_token, recorded, cfg.renormalise_gates
+            )
+            # Tokens that are not fed are never dispatched: padding loads no expert.
+            token_fed = fed.reshape(-1, 1)
+            used = jnp.where(token_fed, used, cfg.num_experts)
+            gates = jnp.where(token_fed, gates, 0.0)
+        with jax.named_scope("experts"):
+            y = expert_kernels.KERNELS[self.kernels.experts](flat, used, gates, self._weights(d), self.precision)
+        narrow = route_dtype(cfg.num_experts)
+        shape = (batch, time, cfg.experts_per_token)
+        one_hot = used[..., None] == jnp.arange(cfg.num_experts)
+        sums = RouterSums(
+            load=one_hot.sum((0, 1), dtype=jnp.float32),
+            probability=jnp.where(token_fed, jnp.exp(log_probs), 0.0).sum(0),
+            z=jnp.where(token_fed, normaliser**2, 0.0).sum(),
+            tokens=token_fed.sum(dtype=jnp.float32),
+        )
+        chosen = jnp.take_along_axis(log_probs, jnp.minimum(used, cfg.num_experts - 1), axis=-1)
+        routing = Routing(
+            used=used.astype(narrow).reshape(shape),
+            live=jnp.where(token_fed, live, cfg.num_experts).astype(narrow).reshape(shape),
+            margin=margin.reshape(batch, time),
+            log_probs=jnp.where(token_fed, chosen, 0.0).reshape(shape),
+            sums=sums,
+        )
+        return y.reshape(batch, time, d), routing
+
+    def _weights(self, d: int) -> ExpertWeights:
+        cfg = self.config
+        init = nn.initializers.variance_scaling(
+            1.0, "fan_in", "truncated_normal", in_axis=-2, out_axis=-1, batch_axis=0
+        )
+
+        def weight(name: str, rows: int, columns: int) -> Stored:
+            values = self.param(name, init, (cfg.num_experts, rows, columns), jnp.float32)
+            return Stored(values, self.get_variable(SCALE, name))
+
+        f = cfg.expert_dim
+        return ExpertWeights(weight("gate", d, f), weight("up", d, f), weight("down", f, d))
+
+
+class Dense(nn.Module):
+    """A dense SwiGLU feed-forward layer."""
+
+    config: ModelConfig
+    precision: Precision
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch time d"]) -> Float[Array, "batch time d"]:
+        batch, time, d = x.shape
+        flat = x.reshape(batch * time, d)
+        hidden = jax.nn.silu(Linear(self.config.mlp_dim, self.precision, name="gate")(flat))
+        hidden = hidden * Linear(self.config.mlp_dim, self.precision, name="up")(flat)
+        return Linear(d, self.precision, name="down")(hidden).reshape(batch, time, d)
+
+
+class Block(nn.Module):
+    """One decoder layer: attention, then a dense or an MoE feed-forward layer, each on a normed residual."""
+
+    config: ModelConfig
+    moe: bool
+    precision: Precision
+    kernels: Kernels
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch time d"],
+        positions: Int[Array, "batch time"],
+        mask: Bool[Array, "batch time key"],
+        fed: Bool[Array, "batch time"],
+        routes: Array | None = None,
+        cache: KeyValues | None = None,
+        column: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "batch time d"], KeyValues, Routing | None]:
+        cfg = self.config
+        with jax.named_scope("attention"):
+            y, kv = Attention(cfg, self.precision, self.kernels, name="attention")(
+                RMSNorm(cfg.norm_eps, name="attention_norm")(x), positions, mask, cache, column
+            )
+        x = x + y
+        y = RMSNorm(cfg.norm_eps, name="mlp_norm")(x)
+        if not self.moe:
+            with jax.named_scope("mlp"):
+                return x + Dense(cfg, self.precision, name="mlp")(y), kv, None
+        with jax.named_scope("moe"):
+            y, routing = MoE(cfg, self.precision, self.kernels, name="moe")(y, fed, routes)
+        return x + y, kv, routing
+
+
+class Period(nn.Module):
+    """The blocks of one repetition of a segment; the body of the scan over layers."""
+
+    config: ModelConfig
+    kinds: tuple[bool, ...]
+    precision: Precision
+    kernels: Kernels
+
+    @nn.compact
+    def __call__(self, x, positions, mask, fed, routes):
+        keys_values, routing, moe_layer = [], [], 0
+        for i, moe in enumerate(self.kinds):
+            block = Block(self.config, moe, self.precision, self.kernels, name=f"block_{i}")
+            recorded = routes[moe_layer] if moe and routes is not None else None
+            x, kv, layer_routing = block(x, positions, mask, fed, recorded)
+            keys_values.append(kv)
+            if moe:
+                moe_layer += 1
+                routing.append(layer_routing)
+        stacked = jax.tree.map(lambda *layers: jnp.stack(layers), *routing) if routing else None
+        return x, (tuple(keys_values), stacked)
+
+
+class Transformer(nn.Module):
+    """The whole decoder. ``remat`` recomputes each period in the backward pass instead of keeping its activations."""
+
+    config: ModelConfig
+    precision: Precision = Precision()
+    kernels: Kernels = Kernels()
+    remat: bool = False
+
+    def setup(self):
+        cfg = self.config
+        self.embedding = self.param(
+            "embedding", nn.initializers.normal(cfg.embed_dim**-0.5), (cfg.vocab_size, cfg.embed_dim), jnp.float32
+        )
+        body = nn.remat(Period, prevent_cse=False) if self.remat else Period
+        self.segments = [
+            nn.scan(
+                body,
+                variable_axes={"params": 0, SCALE: 0},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
+                length=repeats,
+            )(cfg, kinds, self.precision, self.kernels, name=f"segment_{i}")
+            for i, (kinds, repeats) in enumerate(cfg.segments)
+        ]
+        self.final_norm = RMSNorm(cfg.norm_eps)
+        if not cfg.tie_embeddings:
+            self.lm_head = Linear(cfg.vocab_size, self._head_precision, out="float32")
+
+    @property
+    def _head_precision(self) -> Precision:
+        return self.precision if self.precision.quantise_lm_head else self.precision.exempt()
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch time"],
+        mask: Bool[Array, "batch time"],
+        routes: Routes | None = None,
+    ) -> Output:
+        """Hidden states of every fed token, causally.
+
+        Args:
+          tokens: what is fed.
+          mask: True on tokens that are really fed; others are never attended to nor dispatched. Contiguous in each row.
+          routes: recorded experts [layer, batch, time, k], or None to route live. The value num_experts routes live.
+        """
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        causal = jnp.tril(jnp.ones((tokens.shape[1], tokens.shape[1]), bool))
+        attend = causal & mask[:, None, :]
+        x = self.embed(tokens)
+        keys_values, routing, depth = [], [], 0
+        for segment, (kinds, repeats) in zip(self.segments, self.config.segments, strict=True):
+            count = sum(kinds) * repeats
+            recorded = None
+            if routes is not None and count:
+                recorded = routes[depth : depth + count].reshape(repeats, sum(kinds), *routes.shape[1:])
+            depth += count
+            x, (kv, layers) = segment(x, positions, attend, mask, recorded)
+            keys_values.append(kv)
+            if layers is not None:
+                routing.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), layers))
+        whole = jax.tree.map(lambda *parts: jnp.concatenate(parts), *routing) if routing else None
+        return Output(self.final_norm(x), whole, keys_values)
+
+    def embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch d"]:
+        """Token embeddings in the engine's dtype."""
+        scale = self.get_variable(SCALE, "embedding")
+        rows = Stored(self.embedding[tokens], None if scale is None else scale[tokens])
+        return rows.load(self.precision.dtype)
+
+    def finish(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        """The final norm, for a decode step that has applied the blocks itself."""
+        return self.final_norm(x)
+
+    def logits(self, hidden: Float[Array, "rows d"]) -> Float[Array, "rows vocab"]:
+        """Float32 logits of a few rows. Call it on chunks: [batch, time, vocab] should never exist at once."""
+        if not self.config.tie_embeddings:
+            return self.lm_head(hidden)
+        scale = self.get_variable(SCALE, "embedding")
+        weight = Stored(self.embedding.T, None if scale is None else scale.T)
+        return matmul(hidden, weight, self._head_precision, "float32")
+
+
+def depth_first(config: ModelConfig, stacked: list[Any]) -> list[Any]:
+    """Per-layer trees in depth order, from one tuple per segment of trees stacked over its repetitions."""
+    layers = []
+    for blocks, (_, repeats) in zip(stacked, config.segments, strict=True):
+        for i in range(repeats):
+            layers += [jax.tree.map(lambda a, i=i: a[i], block) for block in blocks]
+    return layers
+
+
+def layer_variables(config: ModelConfig, variables: dict) -> list[dict]:
+    """The variables of each `Block` in depth order, sliced from the stacked ones. Slice once, outside the token loop."""
+    collections = {}
+    for collection, tree in variables.items():
+        stacked = [
+            tuple(tree.get(f"segment_{s}", {}).get(f"block_{i}", {}) for i in range(len(kinds)))
+            for s, (kinds, _) in enumerate(config.segments)
+        ]
+        collections[collection] = depth_first(config, stacked)
+    return [dict(zip(collections, layer, strict=True)) for layer in zip(*collections.values(), strict=True)]
+
+
+def decode_step(
+    model: Transformer,
+    layers: list[dict],
+    x: Float[Array, "batch 1 d"],
+    positions: Int[Array, "batch 1"],
+    mask: Bool[Array, "batch 1 key"],
+    fed: Bool[Array, "batch 1"],
+    caches: list[KeyValues],
+    column: Int[Array, ""],
+) -> tuple[Float[Array, "batch 1 d"], list[KeyValues], Routes | None]:
+    """One token through all blocks, unrolled over layers: a scan would copy the whole cache at each step.
+
+    Returns the residual stream before the final norm, the caches with this token at ``column``, and the routes
+    [layer, batch, 1, k] in use.
+    """
+    new_caches, routes = [], []
+    kinds = [moe for kinds, repeats in model.config.segments for moe in kinds * repeats]
+    for moe, variables, cache in zip(kinds, layers, caches, strict=True):
+        block = Block(model.config, moe, model.precision, model.kernels)
+        x, cache, routing = block.apply(variables, x, positions, mask, fed, None, cache, column)
+        new_caches.append(cache)
+        if routing is not None:
+            routes.append(routing.used)
+    return x, new_caches, jnp.stack(routes) if routes else None
