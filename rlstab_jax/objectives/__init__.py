@@ -24,7 +24,6 @@ from rlstab_jax.objectives.core import (
     SurrogateParts,
     advantages_of,
     coefficients,
-    group_count,
     piece,
     surrogate,
 )
@@ -60,7 +59,6 @@ __all__ = [
     "dppo_kl",
     "dppo_tv",
     "dr_grpo",
-    "group_count",
     "grpo",
     "gspo",
     "icepop",

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.tree_util import Partial
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from rlstab_jax.types import Scores, masked
 
@@ -168,16 +168,13 @@ def _without_broken(scores: Scores) -> tuple[Scores, Bool[Array, "batch R"]]:
     fields = {"target": scores.target, "old": scores.old, "rollout": scores.rollout}
     optional = {"reference": scores.reference, "entropy": scores.entropy}
     fields |= {name: values for name, values in optional.items() if values is not None}
+    routers = {"router_old": scores.router_old, "router_target": scores.router_target}
+    routers = {name: values for name, values in routers.items() if values is not None}
     finite = scores.mask
     for values in fields.values():
         finite &= jnp.isfinite(values)
+    for values in routers.values():
+        finite &= jnp.isfinite(values).all(-1)
     clean = {name: masked(values, finite) for name, values in fields.items()}
-    routers = {"router_old": scores.router_old, "router_target": scores.router_target}
-    clean |= {name: masked(values, finite[..., None]) for name, values in routers.items() if values is not None}
+    clean |= {name: masked(values, finite[..., None]) for name, values in routers.items()}
     return replace(scores, **clean), finite
-
-
-def group_count(groups: Int[Array, "batch"]) -> Float[Array, ""]:
-    """Number of distinct groups of a batch whose group numbers lie in [0, batch)."""
-    present = jnp.zeros(groups.shape[0], jnp.float32).at[groups].max(1.0)
-    return present.sum()

@@ -75,7 +75,7 @@ def test_nothing_to_learn_from(objective) -> None:
 
 
 @every_recipe
-@pytest.mark.parametrize("field", ["target", "old", "rollout", "reference", "entropy"])
+@pytest.mark.parametrize("field", ["target", "old", "rollout", "reference", "entropy", "router_target"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_broken_log_probs_add_exactly_nothing(objective, field: str, value: float) -> None:
     scores, rewards = ragged(7)
@@ -87,7 +87,7 @@ def test_broken_log_probs_add_exactly_nothing(objective, field: str, value: floa
         },
     )
     broken = getattr(scores, field).copy()
-    broken[2, 1] = value
+    broken[(2, 1, 0) if field == "router_target" else (2, 1)] = value
     with jax.enable_x64(True):
         arguments = jax.tree.map(jnp.asarray, (scores.replace(**{field: broken}), rewards))
         (loss, parts), result = jax.tree.map(np.asarray, loss_and_gradient(objective, *arguments))
