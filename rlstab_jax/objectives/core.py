@@ -165,16 +165,10 @@ def _without_broken(scores: Scores) -> tuple[Scores, Bool[Array, "batch R"]]:
 
     The pieces then never meet a NaN, in values or in gradients: masking their results would be too late for the latter.
     """
-    fields = {"target": scores.target, "old": scores.old, "rollout": scores.rollout}
-    optional = {"reference": scores.reference, "entropy": scores.entropy}
-    fields |= {name: values for name, values in optional.items() if values is not None}
-    routers = {"router_old": scores.router_old, "router_target": scores.router_target}
-    routers = {name: values for name, values in routers.items() if values is not None}
+    names = ("target", "old", "rollout", "reference", "entropy", "router_old", "router_target")
+    fields = {name: getattr(scores, name) for name in names if getattr(scores, name) is not None}
     finite = scores.mask
     for values in fields.values():
-        finite &= jnp.isfinite(values)
-    for values in routers.values():
-        finite &= jnp.isfinite(values).all(-1)
-    clean = {name: masked(values, finite) for name, values in fields.items()}
-    clean |= {name: masked(values, finite[..., None]) for name, values in routers.items()}
+        finite &= jnp.isfinite(values).reshape(*finite.shape, -1).all(-1)
+    clean = {name: jnp.where(jnp.expand_dims(finite, range(2, v.ndim)), v, 0.0) for name, v in fields.items()}
     return replace(scores, **clean), finite
