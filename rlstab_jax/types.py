@@ -1,8 +1,8 @@
 """The arrays that travel between the rooms of the code. This file imports nothing else of the package.
 
-Layout of a row: ``tokens[batch, prompt_length + response_length]``. Prompts are right-aligned, responses left-aligned, and
-they meet at column ``prompt_length``. Response arrays are ``[batch, response_length]`` with a mask. One layout, from the
-sampler to the loss.
+Layout of a row: ``tokens[batch, prompt_length + response_length]``. Prompts are right-aligned, responses left-aligned,
+and they meet at column ``prompt_length``. Response arrays are ``[batch, response_length]`` with a mask. One layout,
+from the sampler to the loss.
 """
 
 import enum
@@ -13,13 +13,14 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-# The experts chosen for each token that was *fed* to the model: ``fed = time - 1``, because the last token of a row never is.
-# MoE layers in depth order. The value ``num_experts`` means "not recorded: route live". ``uint8`` up to 255 experts, else ``uint16``.
+# The experts chosen for each token that was *fed* to the model: ``fed = time - 1``, because the last token of a row
+# never is. MoE layers in depth order. The value ``num_experts`` means "not recorded: route live". ``uint8`` up to 255
+# experts, else ``uint16``.
 Routes = UInt[Array, "layer batch fed expert_per_token"]
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend. Its message names the file, field or shape, what was expected and what to do."""
+    """A mistake that the user can mend. Its message names the file, field or shape, what was expected, what to do."""
 
 
 class RoutingReplay(enum.Enum):
@@ -38,7 +39,8 @@ class Rollout:
       tokens: prompt and response of each row.
       prompt_mask: True on real prompt tokens (right-aligned).
       response_mask: True up to and including the stop token (left-aligned).
-      log_probs: log mu_old of each sampled token under the very distribution it was drawn from, in nats; 0 outside the mask.
+      log_probs: log mu_old of each sampled token under the very distribution it was drawn from, in nats; 0 outside the
+        mask.
       truncated: True where the response met the length limit without a stop token.
       routes: experts used by the inference engine, or None for a dense model or where recording was off.
       temperature: sampling temperature; the training engine scores at the same one.
@@ -103,7 +105,7 @@ def route_dtype(num_experts: int) -> jnp.dtype:
 
 
 def row_axis(leaf: jax.Array) -> int:
-    """The axis along which rows of a batch lie: 1 in `Routes`, the only arrays of four dimensions that travel, else 0."""
+    """The axis along which rows of a batch lie: 1 in `Routes`, alone in having four dimensions, else 0."""
     return 1 if leaf.ndim == 4 else 0
 
 
@@ -119,7 +121,7 @@ def split_rows(tree: Any, parts: int) -> Any:
         if not leaf.ndim:
             return jnp.broadcast_to(leaf, (parts,))
         axis = row_axis(leaf)
-        shape = leaf.shape[:axis] + (parts, leaf.shape[axis] // parts) + leaf.shape[axis + 1 :]
+        shape = (*leaf.shape[:axis], parts, leaf.shape[axis] // parts, *leaf.shape[axis + 1 :])
         return jnp.moveaxis(leaf.reshape(shape), axis, 0)
 
     return jax.tree.map(split, tree)
@@ -131,7 +133,7 @@ def join_rows(tree: Any) -> Any:
     def join(leaf: jax.Array) -> jax.Array:
         axis = row_axis(leaf[0])
         whole = jnp.moveaxis(leaf, 0, axis)
-        return whole.reshape(whole.shape[:axis] + (-1,) + whole.shape[axis + 2 :])
+        return whole.reshape(*whole.shape[:axis], -1, *whole.shape[axis + 2 :])
 
     return jax.tree.map(join, tree)
 

@@ -13,8 +13,8 @@ from rlstab_jax.models.transformer import SCALE
 def prepare(params: dict, precision: Precision) -> dict:
     """Casts and quantises parameters for an engine.
 
-    Linear layers and experts are stored in ``precision.weights`` with one scale per output channel; router and LM head as
-    the precision says (a tied embedding is stored as the LM head is, one scale per token). The rest is cast to
+    Linear layers and experts are stored in ``precision.weights`` with one scale per output channel; router and LM head
+    as the precision says (a tied embedding is stored as the LM head is, one scale per token). The rest is cast to
     ``precision.dtype``; norms and an unquantised router stay float32.
 
     Args:

@@ -1,10 +1,12 @@
 """The inference engine mu: prefill and decode in one compiled program, recording what it really did.
 
-It returns the log-probs of the very distribution that each token was drawn from, and the experts that it used. A draw's key
-depends on (run seed, global step, prompt, sample number, attempt, position) alone: not on batch slot, mesh or restarts.
+It returns the log-probs of the very distribution that each token was drawn from, and the experts that it used. A draw's
+key depends on (run seed, global step, prompt, sample number, attempt, position) alone: not on batch slot, mesh or
+restarts.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +16,8 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from rlstab_jax.models.transformer import KeyValues, Transformer, decode_step, depth_first, layer_variables
+from rlstab_jax.models.decode import decode_step, depth_first, layer_variables
+from rlstab_jax.models.transformer import KeyValues, Transformer, embed, finish, forward, logits_of
 from rlstab_jax.types import Rollout, Routes, masked, route_dtype
 
 
@@ -41,9 +44,11 @@ class Sampling:
 
 @struct.dataclass
 class SamplerState:
-    """All that decoding carries. Invariants: ``mask[:, :count]`` has been decided; a row is active until its stop token or
-    length limit; ``last`` is column ``count - 1`` of ``tokens`` and has not been fed yet; columns from ``prompt_length +
-    count - 1`` on of cache and routes are empty.
+    """All that decoding carries.
+
+    Invariants: ``mask[:, :count]`` has been decided; a row is active until its stop token or length limit; ``last`` is
+    column ``count - 1`` of ``tokens`` and has not been fed yet; columns from ``prompt_length + count - 1`` on of cache
+    and routes are empty.
     """
 
     count: Int[Array, ""]  # response tokens drawn so far
@@ -130,8 +135,8 @@ def sample(
     Args:
       model: the architecture, with the inference engine's precision and kernels.
       variables: its stored weights, from `quantize.prepare`.
-      prompts: right-aligned; every row holds at least one token.
-      prompt_mask: True on prompt tokens.
+      prompts: right-aligned.
+      prompt_mask: True on prompt tokens. A row without any, which only fills up a batch, draws nothing.
       keys: [prompts * samples_per_prompt], from `sample_keys`.
       sampling: temperature, truncation, stop tokens.
       response_length: length of the response buffer; decoding ends early when every row has stopped.
@@ -155,7 +160,8 @@ def sample(
         token = jnp.where(state.active, token, sampling.pad_id)
         stopped = (token[:, None] == sampling.stop_ids).any(-1)
         write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=state.count, axis=1)
-        return state.replace(
+        return replace(
+            state,
             count=state.count + 1,
             active=state.active & ~stopped & (state.count + 1 < limit),
             last=token,
@@ -175,18 +181,16 @@ def sample(
         x, caches, routes = decode_step(
             model,
             layers,
-            model.apply(variables, state.last[:, None], method=Transformer.embed),
+            embed(model, variables, state.last[:, None]),
             (prompt_count + state.count - 1)[:, None],
             (keyed & (column_index <= column))[:, None],
             state.active[:, None],
             state.caches,
             column,
         )
-        if state.routes is not None:
-            all_routes = jax.lax.dynamic_update_slice_in_dim(state.routes, routes, column, 2)
-            state = state.replace(routes=all_routes)
-        hidden = model.apply(variables, x[:, 0], method=Transformer.finish)
-        return advance(state.replace(caches=caches), model.apply(variables, hidden, method=Transformer.logits))
+        if state.routes is not None and routes is not None:
+            state = replace(state, routes=jax.lax.dynamic_update_slice_in_dim(state.routes, routes, column, 2))
+        return advance(replace(state, caches=caches), logits_of(model, variables, finish(model, variables, x[:, 0])))
 
     rows = rows_mask.shape[0]
     routes = None
@@ -198,7 +202,7 @@ def sample(
         )
     state = SamplerState(
         count=jnp.int32(0),
-        active=jnp.ones(rows, bool),
+        active=rows_mask.any(1),
         last=jnp.zeros(rows, jnp.int32),
         tokens=jnp.full((rows, response_length), sampling.pad_id, jnp.int32),
         log_probs=jnp.zeros((rows, response_length), jnp.float32),
@@ -223,8 +227,8 @@ def _prefill(
     model: Transformer, variables: dict, prompts: Array, prompt_mask: Array, response_length: int
 ) -> tuple[Float[Array, "prompts vocab"], list[KeyValues], Routes | None]:
     """Feeds the prompts: logits of the first response token, caches with room for the response, the prompts' routes."""
-    output = model.apply(variables, prompts, prompt_mask)
-    logits = model.apply(variables, output.hidden[:, -1], method=Transformer.logits)
+    output = forward(model, variables, prompts, prompt_mask)
+    logits = logits_of(model, variables, output.hidden[:, -1])
 
     def with_room(a: Array) -> Array:
         return jnp.pad(a, ((0, 0), (0, 0), (0, response_length - 1), (0, 0)))

@@ -1,5 +1,6 @@
 """The training engine's forward pass: log-probs of sampled tokens, entropy, and what the routers did."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from rlstab_jax.models.transformer import Routing, Transformer
+from rlstab_jax.models.transformer import Routing, Transformer, forward, logits_of
 from rlstab_jax.stability.reduce import Mean, Statistics, mean_of
 from rlstab_jax.stability.routing import margin_statistics
 from rlstab_jax.types import Rollout, Routes, RoutingReplay, UserError, join_rows, masked, split_rows
@@ -67,7 +68,7 @@ def head_log_probs(
     @jax.checkpoint
     def one(arguments: tuple[Array, Array]) -> tuple[Array, Array]:
         h, target = arguments
-        log_probs = jax.nn.log_softmax(model.apply(variables, h, method=Transformer.logits) / temperature, axis=-1)
+        log_probs = jax.nn.log_softmax(logits_of(model, variables, h) / temperature, axis=-1)
         entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
         return jnp.take_along_axis(log_probs, target[:, None], axis=-1)[:, 0], entropy
 
@@ -85,11 +86,11 @@ def head_log_probs(
 def policy_scores(
     model: Transformer, variables: dict, rollout: Rollout, routes: Routes | None, logits_per_chunk: int
 ) -> tuple[PolicyScores, Routing | None]:
-    """Scores a rollout teacher-forced, with the given routes or live ones. Traceable and differentiable in ``variables``.
+    """Scores a rollout teacher-forced, with the given routes or live ones. Differentiable in ``variables``.
 
     Also returns the whole routing, for diagnostics and router losses; what nobody uses is never computed.
     """
-    output = model.apply(variables, rollout.tokens[:, :-1], rollout.fed_mask, routes)
+    output = forward(model, variables, rollout.tokens[:, :-1], rollout.fed_mask, routes)
     first = rollout.prompt_length - 1  # the last prompt token predicts the first response token
     hidden = output.hidden[:, first:]
     batch, length, d = hidden.shape
@@ -137,7 +138,7 @@ def score(
     if replay is RoutingReplay.R3:
         replayed_routes(replay, rollout, None)
     else:
-        rollout = rollout.replace(routes=None)
+        rollout = replace(rollout, routes=None)
 
     def one(part: Rollout) -> tuple[PolicyScores, Statistics]:
         scores, routing = policy_scores(model, variables, part, part.routes, logits_per_chunk)

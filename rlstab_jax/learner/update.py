@@ -17,7 +17,7 @@ from rlstab_jax.objectives import Objective, coefficients, surrogate
 from rlstab_jax.stability.gaps import first_order, staleness, trust_statistics, weight_statistics
 from rlstab_jax.stability.reduce import Statistics, merge
 from rlstab_jax.stability.routing import disagreement
-from rlstab_jax.types import Rollout, Routes, RoutingReplay, Scores, split_rows
+from rlstab_jax.types import Rollout, Routes, RoutingReplay, Scores, UserError, split_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class LearnerConfig:
     """Float32 logits that exist at once in the LM head."""
     remat: bool = True
     """Recompute layers in the backward pass instead of keeping their activations."""
-    precision: Precision = Precision()
+    precision: Precision = dataclasses.field(default_factory=Precision)
     """Number formats of the training engine."""
     replay: Literal["live", "r2", "r3"] = "r3"
     """Routing replay: none, the old pass's routes (R2), or the inference engine's (R3)."""
@@ -160,7 +160,7 @@ def accumulate(loss: Any, params: dict, parts: Any, micro_batches: int) -> tuple
 def apply_gradient(
     state: TrainState, gradient: dict, numbers: LearnerNumbers
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """One optimiser step. A gradient that is not finite changes nothing but the step count, and is reported as it is."""
+    """One optimiser step. A gradient that is not finite changes the step count alone, and is reported as it is."""
     norm = optax.global_norm(gradient)
     updates, opt_state = optimizer(numbers, state.step).update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -208,7 +208,7 @@ def update(
     groups = jnp.argmax(minibatch.groups[:, None] == minibatch.groups[None, :], axis=1)
     routes = replayed_routes(replay, rollout, minibatch.old.routes)
     # Under replay the routes are fixed for the update, so the old pass's own ones are not needed twice.
-    old = minibatch.old.replace(routes=None)
+    old = dataclasses.replace(minibatch.old, routes=None)
     scores = Scores(
         target=old.log_probs,
         old=old.log_probs,
@@ -218,18 +218,18 @@ def update(
         reference=minibatch.reference,
         router_old=old.router,
     )
-    part = _Part(
-        rollout.replace(routes=None), routes, scores, old.live, minibatch.advantage, coefficients(objective, scores)
-    )
-    load = tokens = None
+    rollout = dataclasses.replace(rollout, routes=None)
+    part = _Part(rollout, routes, scores, old.live, minibatch.advantage, coefficients(objective, scores))
     if use_router_losses:
         load, tokens = _whole_load(model, state.params, part, micro_batches, logits_per_chunk)
 
     def loss(params: dict, part: "_Part") -> tuple[Array, Statistics]:
         target, routing = policy_scores(model, {"params": params}, part.rollout, part.routes, logits_per_chunk)
-        scores = part.scores.replace(target=target.log_probs, entropy=target.entropy, router_target=target.router)
+        scores = dataclasses.replace(
+            part.scores, target=target.log_probs, entropy=target.entropy, router_target=target.router
+        )
         value, parts = surrogate(objective, scores, part.advantage, part.c)
-        if use_router_losses:
+        if use_router_losses and routing is not None:
             value += router_losses(routing.sums, load, tokens, numbers, model.config.experts_per_token)
         return value, _statistics(model, jax.lax.stop_gradient(scores), parts, part, jax.lax.stop_gradient(routing))
 
@@ -255,6 +255,8 @@ def _whole_load(model: Transformer, params: dict, part: _Part, micro_batches: in
 
     def one(part: _Part) -> tuple[Array, Array]:
         _, routing = policy_scores(model, {"params": params}, part.rollout, part.routes, chunk)
+        if routing is None:
+            raise UserError("router losses need an MoE model: set learner.load_balance and learner.router_z to 0")
         return routing.sums.load, routing.sums.tokens
 
     sums = jax.lax.map(one, split_rows(part, micro_batches))
@@ -270,7 +272,7 @@ def _statistics(model: Transformer, scores: Scores, parts: Any, part: _Part, rou
         **_prefixed("trust", trust_statistics(parts.gate, advantage, mask)),
         **_prefixed("first_order", first_order(scores.target, scores.rollout, mask)),
     }
-    if routing is not None:
+    if routing is not None and part.old_live is not None:
         fed = part.rollout.fed_mask
         statistics["routing/old_vs_target"] = disagreement(part.old_live, routing.live, fed, model.config.num_experts)
     return statistics

@@ -105,7 +105,7 @@ class ModelConfig:
 
     @property
     def segments(self) -> tuple[tuple[tuple[bool, ...], int], ...]:
-        """The layers as (period, repetitions): each segment is one scan. Greedy: the longest repeat from each layer on."""
+        """The layers as (period, repetitions), one scan each. Greedy: the longest repeat from each layer on."""
         kinds, segments, start = self.kinds, [], 0
         while start < len(kinds):
             best = (kinds[start : start + 1], 1)

@@ -1,8 +1,8 @@
 """Expert feed-forward layers (SwiGLU), dropless, in three ways that compute the same mathematics.
 
-`dense` is the reference: every expert sees every token. `tiles` sorts tokens by expert and pads each expert's share to whole
-tiles, so that shapes are static and no token is dropped. `ragged` uses `jax.lax.ragged_dot`, a real kernel on TPU.
-An expert number equal to ``num_experts`` means "not dispatched": padding never loads an expert.
+`dense` is the reference: every expert sees every token. `tiles` sorts tokens by expert and pads each expert's share to
+whole tiles, so that shapes are static and no token is dropped. `ragged` uses `jax.lax.ragged_dot`, a real kernel on
+TPU. An expert number equal to ``num_experts`` means "not dispatched": padding never loads an expert.
 """
 
 import math
@@ -44,10 +44,11 @@ def swiglu(x: Array, weights: ExpertWeights, precision: Precision, product: Call
 
 
 def dense(x: Tokens, experts: Experts, gates: Gates, weights: ExpertWeights, precision: Precision) -> Tokens:
-    """The reference: all experts on all tokens, combined with gates that are 0 where a token did not choose an expert."""
+    """The reference: all experts on all tokens, of which each token keeps those that it chose."""
     chosen = jax.nn.one_hot(experts, weights.num_experts, dtype=jnp.float32)  # the sentinel becomes a row of zeros
     combine = jnp.einsum("tk,tke->et", gates, chosen)
     y = swiglu(jnp.broadcast_to(x, (weights.num_experts, *x.shape)), weights, precision)
+    y = jnp.where((chosen.sum(1) > 0).T[..., None], y, 0.0)  # what was not chosen is never read, were it infinite
     return jnp.einsum("et,etd->td", combine, y.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST).astype(x.dtype)
 
 
@@ -61,9 +62,8 @@ def tiles(x: Tokens, experts: Experts, gates: Gates, weights: ExpertWeights, pre
     num_tokens, k = experts.shape
     num_experts = weights.num_experts
     tile = tile_size(num_tokens * k, num_experts)
-    num_tiles = -(-num_tokens * k // tile) + min(
-        num_experts, num_tokens * k
-    )  # each expert leaves at most one part tile
+    # Each expert leaves at most one tile that is not full.
+    num_tiles = -(-num_tokens * k // tile) + min(num_experts, num_tokens * k)
     flat = experts.reshape(-1)
     one_hot = flat[:, None] == jnp.arange(num_experts)
     rank = jnp.take_along_axis(  # position of each assignment among those of its expert
@@ -119,7 +119,7 @@ _owned.defvjp(_owned_forward, _owned_backward)
 
 @jax.custom_vjp
 def _dispatch(x: Tokens, source: Int[Array, "slots"], slot: Experts) -> Float[Array, "slots d"]:
-    """Row ``source[s]`` of ``x`` for each slot, 0 in empty slots. Its gradient is a gather by ``slot``, not a scatter."""
+    """Row ``source[s]`` of ``x`` for each slot, 0 in empty slots. Its gradient is a gather by ``slot``, no scatter."""
     return x.at[source].get(mode="fill", fill_value=0)
 
 

@@ -1,12 +1,12 @@
 """The model, from top to bottom: config, attention, router, experts, block, forward. Architecture of Qwen3-MoE.
 
 RMSNorm, grouped-query attention with q/k norm and RoPE, a softmax router over all experts, top-k, SwiGLU experts. Pure
-`init`/`apply`; routes are an input and an output. Like layers are stacked and scanned; `decode_step` applies the same
+`init`/`apply`; routes are an input and an output. Like layers are stacked and scanned; `decode` applies the same
 `Block` to slices of the stacked parameters.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from rlstab_jax.models.experts import ExpertWeights
 from rlstab_jax.models.precision import Precision, Stored, matmul, store
 from rlstab_jax.types import Routes, route_dtype
 
-# Quantised weights travel as two collections: "params" holds the stored values, SCALE their scales under the same names.
+# Quantised weights travel as two collections: "params" holds the stored values, SCALE their scales, by the same names.
 SCALE = "weight_scale"
 
 
@@ -111,7 +111,7 @@ class Attention(nn.Module):
         cache: KeyValues | None = None,
         column: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "batch time d"], KeyValues]:
-        """Attends where ``mask``. With a cache, writes this call's keys and values at ``column`` and attends to all of it."""
+        """Attends where ``mask``. With a cache, writes keys and values at its ``column`` and attends to all of it."""
         cfg = self.config
         batch, time, d = x.shape
         flat = x.reshape(batch * time, d)
@@ -124,9 +124,9 @@ class Attention(nn.Module):
         k = RMSNorm(cfg.norm_eps, name="k_norm")(project("k", cfg.num_kv_heads)).swapaxes(1, 2)
         v = project("v", cfg.num_kv_heads).swapaxes(1, 2)
         q, k = rotate(q, positions, cfg.rope_theta), rotate(k, positions, cfg.rope_theta)
-        # Attention reads what a cache would hold, with or without one: prefill, decode and scoring see the same numbers.
+        # Attention reads what a cache would hold, with or without one: prefill, decode and scoring see equal numbers.
         kv = KeyValues(store(k, self.precision.kv_cache), store(v, self.precision.kv_cache))
-        if cache is not None:
+        if cache is not None and column is not None:
             kv = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, column, 2), cache, kv)
         attend = ATTENTION[self.kernels.attention]
         y = attend(q, kv.k.load(self.precision.dtype), kv.v.load(self.precision.dtype), mask)
@@ -135,27 +135,27 @@ class Attention(nn.Module):
 
 
 def route(
-    probabilities: Float[Array, "tokens expert"], k: int, recorded: Int[Array, "tokens k"] | None, renormalise: bool
+    log_probs: Float[Array, "tokens expert"], k: int, recorded: Int[Array, "tokens k"] | None, renormalise: bool
 ) -> tuple[Int[Array, "tokens k"], Float[Array, "tokens k"], Int[Array, "tokens k"], Float[Array, "tokens"]]:
     """Chooses experts: the recorded ones where a token has them, else the live top-k. Gates are always live.
 
     Gates are gathered from the full scores, so the router receives gradient under replay, and renormalised after the
-    gather, so that nothing is 0/0 (PAPER sections 4 and 8).
+    gather and in log space, so that nothing is 0/0, however unlikely a replayed expert has become (PAPER sections 4
+    and 8).
 
     Returns:
       experts in use, their gates, the live top-k, and the live margin (k-th minus (k+1)-th probability; 0 if k is all).
     """
-    num_experts = probabilities.shape[-1]
-    top, order = jax.lax.top_k(jax.lax.stop_gradient(probabilities), min(k + 1, num_experts))
+    num_experts = log_probs.shape[-1]
+    top, order = jax.lax.top_k(jax.lax.stop_gradient(log_probs), min(k + 1, num_experts))
     live = order[:, :k]
-    margin = top[:, k - 1] - top[:, k] if k < num_experts else jnp.zeros_like(top[:, 0])
+    margin = jnp.exp(top[:, k - 1]) - jnp.exp(top[:, k]) if k < num_experts else jnp.zeros_like(top[:, 0])
     used = live
     if recorded is not None:
         recorded = recorded.astype(live.dtype)
         used = jnp.where(jnp.all(recorded < num_experts, axis=-1, keepdims=True), recorded, live)
-    gates = jnp.take_along_axis(probabilities, used, axis=-1)
-    if renormalise:
-        gates = gates / gates.sum(-1, keepdims=True)
+    chosen = jnp.take_along_axis(log_probs, used, axis=-1)
+    gates = jax.nn.softmax(chosen, axis=-1) if renormalise else jnp.exp(chosen)
     return used, gates, live, margin
 
 
@@ -181,9 +181,7 @@ class MoE(nn.Module):
             normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
             log_probs = logits - normaliser
             recorded = None if routes is None else routes.reshape(batch * time, -1)
-            used, gates, live, margin = route(
-                jnp.exp(log_probs), cfg.experts_per_token, recorded, cfg.renormalise_gates
-            )
+            used, gates, live, margin = route(log_probs, cfg.experts_per_token, recorded, cfg.renormalise_gates)
             # Tokens that are not fed are never dispatched: padding loads no expert.
             token_fed = fed.reshape(-1, 1)
             used = jnp.where(token_fed, used, cfg.num_experts)
@@ -360,7 +358,7 @@ class Transformer(nn.Module):
 
     def embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch d"]:
         """Token embeddings in the engine's dtype."""
-        scale = self.get_variable(SCALE, "embedding")
+        scale: Array | None = self.get_variable(SCALE, "embedding")
         rows = Stored(self.embedding[tokens], None if scale is None else scale[tokens])
         return rows.load(self.precision.dtype)
 
@@ -372,53 +370,32 @@ class Transformer(nn.Module):
         """Float32 logits of a few rows. Call it on chunks: [batch, time, vocab] should never exist at once."""
         if not self.config.tie_embeddings:
             return self.lm_head(hidden)
-        scale = self.get_variable(SCALE, "embedding")
+        scale: Array | None = self.get_variable(SCALE, "embedding")
         weight = Stored(self.embedding.T, None if scale is None else scale.T)
         return matmul(hidden, weight, self._head_precision, "float32")
 
 
-def depth_first(config: ModelConfig, stacked: list[Any]) -> list[Any]:
-    """Per-layer trees in depth order, from one tuple per segment of trees stacked over its repetitions."""
-    layers = []
-    for blocks, (_, repeats) in zip(stacked, config.segments, strict=True):
-        for i in range(repeats):
-            layers += [jax.tree.map(lambda a, i=i: a[i], block) for block in blocks]
-    return layers
-
-
-def layer_variables(config: ModelConfig, variables: dict) -> list[dict]:
-    """The variables of each `Block` in depth order, sliced from the stacked ones. Slice once, outside the token loop."""
-    collections = {}
-    for collection, tree in variables.items():
-        stacked = [
-            tuple(tree.get(f"segment_{s}", {}).get(f"block_{i}", {}) for i in range(len(kinds)))
-            for s, (kinds, _) in enumerate(config.segments)
-        ]
-        collections[collection] = depth_first(config, stacked)
-    return [dict(zip(collections, layer, strict=True)) for layer in zip(*collections.values(), strict=True)]
-
-
-def decode_step(
+def forward(
     model: Transformer,
-    layers: list[dict],
-    x: Float[Array, "batch 1 d"],
-    positions: Int[Array, "batch 1"],
-    mask: Bool[Array, "batch 1 key"],
-    fed: Bool[Array, "batch 1"],
-    caches: list[KeyValues],
-    column: Int[Array, ""],
-) -> tuple[Float[Array, "batch 1 d"], list[KeyValues], Routes | None]:
-    """One token through all blocks, unrolled over layers: a scan would copy the whole cache at each step.
+    variables: dict,
+    tokens: Int[Array, "batch time"],
+    mask: Bool[Array, "batch time"],
+    routes: Routes | None = None,
+) -> Output:
+    """`Transformer.__call__` on ``variables``."""
+    return cast(Output, model.apply(variables, tokens, mask, routes))
 
-    Returns the residual stream before the final norm, the caches with this token at ``column``, and the routes
-    [layer, batch, 1, k] in use.
-    """
-    new_caches, routes = [], []
-    kinds = [moe for kinds, repeats in model.config.segments for moe in kinds * repeats]
-    for moe, variables, cache in zip(kinds, layers, caches, strict=True):
-        block = Block(model.config, moe, model.precision, model.kernels)
-        x, cache, routing = block.apply(variables, x, positions, mask, fed, None, cache, column)
-        new_caches.append(cache)
-        if routing is not None:
-            routes.append(routing.used)
-    return x, new_caches, jnp.stack(routes) if routes else None
+
+def embed(model: Transformer, variables: dict, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch d"]:
+    """`Transformer.embed` on ``variables``."""
+    return cast(Array, model.apply(variables, tokens, method=Transformer.embed))
+
+
+def finish(model: Transformer, variables: dict, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+    """`Transformer.finish` on ``variables``."""
+    return cast(Array, model.apply(variables, x, method=Transformer.finish))
+
+
+def logits_of(model: Transformer, variables: dict, hidden: Float[Array, "rows d"]) -> Float[Array, "rows vocab"]:
+    """`Transformer.logits` on ``variables``."""
+    return cast(Array, model.apply(variables, hidden, method=Transformer.logits))
