@@ -72,10 +72,13 @@ class ModelConfig:
     def validate(self) -> None:
         """Raises UserError on impossible sizes, naming the field."""
         positive = ["num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim"]
-        positive += ["expert_dim", "experts_per_token"] if self.num_experts else ["mlp_dim"]
+        positive += ["expert_dim", "experts_per_token"] if self.num_experts else []
+        positive += ["mlp_dim"] if not all(self.kinds) else []
         for name in positive:
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} = {getattr(self, name)}: expected at least 1")
+        if self.num_experts < 0:
+            raise UserError(f"model.num_experts = {self.num_experts}: expected 0 (dense) or more")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"model.num_kv_heads = {self.num_kv_heads} does not divide model.num_heads = {self.num_heads}: "

@@ -1,6 +1,6 @@
 """Number formats of an engine, and the one matrix product that honours them.
 
-Quantised tensors are *stored*: values in a narrow format and float32 scales, `amax / largest finite value` over the
+Quantised tensors are *stored*: values in a narrow format and float32 scales, `amax * (1 / largest finite value)` over the
 contracted axis (weights: one scale per output channel; activations: one per token). A product multiplies stored values
 in float32, which is exact, accumulates in float32 and applies both scales, so that hardware without the type computes
 what hardware with it would, up to the order of the sum.
@@ -11,6 +11,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
 
@@ -63,10 +64,11 @@ def store(x: Float[Array, "..."], format: Format, axis: int = -1) -> Stored:
     """Quantises with one scale per slice along ``axis``. The cast saturates: fp8 casts of JAX overflow to NaN."""
     if format == "none":
         return Stored(x)
-    largest = jnp.float32(jnp.finfo(format).max)
+    largest = np.float32(jnp.finfo(format).max)
     x = x.astype(jnp.float32)
     amax = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
-    scale = jnp.where(amax > 0, amax / largest, 1.0)
+    # A product, since compilers turn the division by a constant into one, or not: the scale would depend on them.
+    scale = jnp.where(amax > 0, amax * (1 / largest), 1.0)
     return Stored(jnp.clip(x / scale, -largest, largest).astype(format), scale)
 
 

@@ -354,7 +354,10 @@ class Transformer(nn.Module):
             if layers is not None:
                 routing.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), layers))
         whole = jax.tree.map(lambda *parts: jnp.concatenate(parts), *routing) if routing else None
-        return Output(self.final_norm(x), whole, keys_values)
+        hidden = self.final_norm(x)
+        if self.is_initializing():
+            self.logits(hidden[:, 0])  # an untied head has parameters of its own
+        return Output(hidden, whole, keys_values)
 
     def embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch d"]:
         """Token embeddings in the engine's dtype."""

@@ -1,0 +1,49 @@
+"""The reference attention against a loop in NumPy, with grouped heads."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from rlstab_jax.models.attention import reference
+
+
+def oracle(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    out = np.zeros_like(q)
+    share = q.shape[1] // k.shape[1]  # consecutive query heads share a key head
+    for b, h, t in np.ndindex(q.shape[:3]):
+        keep = mask[b, t]
+        scores = k[b, h // share, keep] @ q[b, h, t] / np.sqrt(q.shape[-1])
+        weights = np.exp(scores - scores.max())
+        out[b, h, t] = weights / weights.sum() @ v[b, h // share, keep]
+    return out
+
+
+def test_grouped_query_attention() -> None:
+    generator = np.random.default_rng(0)
+    q = generator.standard_normal((2, 6, 5, 4))
+    k, v = generator.standard_normal((2, 2, 3, 7, 4))
+    mask = generator.random((2, 5, 7)) < 0.6
+    mask[:, :, 0] = True
+    got = reference(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), jnp.asarray(mask))
+    np.testing.assert_allclose(got, oracle(q, k, v, mask), atol=1e-6)
+
+
+def test_what_is_masked_is_not_read_and_an_empty_row_is_finite() -> None:
+    generator = np.random.default_rng(1)
+    q, k, v = (jnp.asarray(x, jnp.float32) for x in generator.standard_normal((3, 1, 2, 3, 4)))
+    mask = np.ones((1, 3, 3), bool)
+    mask[0, :, 2] = False
+    mask[0, 0] = False
+    first = reference(q, k, v, jnp.asarray(mask))
+    second = reference(q, k.at[:, :, 2].set(1e4), v.at[:, :, 2].set(-1e9), jnp.asarray(mask))
+    assert np.isfinite(first).all()
+    np.testing.assert_array_equal(first[:, :, 1:], second[:, :, 1:])
+
+
+def test_softmax_is_float32_in_bfloat16() -> None:
+    """Scores that bfloat16 cannot tell apart must still be weighed by their difference."""
+    q = jnp.full((1, 1, 1, 2), 16.0, jnp.bfloat16)
+    k = jnp.asarray([[16.0, 16.0], [16.0, 15.9375]], jnp.bfloat16)[None, None]
+    v = jnp.asarray([[1.0, 0.0], [0.0, 1.0]], jnp.bfloat16)[None, None]
+    got = reference(q, k, v, jnp.ones((1, 1, 2), bool))[0, 0, 0]
+    share = 1 / (1 + np.exp(-1 / np.sqrt(2)))  # the scores are 512 / sqrt 2 and 511 / sqrt 2
+    np.testing.assert_allclose(np.asarray(got, np.float32), [share, 1 - share], atol=4e-3)

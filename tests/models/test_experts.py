@@ -1,0 +1,155 @@
+"""The three expert kernels against a loop over tokens in NumPy, in values and gradients."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlstab_jax.models.experts import KERNELS, ExpertWeights
+from rlstab_jax.models.precision import Precision, Stored, fp8, store
+
+D, F = 8, 6
+PRECISIONS = {"float32": Precision(), "e4m3": fp8(), "e4m3 weights": fp8(activations="none")}
+
+
+def distinct(generator: np.random.Generator, tokens: int, k: int, num_experts: int) -> np.ndarray:
+    return np.stack([generator.permutation(num_experts)[:k] for _ in range(tokens)])
+
+
+def cases() -> dict[str, tuple[np.ndarray, int]]:
+    """Experts [tokens, k] and their number; the number itself means "not dispatched"."""
+    generator = np.random.default_rng(0)
+    some = distinct(generator, 40, 2, 5)
+    some[::3] = 5
+    return {
+        "random": (distinct(generator, 40, 2, 5), 5),
+        "one hot expert": (np.tile([3, 5], (40, 1)), 5),
+        "none dispatched": (np.full((40, 2), 5), 5),
+        "some dispatched": (some, 5),
+        "k = E": (distinct(generator, 11, 3, 3), 3),
+        "E > tokens": (distinct(generator, 3, 2, 16), 16),
+    }
+
+
+def arrays(name: str) -> tuple[dict[str, np.ndarray], np.ndarray, int]:
+    experts, num_experts = cases()[name]
+    generator = np.random.default_rng(1)
+
+    def normal(*shape: int) -> np.ndarray:
+        return generator.standard_normal(shape).astype(np.float32)
+
+    values = {
+        "x": normal(len(experts), D),
+        "gates": generator.random(experts.shape).astype(np.float32),
+        "gate": normal(num_experts, D, F),
+        "up": normal(num_experts, D, F),
+        "down": normal(num_experts, F, D),
+    }
+    values["gates"][(experts == num_experts).any(1)] = 0  # as the model has it
+    return values, experts.astype(np.int32), num_experts
+
+
+@partial(jax.jit, static_argnames=("kernel", "precision"))
+def run(kernel: str, values: dict, experts: np.ndarray, precision: Precision) -> jax.Array:
+    stored = {name: store(values[name], precision.weights, -2) for name in ("gate", "up", "down")}
+    return KERNELS[kernel](values["x"], experts, values["gates"], ExpertWeights(**stored), precision)
+
+
+@partial(jax.jit, static_argnames="kernel")
+def gradients(values: dict, kernel: str, experts: np.ndarray, direction: np.ndarray) -> tuple[jax.Array, dict]:
+    """Output, and the gradient of its product with ``direction``; rows whose direction is 0 are never read."""
+
+    def loss(values: dict) -> tuple[jax.Array, jax.Array]:
+        y = run(kernel, values, experts, Precision())
+        return jnp.sum(jnp.where(direction != 0, y, 0.0) * direction), y
+
+    (_, y), gradient = jax.value_and_grad(loss, has_aux=True)(values)
+    return y, gradient
+
+
+def oracle(values: dict, experts: np.ndarray, precision: Precision) -> np.ndarray:
+    def activation(x: np.ndarray) -> np.ndarray:
+        return np.asarray(store(jnp.asarray(x, jnp.float32), precision.activations).load(), np.float64)
+
+    def weight(name: str) -> np.ndarray:
+        return np.asarray(store(jnp.asarray(values[name]), precision.weights, -2).load(), np.float64)
+
+    gate, up, down = (weight(name) for name in ("gate", "up", "down"))
+    out = np.zeros(values["x"].shape)
+    for t, slot in np.ndindex(experts.shape):
+        e, x = experts[t, slot], activation(values["x"][t])
+        if e < len(gate):
+            hidden = x @ gate[e] / (1 + np.exp(-(x @ gate[e]))) * (x @ up[e])
+            out[t] += values["gates"][t, slot] * (activation(hidden) @ down[e])
+    return out
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("case", cases())
+def test_values(kernel: str, case: str) -> None:
+    values, experts, _ = arrays(case)
+    for name, precision in PRECISIONS.items():
+        got = run(kernel, values, experts, precision)
+        want = oracle(values, experts, precision)
+        # Sums differ by 1e-6; where hidden activations are stored in 4 bits of significand, a sum on the border between
+        # two values moves one of them by 1/8, which a small share of tokens shows.
+        error = np.abs(got - want).max(1)
+        tolerance = 2e-5 * max(1.0, np.abs(want).max())
+        share = 0.05 if precision.activations != "none" else 0.0
+        assert (error > tolerance).mean() <= share, (name, np.sort(error)[-3:])
+
+
+@pytest.mark.parametrize("kernel", ["tiles", "ragged_dot"])
+@pytest.mark.parametrize("case", cases())
+def test_gradients_equal_the_reference(kernel: str, case: str) -> None:
+    values, experts, _ = arrays(case)
+    direction = np.random.default_rng(2).standard_normal(values["x"].shape).astype(np.float32)
+    (_, got), (_, want) = (gradients(values, name, experts, direction) for name in (kernel, "dense"))
+    for name in values:
+        scale = max(1.0, np.abs(want[name]).max())
+        # A token that was not dispatched has no gate: its gradient there is 0 in both.
+        np.testing.assert_allclose(got[name], want[name], atol=1e-5 * scale, err_msg=name)
+    if case != "none dispatched":
+        assert np.abs(want["gates"]).max() > 0.1
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_what_is_not_dispatched_is_never_read(kernel: str) -> None:
+    """NaN in padding, or in an expert that nobody chose, reaches neither values nor gradients of the others.
+
+    The second holds for tiles alone: the reference, and ragged_dot on CPU, multiply every token with every expert.
+    """
+    values, experts, num_experts = arrays("some dispatched")
+    out = (experts == num_experts).all(1)
+    experts = np.where(experts == 2, num_experts, experts).astype(np.int32)  # nobody chooses expert 2
+    poisoned = {name: value.copy() for name, value in values.items()}
+    poisoned["x"][out] = np.nan
+    if kernel == "tiles":
+        poisoned["down"][2] = np.nan
+    direction = np.where(out[:, None], 0, np.random.default_rng(2).standard_normal(values["x"].shape))
+    y_clean, g_clean = gradients(values, kernel, experts, direction.astype(np.float32))
+    y_dirty, g_dirty = gradients(poisoned, kernel, experts, direction.astype(np.float32))
+    np.testing.assert_array_equal(y_dirty, y_clean)
+    assert (np.asarray(y_dirty)[out] == 0).all()
+    if kernel != "dense":
+        for name in ("gate", "up"):
+            np.testing.assert_array_equal(g_dirty[name], g_clean[name], err_msg=name)
+        np.testing.assert_array_equal(np.asarray(g_dirty["x"])[~out], np.asarray(g_clean["x"])[~out])
+
+
+def test_stored_weights_are_used_as_they_are() -> None:
+    """A scale is applied by output channel: doubling one channel's scale of `down` doubles that channel."""
+    values, experts, _ = arrays("random")
+    values = jax.tree.map(jnp.asarray, values)
+    precision = fp8(activations="none")
+    stored = {name: store(values[name], precision.weights, -2) for name in ("gate", "up", "down")}
+    doubled = Stored(stored["down"].values, stored["down"].scale.at[:, :, 3].multiply(2))
+    for name, kernel in KERNELS.items():
+        apply = jax.jit(kernel, static_argnums=4)
+        inputs = values["x"], experts, values["gates"]
+        first = apply(*inputs, ExpertWeights(**stored), precision)
+        second = apply(*inputs, ExpertWeights(**stored | {"down": doubled}), precision)
+        np.testing.assert_allclose(second[:, 3], 2 * first[:, 3], rtol=1e-6, err_msg=name)
+        np.testing.assert_array_equal(np.delete(second, 3, 1), np.delete(first, 3, 1))
