@@ -62,7 +62,7 @@ class ModelConfig:
     """Indices of layers that are dense among the MoE ones."""
     renormalise_gates: bool = True
     """Whether the gates of the chosen experts are rescaled to sum to 1 (norm_topk_prob)."""
-    tie_embeddings: bool = True
+    tie_embeddings: bool = False
     """Whether the LM head is the transposed embedding."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""

@@ -303,9 +303,9 @@ class Transformer(nn.Module):
 
     def setup(self):
         cfg = self.config
-        self.embedding = self.param(
-            "embedding", nn.initializers.normal(cfg.embed_dim**-0.5), (cfg.vocab_size, cfg.embed_dim), jnp.float32
-        )
+        # Unit rows learn fastest, but as a tied head they would start with logits of size sqrt(d).
+        init = nn.initializers.normal(cfg.embed_dim**-0.5 if cfg.tie_embeddings else 1.0)
+        self.embedding = self.param("embedding", init, (cfg.vocab_size, cfg.embed_dim), jnp.float32)
         body = nn.remat(Period, prevent_cse=False) if self.remat else Period
         self.segments = [
             nn.scan(

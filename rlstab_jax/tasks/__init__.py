@@ -2,7 +2,7 @@
 
 from rlstab_jax.tasks.arithmetic import Arithmetic, ArithmeticConfig
 from rlstab_jax.tasks.data import decode_responses, encode_prompts, prompt_iterator
-from rlstab_jax.tasks.protocol import DemonstratedTask, Prompt, PromptSource, Split, Task, Tokenizer
+from rlstab_jax.tasks.protocol import DemonstratedTask, Prompt, PromptSource, Split, Task, TaskConfig, Tokenizer
 from rlstab_jax.tasks.tokenizer import CharTokenizer
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "PromptSource",
     "Split",
     "Task",
+    "TaskConfig",
     "Tokenizer",
     "decode_responses",
     "encode_prompts",

@@ -4,7 +4,8 @@ The prompt ``3+5*7=`` modulo 11 asks for (3 + 5) * 7 mod 11 = 1, and a full answ
 
     0   ``1``                the last result only
     1   ``81``               the running results, one after another
-    2   ``3+5=8;8*7=1;``     each step written out
+    2   ``+8*1``             the running results, each after its operator
+    3   ``3+5=8;8*7=1;``     each step written out
 
 Prompts are made on the fly: the i-th one is a function of (seed, i), and a hash of its text decides whether it may be
 trained on.
@@ -17,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from rlstab_jax.tasks.protocol import Prompt, PromptSource, Split
+from rlstab_jax.tasks.protocol import Prompt, PromptSource, Split, TaskConfig
 from rlstab_jax.tasks.tokenizer import CharTokenizer
 from rlstab_jax.types import UserError
 
@@ -29,10 +30,10 @@ _MAX_DRAWS = 4000  # draws in vain before a space of prompts counts as exhausted
 
 
 @dataclasses.dataclass(frozen=True)
-class ArithmeticConfig:
+class ArithmeticConfig(TaskConfig):
     """Difficulty and size of the arithmetic task."""
 
-    operands: tuple[int, int] = (4, 12)
+    operands: tuple[int, int] = (3, 8)
     """Fewest and most operands after the first number (how many steps a chain has)."""
     operators: str = "+*"
     """The operators that chains use: any of + - *."""
@@ -42,8 +43,10 @@ class ArithmeticConfig:
     """Base in which numbers are written, 2 to 36 (0-9, then a-z)."""
     digits: int = 1
     """Digits of every number, with leading zeros; base ** digits must reach the modulus."""
-    scratchpad: Literal[0, 1, 2] = 1
-    """What a full answer shows: 0 the last result, 1 the running results, 2 each step written out."""
+    scratchpad: Literal[0, 1, 2, 3] = 2
+    """What a full answer shows: 0 the last result, 1 the running results, 2 each after its operator, 3 each step in full."""
+    aligned: bool = True
+    """Whether spaces before the "=" make all prompts equally long, so that each step is equally far from its operand."""
     demonstration_noise: float = 0.2
     """Share of a demonstration's intermediate results that are replaced by random numbers, 0 to 1."""
     noise_propagates: bool = True
@@ -54,6 +57,9 @@ class ArithmeticConfig:
     seed: int = 0
     """Decides which prompts there are; independent of the run's seed, so that all runs share one held-out set."""
 
+    def build(self) -> "Arithmetic":
+        return Arithmetic(self)
+
 
 class Arithmetic:
     """The task of this module; implements ``DemonstratedTask``. Raises UserError for a config that cannot be met."""
@@ -61,7 +67,8 @@ class Arithmetic:
     def __init__(self, config: ArithmeticConfig | None = None):
         self.config = config = config or ArithmeticConfig()
         _check(config)
-        step_ends = ";" if config.scratchpad == 2 else ""
+        step_ends = ";" if config.scratchpad == 3 else ""
+        step_ends += " " if config.aligned else ""
         self.tokenizer = CharTokenizer(_DIGITS[: config.base] + config.operators + "=" + step_ends)
         number = f"[{_DIGITS[: config.base]}]{{{config.digits}}}"
         operator = f"[{re.escape(config.operators)}]"
@@ -70,6 +77,7 @@ class Arithmetic:
             (
                 f"({number})",
                 f"(?:{number})*({number})",
+                f"(?:{operator}{number})*{operator}({number})",
                 f"(?:{number}{operator}{number}={number};)*{number}{operator}{number}=({number});",
             )[config.scratchpad]
         )
@@ -85,7 +93,7 @@ class Arithmetic:
     def max_response_tokens(self) -> int:
         """The longest full answer with its stop token."""
         digits, steps = self.config.digits, self.config.operands[1]
-        return (digits, steps * digits, steps * (3 * digits + 3))[self.config.scratchpad] + 1
+        return (digits, steps * digits, steps * (digits + 1), steps * (3 * digits + 3))[self.config.scratchpad] + 1
 
     def split(self, name: Split) -> PromptSource:
         """``train``: 2**30 prompts made on the fly. ``heldout``: distinct ones, none of them in ``train``."""
@@ -112,7 +120,8 @@ class Arithmetic:
                 shown = int(rng.integers(config.modulus))
                 value = shown if config.noise_propagates else value
             number = self._write(shown)
-            written.append(number if config.scratchpad < 2 else f"{self._write(before)}{operator}{operand}={number};")
+            in_full = f"{self._write(before)}{operator}{operand}={number};"
+            written.append((number, number, operator + number, in_full)[config.scratchpad])
         return "".join(written if config.scratchpad else written[-1:])
 
     def _write(self, value: int) -> str:
@@ -134,6 +143,8 @@ class Arithmetic:
             operator = config.operators[i]
             text += operator + self._write(operand)
             value = _OPERATIONS[operator](value, operand) % config.modulus
+        if config.aligned:
+            text = text.ljust(self.max_prompt_tokens - 1)
         return text + "=", self._write(value)
 
     def _draw_heldout(self) -> tuple[Prompt, ...]:
@@ -200,7 +211,7 @@ def _check(config: ArithmeticConfig) -> None:
     require(config.modulus >= 2, "modulus", "at least 2")
     largest = config.base**config.digits
     require(config.modulus <= largest, "modulus", f"at most base ** digits = {largest} (or raise digits or base)")
-    require(config.scratchpad in (0, 1, 2), "scratchpad", "0, 1 or 2")
+    require(config.scratchpad in (0, 1, 2, 3), "scratchpad", "0, 1, 2 or 3")
     require(0 <= config.demonstration_noise <= 1, "demonstration_noise", "a share from 0 to 1")
     require(config.heldout_prompts >= 1, "heldout_prompts", "at least 1")
     require(config.seed >= 0, "seed", "0 or more")

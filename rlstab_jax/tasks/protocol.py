@@ -86,3 +86,12 @@ class DemonstratedTask(Task, Protocol):
     def demonstration(self, prompt: Prompt, seed: int) -> str:
         """A response's text without its stop token, a function of (prompt, seed) alone."""
         ...
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """Base of the configurations of tasks: a frozen dataclass whose ``build`` makes the task."""
+
+    def build(self) -> Task:
+        """The task. Raises UserError for values that cannot be met."""
+        raise NotImplementedError

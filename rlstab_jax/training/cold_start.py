@@ -1,0 +1,172 @@
+"""The cold start: supervised training on a task's demonstrations until a chosen accuracy, cached between runs."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from rlstab_jax.learner import TrainState, init_state
+from rlstab_jax.learner.score import policy_scores
+from rlstab_jax.learner.update import LearnerConfig, LearnerNumbers, accumulate, apply_gradient
+from rlstab_jax.models import Transformer
+from rlstab_jax.rundir import plain
+from rlstab_jax.tasks import DemonstratedTask, Prompt, encode_prompts, prompt_iterator
+from rlstab_jax.training.checkpoint import Checkpoints
+from rlstab_jax.training.engines import Engines
+from rlstab_jax.training.evaluate import accuracy
+from rlstab_jax.types import Rollout, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ColdStart:
+    """Parameters to begin RL with, the held-out accuracy that they reached, and the updates it took."""
+
+    params: dict
+    accuracy: float
+    steps: int
+
+
+def initial_params(engines: Engines) -> dict:
+    """Random float32 parameters, from the cold start's seed."""
+    key = jax.random.key(engines.config.cold_start.seed)
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    params = jax.jit(engines.training.init)(key, tokens, jnp.ones((1, 2), bool))["params"]
+    return engines.place(params)
+
+
+def cold_start(engines: Engines, cache: Path, say: Callable[[str], None] = print) -> ColdStart:
+    """Trains on demonstrations until the target accuracy, or takes an equal cold start from ``cache``.
+
+    Args:
+      engines: of the run; its task must have demonstrations.
+      cache: a directory shared by runs; entries are named by a hash of all that determines the result.
+
+    Raises:
+      UserError: the task has no demonstrations, or the target was not reached within the given steps.
+    """
+    config = engines.config.cold_start
+    params = initial_params(engines)
+    if config.max_steps == 0:
+        return ColdStart(params, float("nan"), 0)
+    task = engines.task
+    if not isinstance(task, DemonstratedTask):
+        raise UserError(
+            "cold_start.max_steps is above 0, but this task has no demonstrations: set it to 0, or give the task a "
+            "`demonstration` method"
+        )
+    entry = cache / _fingerprint(engines)
+    template = {"params": params}
+    if entry.exists():
+        with Checkpoints(entry, notify=say) as checkpoints:
+            restored = checkpoints.restore(template)
+        if restored is not None:
+            steps, state, progress = restored
+            say(f"cold start: accuracy {progress['accuracy']:.3f} after {steps} updates, from {entry}")
+            return ColdStart(engines.place(state["params"]), progress["accuracy"], steps)
+    result = _train(engines, task, params, say)
+    cache.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", dir=cache))
+    with Checkpoints(aside, notify=say) as checkpoints:
+        checkpoints.save(result.steps, {"params": result.params}, {"accuracy": result.accuracy})
+    try:
+        os.rename(aside, entry)  # whole or not at all; of two runs that do this at once, one keeps its copy
+    except OSError:
+        shutil.rmtree(aside)
+    return result
+
+
+def _fingerprint(engines: Engines) -> str:
+    config = engines.config
+    determines: dict[str, Any] = {
+        "task": config.task,
+        "model": config.model,
+        "cold_start": config.cold_start,
+        "precision": config.learner.precision,
+        "kernels": config.kernels,
+        "lengths": (config.rollout.prompt_length, config.rollout.response_length),
+        "jax": jax.__version__,
+        "platform": jax.default_backend(),
+    }
+    return hashlib.sha256(json.dumps(plain(determines), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _train(engines: Engines, task: DemonstratedTask, params: dict, say: Callable[[str], None]) -> ColdStart:
+    config = engines.config.cold_start
+    learner = LearnerConfig(learning_rate=config.learning_rate, warmup_steps=0)
+    numbers = learner.numbers()
+    state = engines.place(init_state(params, numbers))
+    prompts = prompt_iterator(task.split("train"), config.batch_size, seed=config.seed + 1)
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    checker = engines.training.clone(remat=False)
+    best = 0.0
+    for step in range(1, config.max_steps + 1):
+        batch = demonstrations(engines, task, next(prompts), seed=step)
+        state, _ = supervised_update(
+            engines.training, state, engines.place_rows(batch), numbers, engines.config.learner.logits_per_chunk
+        )
+        if step % config.check_every == 0:
+            reached = accuracy(engines, checker, state.params, key, prompts=config.check_prompts, samples=1).mean
+            best = max(best, reached)
+            if reached >= config.target_accuracy:
+                say(f"cold start: accuracy {reached:.3f} after {step} updates")
+                return ColdStart(state.params, reached, step)
+    raise UserError(
+        f"cold start: accuracy {best:.3f} after cold_start.max_steps = {config.max_steps} updates, short of "
+        f"cold_start.target_accuracy = {config.target_accuracy}: raise the steps, or lower the target"
+    )
+
+
+def demonstrations(engines: Engines, task: DemonstratedTask, prompts: list[Prompt], seed: int) -> Rollout:
+    """Prompts with demonstrated answers, each ended by a stop token, in the layout of a rollout.
+
+    Raises UserError for an answer that is longer than the response's space.
+    """
+    rollout, tokenizer = engines.config.rollout, task.tokenizer
+    tokens, prompt_mask = encode_prompts(prompts, tokenizer, rollout.prompt_length)
+    responses = np.full((len(prompts), rollout.response_length), tokenizer.pad_id, np.int32)
+    mask = np.zeros(responses.shape, bool)
+    for row, prompt in enumerate(prompts):
+        ids = [*tokenizer.encode(task.demonstration(prompt, seed)), tokenizer.stop_ids[0]]
+        if len(ids) > rollout.response_length:
+            raise UserError(
+                f"the demonstration of prompt {prompt.id} has {len(ids)} tokens, but rollout.response_length = "
+                f"{rollout.response_length}: raise it, or use 0"
+            )
+        responses[row, : len(ids)] = ids
+        mask[row, : len(ids)] = True
+    return Rollout(
+        tokens=np.concatenate([tokens, responses], axis=1),
+        prompt_mask=prompt_mask,
+        response_mask=mask,
+        log_probs=np.zeros(mask.shape, np.float32),
+        truncated=np.zeros(len(prompts), bool),
+        routes=None,
+        temperature=np.float32(1.0),
+    )
+
+
+@partial(jax.jit, static_argnames=("model", "logits_per_chunk"), donate_argnames="state")
+def supervised_update(
+    model: Transformer, state: TrainState, batch: Rollout, numbers: LearnerNumbers, logits_per_chunk: int
+) -> tuple[TrainState, Float[Array, ""]]:
+    """One step on the mean negative log-likelihood of the response tokens; also returns that loss, in nats per token."""
+    tokens = batch.response_mask.sum()
+
+    def loss(params: dict, part: Rollout) -> tuple[Array, dict]:
+        scores, _ = policy_scores(model, {"params": params}, part, None, logits_per_chunk)
+        return -scores.log_probs.sum() / tokens, {}
+
+    value, _, gradient = accumulate(loss, state.params, batch, 1)
+    state, _ = apply_gradient(state, gradient, numbers)
+    return state, value

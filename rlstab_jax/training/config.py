@@ -1,0 +1,164 @@
+"""The configuration of a run: the rooms' own configs, composed, and what belongs to the run as a whole."""
+
+import dataclasses
+from dataclasses import field
+
+from rlstab_jax.learner import LearnerConfig
+from rlstab_jax.models import Kernels, ModelConfig, Precision, fp8
+from rlstab_jax.objectives import ObjectiveConfig
+from rlstab_jax.parallel.mesh import MeshConfig
+from rlstab_jax.tasks import ArithmeticConfig, TaskConfig
+from rlstab_jax.types import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """The inference engine while it samples the responses to train on."""
+
+    precision: Precision = field(default_factory=fp8)
+    """Number formats of the inference engine."""
+    temperature: float = 1.0
+    """Sampling temperature; the training engine scores at the same one."""
+    response_length: int = 0
+    """Longest response, in tokens, the stop token included; 0 takes what the task needs."""
+    prompt_length: int = 0
+    """Space for a prompt, in tokens; 0 takes what the task needs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ColdStartConfig:
+    """Supervised training on the task's demonstrations before RL, until an accuracy; cached between runs."""
+
+    target_accuracy: float = 0.23
+    """Held-out accuracy (training engine, temperature 1) at which to stop."""
+    max_steps: int = 600
+    """Give up after so many updates; 0 starts RL from random parameters."""
+    batch_size: int = 128
+    """Demonstrations per update."""
+    learning_rate: float = 4e-3
+    """Step size of Adam; no warm-up, no clipping by trust region, gradients clipped to norm 1."""
+    check_every: int = 10
+    """Updates between measurements of the accuracy."""
+    check_prompts: int = 256
+    """Held-out prompts of one measurement, one sample each."""
+    seed: int = 0
+    """Of the initial parameters and the demonstrations; runs of other seeds share a cold start."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Accuracy on held-out prompts, sampled by each engine with live routing."""
+
+    every: int = 40
+    """Gradient steps between evaluations; 0 for never."""
+    prompts: int = 128
+    """Held-out prompts."""
+    samples: int = 4
+    """Samples per prompt; the accuracy is the mean over all."""
+    temperature: float = 1.0
+    """Sampling temperature; 0 is greedy."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens that reaches this probability."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """One run. A global step samples N mini-batches of prompts x G responses and makes N updates (PAPER section 5)."""
+
+    seed: int = 0
+    """Of prompts' order, draws and mini-batches."""
+    gradient_steps: int = 320
+    """Updates of the whole run; the last global step is never cut."""
+    prompts_per_minibatch: int = 16
+    """Prompts of one update."""
+    samples_per_prompt: int = 8
+    """Responses per prompt, G."""
+    minibatches: int = 4
+    """Updates per rollout batch, N; 1 is on-policy."""
+    checkpoint_every: int = 80
+    """Gradient steps between checkpoints; one more is written at the end and on Ctrl-C or SIGTERM."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep; the best one is kept besides."""
+    logged_samples: int = 4
+    """Responses per global step that go into samples.jsonl."""
+    task: TaskConfig = ArithmeticConfig()
+    """What is learnt."""
+    model: ModelConfig = ModelConfig()
+    """Sizes of the transformer."""
+    rollout: RolloutConfig = RolloutConfig()
+    """The inference engine."""
+    learner: LearnerConfig = LearnerConfig()
+    """The training engine."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """What is maximised."""
+    cold_start: ColdStartConfig = ColdStartConfig()
+    """Supervised training before RL."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Held-out accuracy during the run."""
+    kernels: Kernels = Kernels()
+    """Implementations of attention and experts."""
+    mesh: MeshConfig = MeshConfig()
+    """How the devices are split."""
+
+    @property
+    def prompts_per_step(self) -> int:
+        return self.prompts_per_minibatch * self.minibatches
+
+    @property
+    def responses_per_step(self) -> int:
+        return self.prompts_per_step * self.samples_per_prompt
+
+
+# Fields that may differ when a run goes on: how long it is, and what it costs, never what it computes.
+MAY_CHANGE = ("gradient_steps", "checkpoint_every", "keep_checkpoints")
+
+
+def validate(config: RunConfig) -> None:
+    """Raises UserError on the first impossible or contradictory field, before any long work."""
+
+    def require(ok: bool, name: str, value: object, expected: str) -> None:
+        if not ok:
+            raise UserError(f"{name} = {value!r}: expected {expected}")
+
+    for name in ("gradient_steps", "prompts_per_minibatch", "samples_per_prompt", "minibatches", "checkpoint_every"):
+        require(getattr(config, name) >= 1, name, getattr(config, name), "at least 1")
+    require(config.keep_checkpoints >= 1, "keep_checkpoints", config.keep_checkpoints, "at least 1")
+    require(config.logged_samples >= 0, "logged_samples", config.logged_samples, "0 or more")
+    require(config.seed >= 0, "seed", config.seed, "0 or more")
+    rollout, learner, evaluation, cold_start = config.rollout, config.learner, config.evaluation, config.cold_start
+    require(rollout.temperature > 0, "rollout.temperature", rollout.temperature, "above 0: a greedy policy has no IS ratio")
+    require(rollout.response_length >= 0, "rollout.response_length", rollout.response_length, "0 or more")
+    require(rollout.prompt_length >= 0, "rollout.prompt_length", rollout.prompt_length, "0 or more")
+    require(learner.learning_rate > 0, "learner.learning_rate", learner.learning_rate, "above 0")
+    require(learner.max_grad_norm > 0, "learner.max_grad_norm", learner.max_grad_norm, "above 0, or inf for no clipping")
+    require(evaluation.every >= 0, "evaluation.every", evaluation.every, "0 or more")
+    require(evaluation.prompts >= 1, "evaluation.prompts", evaluation.prompts, "at least 1")
+    require(evaluation.samples >= 1, "evaluation.samples", evaluation.samples, "at least 1")
+    require(evaluation.temperature >= 0, "evaluation.temperature", evaluation.temperature, "0 (greedy) or more")
+    require(0 < evaluation.top_p <= 1, "evaluation.top_p", evaluation.top_p, "in (0, 1]")
+    require(evaluation.top_k >= 0, "evaluation.top_k", evaluation.top_k, "0 (all) or more")
+    require(0 <= cold_start.target_accuracy <= 1, "cold_start.target_accuracy", cold_start.target_accuracy, "in [0, 1]")
+    require(cold_start.max_steps >= 0, "cold_start.max_steps", cold_start.max_steps, "0 or more")
+    require(cold_start.check_every >= 1, "cold_start.check_every", cold_start.check_every, "at least 1")
+    config.model.validate()
+    minibatch = config.prompts_per_minibatch * config.samples_per_prompt
+    require(
+        learner.micro_batches >= 1 and minibatch % learner.micro_batches == 0,
+        "learner.micro_batches",
+        learner.micro_batches,
+        f"a divisor of the mini-batch, {minibatch} responses",
+    )
+    require(
+        learner.score_micro_batches >= 1 and config.responses_per_step % learner.score_micro_batches == 0,
+        "learner.score_micro_batches",
+        learner.score_micro_batches,
+        f"a divisor of the global batch, {config.responses_per_step} responses",
+    )
+    if learner.replay != "live" and not config.model.num_moe_layers:
+        raise UserError(
+            f"learner.replay = {learner.replay!r}, but the model is dense: use replay = 'live', or give it experts"
+        )
+    if (learner.load_balance or learner.router_z) and not config.model.num_moe_layers:
+        raise UserError("learner.load_balance, learner.router_z: the model is dense and has no router; set them to 0")

@@ -1,0 +1,122 @@
+"""Everything of a run that does not change while it runs: task, models, objective, devices. Built and checked once."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rlstab_jax.inference import Sampling
+from rlstab_jax.learner.update import LearnerNumbers
+from rlstab_jax.models import Transformer, resolve_kernels
+from rlstab_jax.objectives import Objective, advantages, build as build_objective
+from rlstab_jax.parallel.mesh import make_mesh
+from rlstab_jax.tasks import Prompt, Task, decode_responses
+from rlstab_jax.training.config import RunConfig, validate
+from rlstab_jax.types import Rollout, RoutingReplay, UserError, row_axis
+
+GROUP_RELATIVE = (advantages.group_mean, advantages.group_mean_std, advantages.leave_one_out, advantages.batch_normalised)
+
+
+@dataclasses.dataclass(frozen=True)
+class Engines:
+    """The two engines and what they share. ``inference`` and ``training`` differ in precision alone."""
+
+    config: RunConfig  # as resolved: kernels, vocabulary and lengths are filled in
+    task: Task
+    mesh: Mesh
+    inference: Transformer
+    training: Transformer
+    objective: Objective
+    numbers: LearnerNumbers
+    replay: RoutingReplay
+    sampling: Sampling
+
+    def place(self, tree: Any) -> Any:
+        """Puts a state onto the mesh. Fresh and restored states are committed alike, so that each function is traced once."""
+        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+
+    def place_rows(self, tree: Any) -> Any:
+        """Puts arrays that travel onto the mesh, their rows over the data-parallel devices."""
+
+        def put(leaf: Any) -> jax.Array:
+            axes = [None] * np.ndim(leaf)
+            if axes:
+                axes[row_axis(leaf)] = ("data", "fsdp")
+            return jax.device_put(leaf, NamedSharding(self.mesh, PartitionSpec(*axes)))
+
+        return jax.tree.map(put, tree)
+
+
+def build(config: RunConfig) -> Engines:
+    """Checks ``config`` and builds what it describes. Raises UserError before any long work."""
+    validate(config)
+    task = config.task.build()
+    tokenizer = task.tokenizer
+    kernels = resolve_kernels(config.kernels, jax.default_backend())
+    model = config.model
+    if model.vocab_size == 0:
+        model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+    if model.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"model.vocab_size = {model.vocab_size} is below the tokeniser's {tokenizer.vocab_size}: raise it, or use 0"
+        )
+    rollout = config.rollout
+    rollout = dataclasses.replace(
+        rollout,
+        prompt_length=rollout.prompt_length or task.max_prompt_tokens,
+        response_length=rollout.response_length or task.max_response_tokens,
+    )
+    if rollout.prompt_length < task.max_prompt_tokens:
+        raise UserError(
+            f"rollout.prompt_length = {rollout.prompt_length}, but the task's prompts have up to "
+            f"{task.max_prompt_tokens} tokens: raise it, or use 0"
+        )
+    heldout = len(task.split("heldout"))
+    if max(config.evaluation.prompts, config.cold_start.check_prompts) > heldout:
+        raise UserError(
+            f"evaluation.prompts = {config.evaluation.prompts} and cold_start.check_prompts = "
+            f"{config.cold_start.check_prompts}, but the task holds out {heldout} prompts: ask for fewer, or hold out more"
+        )
+    mesh = make_mesh(config.mesh)
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.prompts_per_minibatch % rows:
+        raise UserError(
+            f"prompts_per_minibatch = {config.prompts_per_minibatch} does not divide over {rows} data-parallel devices "
+            f"(mesh.data x mesh.fsdp): choose a multiple of {rows}"
+        )
+    objective = build_objective(config.objective)
+    if config.samples_per_prompt == 1 and objective.advantage.func in GROUP_RELATIVE:
+        raise UserError(
+            f"samples_per_prompt = 1, but objective {config.objective.name!r} compares the responses of one prompt: "
+            "all advantages would be 0; use at least 2, or an objective with another baseline"
+        )
+    config = dataclasses.replace(config, model=model, rollout=rollout, kernels=kernels)
+    return Engines(
+        config=config,
+        task=task,
+        mesh=mesh,
+        inference=Transformer(model, rollout.precision, kernels),
+        training=Transformer(model, config.learner.precision, kernels, remat=config.learner.remat),
+        objective=objective,
+        numbers=config.learner.numbers(),
+        replay=RoutingReplay(config.learner.replay),
+        sampling=Sampling(
+            temperature=np.float32(rollout.temperature),
+            stop_ids=np.array(tokenizer.stop_ids, np.int32),
+            pad_id=np.int32(tokenizer.pad_id),
+        ),
+    )
+
+
+def judge(task: Task, prompts: Sequence[Prompt], rollout: Rollout) -> tuple[list[str], np.ndarray]:
+    """Texts and rewards of a rollout's responses; rows of one prompt are adjacent."""
+    tokens = np.asarray(rollout.tokens)[:, rollout.prompt_length :]
+    responses = decode_responses(tokens, np.asarray(rollout.response_mask), task.tokenizer)
+    samples = len(responses) // len(prompts)
+    rewards = [
+        task.reward(prompts[row // samples], text, stopped=stopped) for row, (text, stopped) in enumerate(responses)
+    ]
+    return [text for text, _ in responses], np.array(rewards, np.float32)

@@ -1,0 +1,65 @@
+"""Accuracy on held-out prompts: mean over n samples of each, live routing, by either engine."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from rlstab_jax.inference import prepare, sample, sample_keys
+from rlstab_jax.models import Transformer
+from rlstab_jax.tasks import encode_prompts
+from rlstab_jax.training.engines import Engines, judge
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """Mean reward over prompts x samples, and the mean length of the responses in tokens."""
+
+    mean: float
+    response_length: float
+
+
+def accuracy(
+    engines: Engines, model: Transformer, params: dict, key: jax.Array, *, prompts: int, samples: int
+) -> Accuracy:
+    """Samples held-out prompts with ``model`` as the engine and judges the responses.
+
+    Each call with equal ``key`` draws with equal keys, so that evaluations along a run are paired.
+    """
+    evaluation, rollout_config = engines.config.evaluation, engines.config.rollout
+    source = engines.task.split("heldout")
+    asked = [source[i] for i in range(prompts)]
+    tokens, mask = encode_prompts(asked, engines.task.tokenizer, rollout_config.prompt_length)
+    rollout = sample(
+        model,
+        prepare(params, model.precision),
+        tokens,
+        mask,
+        sample_keys(key, 0, [prompt.id for prompt in asked], samples),
+        dataclasses.replace(
+            engines.sampling,
+            temperature=np.float32(evaluation.temperature),
+            top_k=np.int32(evaluation.top_k),
+            top_p=np.float32(evaluation.top_p),
+        ),
+        response_length=rollout_config.response_length,
+        samples_per_prompt=samples,
+        truncate=evaluation.top_k > 0 or evaluation.top_p < 1,
+        record_routes=False,
+    )
+    _, rewards = judge(engines.task, asked, rollout)
+    return Accuracy(float(rewards.mean()), float(np.asarray(rollout.response_mask).sum(1).mean()))
+
+
+def evaluate(engines: Engines, params: dict, key: jax.Array) -> dict[str, float]:
+    """The ``eval/*`` metrics of these parameters: sampled by the inference engine, and by the training engine."""
+    evaluation = engines.config.evaluation
+    numbers = {"prompts": evaluation.prompts, "samples": evaluation.samples}
+    training = engines.training.clone(remat=False)
+    rollout = accuracy(engines, engines.inference, params, key, **numbers)
+    by_training = accuracy(engines, training, params, key, **numbers)
+    return {
+        "eval/accuracy_rollout": rollout.mean,
+        "eval/accuracy_training": by_training.mean,
+        "eval/response_length": rollout.response_length,
+    }

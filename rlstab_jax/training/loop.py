@@ -1,0 +1,172 @@
+"""The global step, and the loop around it. Read `global_step` first: it is the method.
+
+prompts -> inference engine (mu_old) -> rollout with log-probs and routes -> rewards -> training engine scores it (pi_old)
+-> advantages -> N updates (pi_theta).
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from rlstab_jax.inference import prepare, sample, sample_keys
+from rlstab_jax.learner import Minibatch, PolicyScores, TrainState, score, update
+from rlstab_jax.objectives import Objective, advantages_of, check_rewards
+from rlstab_jax.tasks import Prompt, encode_prompts
+from rlstab_jax.training.engines import Engines, judge
+from rlstab_jax.training.measure import response_metrics, rollout_metrics, rollout_statistics, update_metrics
+from rlstab_jax.types import Rollout, RoutingReplay, Scores, take_rows
+
+
+@struct.dataclass
+class RunState:
+    """What a run carries from one global step to the next, and a checkpoint holds.
+
+    ``reference`` are the frozen parameters of a KL regulariser, or None.
+    """
+
+    train: TrainState
+    reference: dict | None
+
+
+Metrics = dict[str, float]
+
+
+def global_step(
+    engines: Engines, state: RunState, prompts: list[Prompt], step: int
+) -> tuple[RunState, Metrics, list[dict[str, Any]]]:
+    """One rollout batch and its N updates.
+
+    Args:
+      engines: of the run.
+      state: consumed.
+      prompts: N mini-batches of them.
+      step: number of this global step, from 1; keys of draws and the order of mini-batches depend on it.
+
+    Returns:
+      The new state, the metrics of the step, and some responses with their rewards.
+    """
+    config, params = engines.config, state.train.params
+    groups = np.repeat(np.arange(len(prompts), dtype=np.int32), config.samples_per_prompt)
+
+    # y ~ mu_old, with the log-probs and routes of the inference engine.
+    with timed("sample") as sampling_time:
+        rollout = sample_responses(engines, params, prompts, step)
+    texts, rewards = judge(engines.task, prompts, rollout)
+    check_rewards(rewards)
+
+    # pi_old, by the training engine at the same weights; under R3 it replays the sampler's routes.
+    with timed("score") as scoring_time:
+        old, old_statistics = score_old(engines, params, rollout, engines.replay)
+        # Replay alters the policy that is measured, so the gap with live routes is measured as well.
+        replayed = engines.replay is RoutingReplay.R3
+        live = score_old(engines, params, rollout, RoutingReplay.LIVE)[0] if replayed else old
+        reference = None
+        if state.reference is not None:
+            reference = score_old(engines, state.reference, rollout, RoutingReplay.LIVE)[0].log_probs
+        statistics = old_statistics | rollout_statistics(rollout, old, live.log_probs, config.model.num_experts)
+        metrics = rollout_metrics(statistics)
+
+    # A: once, over the whole batch, before it is split into mini-batches of whole groups.
+    advantage = rollout_advantages(engines.objective, rollout, old, reference, engines.place_rows(rewards), groups)
+    whole = Minibatch(rollout, old, advantage, engines.place_rows(groups), reference)
+
+    # N updates of pi_theta.
+    with timed("update") as updating_time:
+        train, updates = state.train, []
+        for rows in minibatch_rows(config.seed, step, len(prompts), config.samples_per_prompt, config.minibatches):
+            train, *measured = update(
+                engines.training,
+                train,
+                take_rows(whole, engines.place(rows)),
+                engines.objective,
+                engines.numbers,
+                replay=engines.replay,
+                micro_batches=config.learner.micro_batches,
+                logits_per_chunk=config.learner.logits_per_chunk,
+                use_router_losses=bool(config.learner.load_balance or config.learner.router_z),
+            )
+            updates.append(tuple(measured))
+        metrics |= update_metrics(updates)
+
+    mask = np.asarray(rollout.response_mask)
+    metrics |= response_metrics(rewards, mask, np.asarray(rollout.truncated))
+    metrics |= sampling_time | scoring_time | updating_time
+    metrics["throughput/sample_tokens_per_s"] = mask.sum() / metrics["time/sample"]
+    metrics["throughput/update_tokens_per_s"] = mask.sum() / metrics["time/update"]
+    stride = max(1, len(texts) // max(1, config.logged_samples))
+    shown = list(range(0, len(texts), stride))[: config.logged_samples]
+    samples = [
+        {"prompt": prompts[groups[i]].text, "answer": prompts[groups[i]].answer, "response": texts[i],
+         "reward": float(rewards[i])} for i in shown
+    ]  # fmt: skip
+    return state.replace(train=train), metrics, samples
+
+
+def sample_responses(engines: Engines, params: dict, prompts: list[Prompt], step: int) -> Rollout:
+    """Responses of the inference engine to train on: ``samples_per_prompt`` adjacent rows for each prompt."""
+    config = engines.config
+    tokens, mask = encode_prompts(prompts, engines.task.tokenizer, config.rollout.prompt_length)
+    return sample(
+        engines.inference,
+        prepare(params, config.rollout.precision),
+        engines.place_rows(tokens),
+        engines.place_rows(mask),
+        sample_keys(jax.random.key(config.seed), step, [prompt.id for prompt in prompts], config.samples_per_prompt),
+        engines.sampling,
+        response_length=config.rollout.response_length,
+        samples_per_prompt=config.samples_per_prompt,
+    )
+
+
+def score_old(engines: Engines, params: dict, rollout: Rollout, replay: RoutingReplay) -> tuple[PolicyScores, dict]:
+    """The training engine's forward pass over a rollout."""
+    learner = engines.config.learner
+    return score(
+        engines.training,
+        {"params": params},
+        rollout,
+        replay=replay,
+        micro_batches=learner.score_micro_batches,
+        logits_per_chunk=learner.logits_per_chunk,
+    )
+
+
+@jax.jit
+def rollout_advantages(
+    objective: Objective,
+    rollout: Rollout,
+    old: PolicyScores,
+    reference: Float[Array, "batch R"] | None,
+    rewards: Float[Array, "batch"],
+    groups: Int[Array, "batch"],
+) -> Float[Array, "batch"] | Float[Array, "batch R"]:
+    """A of a whole rollout batch, with what the objective keeps in the reward."""
+    scores = Scores(
+        old.log_probs, old.log_probs, rollout.log_probs, rollout.response_mask, groups, reference, router_old=old.router
+    )
+    return advantages_of(objective, scores, rewards)
+
+
+def minibatch_rows(seed: int, step: int, prompts: int, samples: int, minibatches: int) -> Int[np.ndarray, "N rows"]:
+    """Rows of each mini-batch: whole groups, in an order that depends on (seed, step) alone."""
+    order = np.random.default_rng((seed, step)).permutation(prompts).reshape(minibatches, -1)
+    rows = order[..., None] * samples + np.arange(samples)
+    return rows.reshape(minibatches, -1).astype(np.int32)
+
+
+@contextlib.contextmanager
+def timed(name: str) -> Iterator[Metrics]:
+    """Wall-clock seconds of the block under ``time/<name>``, once it has ended. The block must wait for its results."""
+    times: Metrics = {}
+    with jax.named_scope(name):
+        start = time.perf_counter()
+        yield times
+        times[f"time/{name}"] = time.perf_counter() - start
+
+

@@ -1,0 +1,99 @@
+"""From unreduced statistics to the metrics of a global step: the names of `rundir.METRICS`, the last reduction."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from rlstab_jax.learner import PolicyScores
+from rlstab_jax.stability.gaps import discrepancy
+from rlstab_jax.stability.reduce import Mean, Statistics, merge, values
+from rlstab_jax.stability.routing import disagreement, load_max
+from rlstab_jax.types import Rollout
+
+LogProbs = Float[Array, "batch R"]
+
+
+@partial(jax.jit, static_argnames="num_experts")
+def rollout_statistics(rollout: Rollout, old: PolicyScores, live: LogProbs, num_experts: int) -> Statistics:
+    """The gap between mu_old and pi_old: ``discrepancy/*`` as trained on, ``discrepancy_live/*`` with live routes.
+
+    ``routing/rollout_vs_old`` [layer] compares live choices: the sampler's own with pi_old's at each layer.
+    """
+    mask = rollout.response_mask
+    statistics = {
+        **_prefixed("discrepancy", discrepancy(old.log_probs, rollout.log_probs, mask)),
+        **_prefixed("discrepancy_live", discrepancy(live, rollout.log_probs, mask)),
+    }
+    if rollout.routes is not None and old.live is not None:
+        statistics["routing/rollout_vs_old"] = disagreement(rollout.routes, old.live, rollout.fed_mask, num_experts)
+    return statistics
+
+
+def rollout_metrics(statistics: Statistics) -> dict[str, float]:
+    """Metrics of the sampling and scoring half of a step, from the statistics of `score` and `rollout_statistics`."""
+    statistics = jax.device_get(statistics)
+    load = statistics.pop("routing/load", None)
+    metrics = _with_layers(statistics)
+    if load is not None:
+        by_layer = np.asarray(load_max(load.total))
+        metrics["routing/load_max"] = float(by_layer.max())
+        metrics |= {_layer(i, "load_max"): float(x) for i, x in enumerate(by_layer)}
+    return metrics
+
+
+def update_metrics(updates: list[tuple[Statistics, dict[str, Float[Array, ""]]]]) -> dict[str, float]:
+    """Metrics of a step's updates, from what each `update` returned: merged over all, and staleness and routing of each."""
+    updates = jax.device_get(updates)
+    merged = updates[0][0]
+    for statistics, _ in updates[1:]:
+        merged = merge(merged, statistics)
+    metrics = _with_layers(merged)
+    for number, (statistics, _) in enumerate(updates):
+        staleness = {name: s for name, s in statistics.items() if name.startswith("staleness/")}
+        metrics |= {f"staleness/minibatch_{number:02d}/{name[10:]}": x for name, x in values(staleness).items()}
+        if "routing/old_vs_target" in statistics:
+            mean = _over_layers(statistics["routing/old_vs_target"])
+            metrics[f"routing/minibatch_{number:02d}/old_vs_target"] = float(mean.value())
+    for name in ("learner/loss", "learner/grad_norm"):
+        metrics[name] = float(np.mean([measures[name] for _, measures in updates]))
+    metrics["learner/learning_rate"] = float(updates[-1][1]["learner/learning_rate"])
+    return metrics
+
+
+def response_metrics(rewards: Float[np.ndarray, "batch"], mask: Bool[np.ndarray, "batch R"], truncated: np.ndarray) -> dict:
+    """Reward and length of the responses sampled in a step."""
+    return {
+        "reward/mean": float(rewards.mean()),
+        "response/length": float(mask.sum(1).mean()),
+        "response/truncated": float(truncated.mean()),
+    }
+
+
+def _with_layers(statistics: Statistics) -> dict[str, float]:
+    """Scalars as they are; statistics per layer under ``routing/layer_NN/*``, and over all layers under their own name."""
+    metrics = {}
+    for name, statistic in statistics.items():
+        value = np.asarray(statistic.value())
+        if value.ndim == 0:
+            metrics[name] = float(value)
+            continue
+        metrics |= {_layer(i, name.removeprefix("routing/")): float(x) for i, x in enumerate(value)}
+        metrics[name] = float(_over_layers(statistic).value())
+    return metrics
+
+
+def _over_layers(statistic: Mean) -> Mean:
+    return Mean(jnp.sum(statistic.total), jnp.sum(statistic.weight))
+
+
+def _layer(number: int, name: str) -> str:
+    return f"routing/layer_{number:02d}/{name}"
+
+
+def _prefixed(prefix: str, statistics: Statistics) -> Statistics:
+    return {f"{prefix}/{name}": statistic for name, statistic in statistics.items()}
+
+

@@ -1,0 +1,195 @@
+"""A whole run: cold start or resume, global steps, evaluation, checkpoints, what it leaves on disk."""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import math
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from rlstab_jax.learner import init_state
+from rlstab_jax.report import draw_run
+from rlstab_jax.rundir import RunDir, open_run, read_metrics
+from rlstab_jax.tasks import prompt_iterator
+from rlstab_jax.training.checkpoint import Checkpoints
+from rlstab_jax.training.cold_start import cold_start, initial_params
+from rlstab_jax.training.config import MAY_CHANGE, RunConfig
+from rlstab_jax.training.engines import Engines, build
+from rlstab_jax.training.evaluate import evaluate
+from rlstab_jax.training.interrupt import Stop, stop_on_signal
+from rlstab_jax.training.loop import Metrics, RunState, global_step
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "rlstab_jax")
+
+
+@dataclasses.dataclass
+class Progress:
+    """Counters of a run, saved with each checkpoint."""
+
+    global_steps: int = 0
+    gradient_steps: int = 0
+    responses: int = 0
+    tokens: int = 0
+    prompts: dict[str, Any] = dataclasses.field(default_factory=dict)  # the prompt iterator's position
+
+    def metrics(self) -> Metrics:
+        names = ("global_steps", "gradient_steps", "responses", "tokens")
+        return {f"progress/{name}": getattr(self, name) for name in names}
+
+
+def train(
+    config: RunConfig,
+    out: Path,
+    *,
+    fresh: bool = False,
+    profile: int | None = None,
+    say: Callable[[str], None] = print,
+    watch: Callable[[Metrics], None] = lambda metrics: None,
+) -> str | None:
+    """Runs ``config`` in the directory ``out``, or goes on with the run that is there.
+
+    Args:
+      fresh: begin anew; what is in ``out`` is moved aside.
+      profile: the global step of which to leave a profiler trace in ``out/profile``.
+      say: where one-line messages go.
+      watch: is given the metrics of each global step, e.g. for a progress bar.
+
+    Returns:
+      None when the run is complete, or the name of the signal that stopped it; a checkpoint was saved in either case.
+
+    Raises:
+      UserError: a mistake in the config, the directory, a checkpoint, or a full disk.
+    """
+    engines = build(config)
+    run = open_run(out, manifest(engines, config), fresh=fresh, may_change=MAY_CHANGE, say=say)
+    kernels = engines.config.kernels
+    say(f"kernels: attention {kernels.attention}, experts {kernels.experts}; mesh {dict(engines.mesh.shape)}")
+    with (
+        stop_on_signal() as stop,
+        Checkpoints(run.checkpoints_path, keep_last=config.keep_checkpoints, notify=say) as checkpoints,
+    ):
+        state, progress = resume_or_begin(engines, run, checkpoints, say)
+        _train(engines, run, checkpoints, state, progress, stop, profile, say, watch)
+    with contextlib.suppress(IndexError):
+        draw_run(read_metrics(run.path), run.report_path, title=run.path.name)
+    if stop.requested:
+        say(f"stopped by {stop.reason}; the same command resumes from the checkpoint")
+    return stop.reason
+
+
+def resume_or_begin(
+    engines: Engines, run: RunDir, checkpoints: Checkpoints, say: Callable[[str], None]
+) -> tuple[RunState, Progress]:
+    """The newest good checkpoint, or a cold start. Cuts metrics, samples and events after the restored step."""
+    params = initial_params(engines)
+    needs_reference = engines.config.objective.needs_reference
+    template = engines.place(
+        RunState(train=init_state(params, engines.numbers), reference=params if needs_reference else None)
+    )
+    restored = checkpoints.restore(template)
+    if restored is not None:
+        step, state, saved = restored
+        run.truncate_after(step)
+        say(f"resuming after global step {step}")
+        return engines.place(state), Progress(**saved)
+    run.truncate_after(-1)
+    started = cold_start(engines, run.path.parent / "cold_start", say)
+    # Copied: an update donates its state, and the reference must outlive it.
+    reference = jax.tree.map(lambda x: x.copy(), started.params) if needs_reference else None
+    return engines.place(RunState(train=init_state(started.params, engines.numbers), reference=reference)), Progress()
+
+
+def _train(
+    engines: Engines,
+    run: RunDir,
+    checkpoints: Checkpoints,
+    state: RunState,
+    progress: Progress,
+    stop: Stop,
+    profile: int | None,
+    say: Callable[[str], None],
+    watch: Callable[[Metrics], None],
+) -> None:
+    config = engines.config
+    data = prompt_iterator(engines.task.split("train"), config.prompts_per_step, seed=config.seed)
+    if progress.prompts:
+        data.set_state(progress.prompts)
+    evaluation_key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    accuracy = math.nan
+    if progress.global_steps == 0 and config.evaluation.every:
+        metrics = evaluate(engines, state.train.params, evaluation_key) | progress.metrics()
+        run.truncate_after(-1)
+        run.append_metrics(metrics)
+        watch(metrics)
+    while progress.gradient_steps < config.gradient_steps and not stop.requested:
+        step = progress.global_steps + 1
+        with _profiled(run, step == profile, say):
+            state, metrics, samples = global_step(engines, state, next(data), step)
+        before = progress.gradient_steps
+        progress.global_steps = step
+        progress.gradient_steps += config.minibatches
+        progress.responses += config.responses_per_step
+        progress.tokens += round(metrics["response/length"] * config.responses_per_step)
+        progress.prompts = data.get_state()
+        accuracy = math.nan
+        if _due(before, progress.gradient_steps, config.evaluation.every):
+            evaluated = evaluate(engines, state.train.params, evaluation_key)
+            accuracy = evaluated["eval/accuracy_training"]
+            metrics |= evaluated
+        metrics |= progress.metrics()
+        run.append_metrics(metrics)
+        run.append_samples(step, samples)
+        watch(metrics)
+        if not np.isfinite(metrics["learner/grad_norm"]):
+            say(f"global step {step}: a gradient was not finite; those updates changed nothing")
+        if _due(before, progress.gradient_steps, config.checkpoint_every):
+            checkpoints.save(step, state, dataclasses.asdict(progress), accuracy)
+    if progress.global_steps:
+        checkpoints.save(progress.global_steps, state, dataclasses.asdict(progress), accuracy)
+
+
+def _due(before: int, now: int, every: int) -> bool:
+    """Whether a multiple of ``every`` was passed; gradient steps come N at a time."""
+    return bool(every) and before // every < now // every
+
+
+@contextlib.contextmanager
+def _profiled(run: RunDir, wanted: bool, say: Callable[[str], None]) -> Iterator[None]:
+    if not wanted:
+        yield
+        return
+    path = run.path / "profile"
+    with jax.profiler.trace(str(path)):
+        yield
+    say(f"profile: {path}")
+
+
+def manifest(engines: Engines, config: RunConfig) -> dict[str, Any]:
+    """What describes a run besides its metrics: the config as given, and what it was resolved to and ran on."""
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    devices = jax.devices()
+    return {
+        "config": config,
+        "resolved": {
+            "kernels": engines.config.kernels,
+            "vocab_size": engines.config.model.vocab_size,
+            "prompt_length": engines.config.rollout.prompt_length,
+            "response_length": engines.config.rollout.response_length,
+        },
+        "seed": config.seed,
+        "versions": {"python": platform.python_version(), **versions},
+        "devices": {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)},
+        "mesh": dict(engines.mesh.shape),
+        "command": sys.argv,
+    }
+
+
