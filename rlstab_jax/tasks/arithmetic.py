@@ -44,9 +44,9 @@ class ArithmeticConfig(TaskConfig):
     digits: int = 1
     """Digits of every number, with leading zeros; base ** digits must reach the modulus."""
     scratchpad: Literal[0, 1, 2, 3] = 2
-    """What a full answer shows: 0 the last result, 1 the running results, 2 each after its operator, 3 each step in full."""
+    """What an answer shows: 0 the last result, 1 the running results, 2 each after its operator, 3 steps in full."""
     aligned: bool = True
-    """Whether spaces before the "=" make all prompts equally long, so that each step is equally far from its operand."""
+    """Whether spaces before the "=" make all prompts equally long: each step is then equally far from its operand."""
     demonstration_noise: float = 0.2
     """Share of a demonstration's intermediate results that are replaced by random numbers, 0 to 1."""
     noise_propagates: bool = True

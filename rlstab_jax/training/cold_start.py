@@ -146,13 +146,13 @@ def demonstrations(engines: Engines, task: DemonstratedTask, prompts: list[Promp
         responses[row, : len(ids)] = ids
         mask[row, : len(ids)] = True
     return Rollout(
-        tokens=np.concatenate([tokens, responses], axis=1),
-        prompt_mask=prompt_mask,
-        response_mask=mask,
-        log_probs=np.zeros(mask.shape, np.float32),
-        truncated=np.zeros(len(prompts), bool),
+        tokens=jnp.asarray(np.concatenate([tokens, responses], axis=1)),
+        prompt_mask=jnp.asarray(prompt_mask),
+        response_mask=jnp.asarray(mask),
+        log_probs=jnp.zeros(mask.shape, jnp.float32),
+        truncated=jnp.zeros(len(prompts), bool),
         routes=None,
-        temperature=np.float32(1.0),
+        temperature=jnp.float32(1.0),
     )
 
 
@@ -160,7 +160,7 @@ def demonstrations(engines: Engines, task: DemonstratedTask, prompts: list[Promp
 def supervised_update(
     model: Transformer, state: TrainState, batch: Rollout, numbers: LearnerNumbers, logits_per_chunk: int
 ) -> tuple[TrainState, Float[Array, ""]]:
-    """One step on the mean negative log-likelihood of the response tokens; also returns that loss, in nats per token."""
+    """One step on the mean negative log-likelihood of the response tokens; returns that loss too, in nats."""
     tokens = batch.response_mask.sum()
 
     def loss(params: dict, part: Rollout) -> tuple[Array, dict]:

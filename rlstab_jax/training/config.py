@@ -128,11 +128,15 @@ def validate(config: RunConfig) -> None:
     require(config.logged_samples >= 0, "logged_samples", config.logged_samples, "0 or more")
     require(config.seed >= 0, "seed", config.seed, "0 or more")
     rollout, learner, evaluation, cold_start = config.rollout, config.learner, config.evaluation, config.cold_start
-    require(rollout.temperature > 0, "rollout.temperature", rollout.temperature, "above 0: a greedy policy has no IS ratio")
+    require(
+        rollout.temperature > 0, "rollout.temperature", rollout.temperature, "above 0: a greedy policy has no IS ratio"
+    )
     require(rollout.response_length >= 0, "rollout.response_length", rollout.response_length, "0 or more")
     require(rollout.prompt_length >= 0, "rollout.prompt_length", rollout.prompt_length, "0 or more")
     require(learner.learning_rate > 0, "learner.learning_rate", learner.learning_rate, "above 0")
-    require(learner.max_grad_norm > 0, "learner.max_grad_norm", learner.max_grad_norm, "above 0, or inf for no clipping")
+    require(
+        learner.max_grad_norm > 0, "learner.max_grad_norm", learner.max_grad_norm, "above 0, or inf for no clipping"
+    )
     require(evaluation.every >= 0, "evaluation.every", evaluation.every, "0 or more")
     require(evaluation.prompts >= 1, "evaluation.prompts", evaluation.prompts, "at least 1")
     require(evaluation.samples >= 1, "evaluation.samples", evaluation.samples, "at least 1")

@@ -11,13 +11,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rlstab_jax.inference import Sampling
 from rlstab_jax.learner.update import LearnerNumbers
 from rlstab_jax.models import Transformer, resolve_kernels
-from rlstab_jax.objectives import Objective, advantages, build as build_objective
+from rlstab_jax.objectives import Objective, advantages
+from rlstab_jax.objectives import build as build_objective
 from rlstab_jax.parallel.mesh import make_mesh
 from rlstab_jax.tasks import Prompt, Task, decode_responses
 from rlstab_jax.training.config import RunConfig, validate
 from rlstab_jax.types import Rollout, RoutingReplay, UserError, row_axis
 
-GROUP_RELATIVE = (advantages.group_mean, advantages.group_mean_std, advantages.leave_one_out, advantages.batch_normalised)
+GROUP_RELATIVE = (
+    advantages.group_mean,
+    advantages.group_mean_std,
+    advantages.leave_one_out,
+    advantages.batch_normalised,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +41,14 @@ class Engines:
     sampling: Sampling
 
     def place(self, tree: Any) -> Any:
-        """Puts a state onto the mesh. Fresh and restored states are committed alike, so that each function is traced once."""
+        """Puts a state onto the mesh, a fresh one like a restored one, so that each function is compiled once."""
         return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
 
     def place_rows(self, tree: Any) -> Any:
         """Puts arrays that travel onto the mesh, their rows over the data-parallel devices."""
 
         def put(leaf: Any) -> jax.Array:
-            axes = [None] * np.ndim(leaf)
+            axes: list[tuple[str, ...] | None] = [None] * np.ndim(leaf)
             if axes:
                 axes[row_axis(leaf)] = ("data", "fsdp")
             return jax.device_put(leaf, NamedSharding(self.mesh, PartitionSpec(*axes)))
@@ -78,7 +84,8 @@ def build(config: RunConfig) -> Engines:
     if max(config.evaluation.prompts, config.cold_start.check_prompts) > heldout:
         raise UserError(
             f"evaluation.prompts = {config.evaluation.prompts} and cold_start.check_prompts = "
-            f"{config.cold_start.check_prompts}, but the task holds out {heldout} prompts: ask for fewer, or hold out more"
+            f"{config.cold_start.check_prompts}, but the task holds out {heldout} prompts: "
+            "ask for fewer, or hold out more"
         )
     mesh = make_mesh(config.mesh)
     rows = mesh.shape["data"] * mesh.shape["fsdp"]

@@ -1,12 +1,13 @@
 """The global step, and the loop around it. Read `global_step` first: it is the method.
 
-prompts -> inference engine (mu_old) -> rollout with log-probs and routes -> rewards -> training engine scores it (pi_old)
+prompts -> inference engine (mu_old) -> rollout with log-probs and routes -> rewards -> training engine (pi_old)
 -> advantages -> N updates (pi_theta).
 """
 
 import contextlib
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -56,7 +57,7 @@ def global_step(
 
     # y ~ mu_old, with the log-probs and routes of the inference engine.
     with timed("sample") as sampling_time:
-        rollout = sample_responses(engines, params, prompts, step)
+        rollout = jax.block_until_ready(sample_responses(engines, params, prompts, step))
     texts, rewards = judge(engines.task, prompts, rollout)
     check_rewards(rewards)
 
@@ -105,7 +106,7 @@ def global_step(
         {"prompt": prompts[groups[i]].text, "answer": prompts[groups[i]].answer, "response": texts[i],
          "reward": float(rewards[i])} for i in shown
     ]  # fmt: skip
-    return state.replace(train=train), metrics, samples
+    return replace(state, train=train), metrics, samples
 
 
 def sample_responses(engines: Engines, params: dict, prompts: list[Prompt], step: int) -> Rollout:
@@ -168,5 +169,3 @@ def timed(name: str) -> Iterator[Metrics]:
         start = time.perf_counter()
         yield times
         times[f"time/{name}"] = time.perf_counter() - start
-
-

@@ -45,7 +45,7 @@ def rollout_metrics(statistics: Statistics) -> dict[str, float]:
 
 
 def update_metrics(updates: list[tuple[Statistics, dict[str, Float[Array, ""]]]]) -> dict[str, float]:
-    """Metrics of a step's updates, from what each `update` returned: merged over all, and staleness and routing of each."""
+    """Metrics of a step's updates, from what each `update` returned: merged over all, and some of each."""
     updates = jax.device_get(updates)
     merged = updates[0][0]
     for statistics, _ in updates[1:]:
@@ -63,7 +63,9 @@ def update_metrics(updates: list[tuple[Statistics, dict[str, Float[Array, ""]]]]
     return metrics
 
 
-def response_metrics(rewards: Float[np.ndarray, "batch"], mask: Bool[np.ndarray, "batch R"], truncated: np.ndarray) -> dict:
+def response_metrics(
+    rewards: Float[np.ndarray, "batch"], mask: Bool[np.ndarray, "batch R"], truncated: np.ndarray
+) -> dict:
     """Reward and length of the responses sampled in a step."""
     return {
         "reward/mean": float(rewards.mean()),
@@ -73,7 +75,7 @@ def response_metrics(rewards: Float[np.ndarray, "batch"], mask: Bool[np.ndarray,
 
 
 def _with_layers(statistics: Statistics) -> dict[str, float]:
-    """Scalars as they are; statistics per layer under ``routing/layer_NN/*``, and over all layers under their own name."""
+    """Scalars as they are; statistics per layer under ``routing/layer_NN/*``, and over all layers by their name."""
     metrics = {}
     for name, statistic in statistics.items():
         value = np.asarray(statistic.value())
@@ -95,5 +97,3 @@ def _layer(number: int, name: str) -> str:
 
 def _prefixed(prefix: str, statistics: Statistics) -> Statistics:
     return {f"{prefix}/{name}": statistic for name, statistic in statistics.items()}
-
-

@@ -51,6 +51,7 @@ def train(
     profile: int | None = None,
     say: Callable[[str], None] = print,
     watch: Callable[[Metrics], None] = lambda metrics: None,
+    begin: Callable[[], None] = lambda: None,
 ) -> str | None:
     """Runs ``config`` in the directory ``out``, or goes on with the run that is there.
 
@@ -59,6 +60,7 @@ def train(
       profile: the global step of which to leave a profiler trace in ``out/profile``.
       say: where one-line messages go.
       watch: is given the metrics of each global step, e.g. for a progress bar.
+      begin: is called when all that can be checked beforehand has been, and the work begins.
 
     Returns:
       None when the run is complete, or the name of the signal that stopped it; a checkpoint was saved in either case.
@@ -68,6 +70,7 @@ def train(
     """
     engines = build(config)
     run = open_run(out, manifest(engines, config), fresh=fresh, may_change=MAY_CHANGE, say=say)
+    begin()
     kernels = engines.config.kernels
     say(f"kernels: attention {kernels.attention}, experts {kernels.experts}; mesh {dict(engines.mesh.shape)}")
     with (
@@ -191,5 +194,3 @@ def manifest(engines: Engines, config: RunConfig) -> dict[str, Any]:
         "mesh": dict(engines.mesh.shape),
         "command": sys.argv,
     }
-
-

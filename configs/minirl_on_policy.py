@@ -1,0 +1,17 @@
+"""MiniRL on-policy (the paper's main run, its Fig. 1): one update per rollout batch, no replay, fp8 rollouts."""
+
+from rlstab_jax.learner import LearnerConfig
+from rlstab_jax.models import ModelConfig, fp8
+from rlstab_jax.objectives import ObjectiveConfig
+from rlstab_jax.training.config import RolloutConfig, RunConfig
+
+
+def config() -> RunConfig:
+    return RunConfig(
+        gradient_steps=320,
+        minibatches=1,
+        model=ModelConfig(rope_theta=100.0),
+        rollout=RolloutConfig(precision=fp8("float8_e4m3fn")),
+        learner=LearnerConfig(learning_rate=1.5e-3, replay="live"),
+        objective=ObjectiveConfig("minirl"),
+    )

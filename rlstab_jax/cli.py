@@ -1,0 +1,208 @@
+"""The command line: ``rlstab train CONFIG``. A config is a Python file whose ``config()`` returns a `RunConfig`."""
+
+import contextlib
+import dataclasses
+import runpy
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from rlstab_jax.types import UserError
+
+USAGE = """usage: rlstab COMMAND CONFIG [options]
+
+commands:
+  train CONFIG   cold start (or resume), then reinforcement learning
+  sft CONFIG     the cold start alone
+
+CONFIG is a Python file whose `config()` returns a RunConfig, such as configs/quickstart.py.
+`rlstab train CONFIG --help` explains every option and field."""
+
+# Exit codes: 2 a mistake in the input, 1 a failure while running, 128 + number a signal.
+SIGNALS = {"SIGINT": 130, "SIGTERM": 143}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """Options of a run that do not change what it computes."""
+
+    out: Path | None = None
+    """Directory of the run; runs/<config>-seed<seed> by default. The same command again resumes it."""
+    steps: int | None = None
+    """Gradient steps of the whole run; short for --gradient-steps."""
+    resume: bool = True
+    """--no-resume refuses a directory that holds a run already."""
+    fresh: bool = False
+    """Begin anew; a run that is there is kept under another name."""
+    profile: int | None = None
+    """Global step of which to leave a profiler trace in OUT/profile."""
+    compilation_cache: Path | None = Path.home() / ".cache" / "rlstab_jax" / "xla"
+    """Where compiled programs are kept between runs; None for nowhere."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code. A user's mistake is one line on standard error, never a traceback."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = arguments[0] if arguments else ""
+    if command not in COMMANDS:
+        asked = command in ("-h", "--help")
+        print(
+            USAGE if asked else f"rlstab: unknown command {command!r}\n\n{USAGE}",
+            file=sys.stdout if asked else sys.stderr,
+        )
+        return 0 if asked else 2
+    began = False
+
+    def begin() -> None:
+        nonlocal began
+        began = True
+
+    try:
+        return COMMANDS[command](arguments[1:], begin)
+    except UserError as error:
+        print(f"rlstab {command}: {error}", file=sys.stderr)
+        return 1 if began else 2
+    except KeyboardInterrupt:
+        return SIGNALS["SIGINT"]
+
+
+def load_config(path: Path) -> Any:
+    """The `RunConfig` that a config file's ``config()`` returns. Raises UserError that names the file."""
+    from rlstab_jax.training.config import RunConfig
+
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file; give a config such as configs/quickstart.py")
+    try:
+        names = runpy.run_path(str(path))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path}: the config does not run: {type(error).__name__}: {error}") from error
+    if not callable(names.get("config")):
+        raise UserError(f"{path}: expected a function config() that returns a RunConfig")
+    try:
+        config = names["config"]()
+    except Exception as error:
+        raise UserError(f"{path}: config() failed: {type(error).__name__}: {error}") from error
+    if not isinstance(config, RunConfig):
+        raise UserError(f"{path}: config() returned {type(config).__name__}, expected a RunConfig")
+    return config
+
+
+def parse(command: str, arguments: Sequence[str]) -> tuple[Path, TrainOptions, Any]:
+    """The config file, the options, and the config with the command line's overrides."""
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError(f"expected the path of a config file first: rlstab {command} configs/quickstart.py")
+    path = Path(arguments[0])
+    default = load_config(path)
+    config_type = type(default)
+
+    @dataclasses.dataclass(frozen=True)
+    class Arguments:
+        options: Annotated[TrainOptions, tyro.conf.arg(name="")] = TrainOptions()
+        config: Annotated[config_type, tyro.conf.arg(name="")] = default
+
+    parsed = tyro.cli(
+        Arguments,
+        args=list(arguments[1:]),
+        prog=f"rlstab {command} {path}",
+        description=f"Fields and defaults are those of {path}.",
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    config = parsed.config
+    if parsed.options.steps is not None:
+        config = dataclasses.replace(config, gradient_steps=parsed.options.steps)
+    return path, parsed.options, config
+
+
+def use_compilation_cache(path: Path | None) -> None:
+    """Keeps compiled programs in ``path``, so that the next run starts at once."""
+    import jax
+
+    if path is None:
+        return
+    with contextlib.suppress(OSError):
+        path.mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(path))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def train_command(arguments: Sequence[str], begin: Any) -> int:
+    from rlstab_jax.training.run import train
+
+    path, options, config = parse("train", arguments)
+    out = options.out or Path("runs") / f"{path.stem}-seed{config.seed}"
+    if not options.resume and not options.fresh and (out / "manifest.json").exists():
+        raise UserError(f"{out} holds a run already: give another --out, --fresh to begin anew, or --resume to go on")
+    use_compilation_cache(options.compilation_cache)
+    print(f"run: {out}")
+    with progress(config.gradient_steps) as (say, watch):
+        stopped = train(config, out, fresh=options.fresh, profile=options.profile, say=say, watch=watch, begin=begin)
+    if stopped:
+        return SIGNALS[stopped]
+    print(f"done: {out}/report.png, metrics.jsonl, samples.jsonl, checkpoints/")
+    return 0
+
+
+def sft_command(arguments: Sequence[str], begin: Any) -> int:
+    from rlstab_jax.training.cold_start import cold_start
+    from rlstab_jax.training.engines import build
+
+    _, options, config = parse("sft", arguments)
+    use_compilation_cache(options.compilation_cache)
+    engines = build(config)
+    begin()
+    started = time.perf_counter()
+    cold_start(engines, (options.out or Path("runs")) / "cold_start")
+    print(f"{time.perf_counter() - started:.1f} s")
+    return 0
+
+
+@contextlib.contextmanager
+def progress(total: int) -> Iterator[tuple[Any, Any]]:
+    """A progress bar on a terminal, else a plain line a step: functions ``say(line)`` and ``watch(metrics)``."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console()
+    if not console.is_terminal:
+        yield lambda line: print(line, flush=True), lambda metrics: print(line_of(metrics), flush=True)
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("cold start", total=total)
+
+        def watch(metrics: dict[str, float]) -> None:
+            bar.update(task, completed=metrics["progress/gradient_steps"], description=line_of(metrics, short=True))
+            if "eval/accuracy_training" in metrics:
+                bar.console.print(line_of(metrics))
+
+        yield bar.console.print, watch
+
+
+LINE = (
+    ("reward", "reward/mean", ".3f"),
+    ("held-out", "eval/accuracy_training", ".3f"),
+    ("KL mu|old", "discrepancy/k3", ".1e"),
+    ("KL old|pi", "staleness/k3", ".1e"),
+    ("routes differ", "routing/rollout_vs_old", ".1%"),
+    ("entropy", "policy/entropy", ".3f"),
+    ("length", "response/length", ".1f"),
+)
+
+
+def line_of(metrics: dict[str, float], short: bool = False) -> str:
+    """One step in one line."""
+    shown = [(label, metrics[name], form) for label, name, form in LINE[: 3 if short else None] if name in metrics]
+    text = "  ".join(f"{label} {value:{form}}" for label, value, form in shown)
+    return text if short else f"step {int(metrics['progress/gradient_steps']):5d}  {text}"
+
+
+COMMANDS = {"train": train_command, "sft": sft_command}
+
+if __name__ == "__main__":
+    sys.exit(main())
