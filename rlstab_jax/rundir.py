@@ -19,6 +19,7 @@ import struct
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -119,7 +120,8 @@ def describe(name: str) -> Metric:
 
 
 def plain(value: Any, nonfinite: Callable[[float], Any] = str) -> Any:
-    """``value`` as JSON knows it: dataclasses become dicts, enums their values, tuples lists, arrays numbers or lists.
+    """``value`` as JSON knows it: dataclasses become dicts, enums their values, tuples lists, arrays numbers or lists,
+    functions their names.
 
     Args:
       nonfinite: what becomes of NaN and infinities, which strict JSON does not have; by default "nan", "inf", "-inf".
@@ -143,6 +145,8 @@ def plain(value: Any, nonfinite: Callable[[float], Any] = str) -> Any:
         return os.fspath(value)
     if isinstance(value, np.ndarray | np.generic):
         return plain(value.tolist(), nonfinite)
+    if isinstance(value, FunctionType):  # a recipe of one's own in a config
+        return f"{value.__module__}.{value.__qualname__}"
     raise TypeError(f"{value!r} of type {type(value).__name__} has no plain form for JSON")
 
 
