@@ -24,7 +24,8 @@ configs = st.builds(
     modulus=st.integers(7, 16),
     base=st.sampled_from([10, 16, 36]),
     digits=st.sampled_from([2, 3]),
-    scratchpad=st.sampled_from([0, 1, 2]),
+    scratchpad=st.sampled_from([0, 1, 2, 3]),
+    aligned=st.booleans(),
     demonstration_noise=st.just(0.0),
     seed=st.integers(0, 3),
 )
@@ -35,8 +36,9 @@ configs = st.builds(
     [
         (0, ["0"], ["", "1", "00", "10", "0=", "0<stop>", "0<pad>"]),
         (1, ["810", "0", "99990"], ["", "811", "8 1 0", "81+0", "810=", "<pad>0", "81<stop>0", "0\n"]),
+        (2, ["+8*1+0", "+0", "*9+9+0"], ["", "0", "80", "+8*1+1", "+8*1+0 ", "8*1+0", "+8*1+", "+8=0", "-0", "+8**0"]),
         (
-            2,
+            3,
             ["3+5=8;8*7=1;1+a=0;", "9*9=0;"],
             ["", "0", "3+5=8;8*7=1;1+a=1;", "1+a=0", "3+5=8;1+a=0;;", "1+a=00;", "1-1=0;"],
         ),
@@ -49,14 +51,14 @@ def test_reward_takes_the_last_result_exactly(scratchpad, right, wrong):
     assert arithmetic.reward(PROMPT, right[0], stopped=False) == 0.0
 
 
-@pytest.mark.parametrize(("scratchpad", "expected"), [(0, "0"), (1, "810"), (2, "3+5=8;8*7=1;1+a=0;")])
+@pytest.mark.parametrize(("scratchpad", "expected"), [(0, "0"), (1, "810"), (2, "+8*1+0"), (3, "3+5=8;8*7=1;1+a=0;")])
 def test_demonstration_without_noise(scratchpad, expected):
     assert task(scratchpad=scratchpad, demonstration_noise=0.0).demonstration(PROMPT, 0) == expected
 
 
 def test_numbers_of_several_digits_and_subtraction():
     arithmetic = task(modulus=100, base=10, digits=3, operators="-*", demonstration_noise=0.0)
-    assert arithmetic.demonstration(Prompt(0, "007-012*002=", "090"), 0) == "095090"  # 7 - 12 = -5 = 95; 190 = 90
+    assert arithmetic.demonstration(Prompt(0, "007-012*002=", "090"), 0) == "-095*090"  # 7 - 12 = -5 = 95; 190 = 90
 
 
 @given(configs, st.integers(0, 2**30 - 1))
@@ -71,18 +73,34 @@ def test_demonstrations_earn_the_reward_and_fit(arithmetic, index):
 
 
 def test_default_lengths():
-    """The setting in which the phenomenon shows: responses of 5 to 13 tokens with the stop, both ends met."""
+    """The setting in which the phenomenon shows: responses of 7 to 17 tokens with the stop, both ends met."""
     arithmetic = Arithmetic()
     prompts = [arithmetic.split("train")[i] for i in range(400)]
     lengths = {len(arithmetic.demonstration(prompt, 0)) + 1 for prompt in prompts}
-    assert (min(lengths), max(lengths)) == (5, 13)
-    assert arithmetic.max_response_tokens == 13
-    assert max(len(prompt.text) for prompt in prompts) == arithmetic.max_prompt_tokens == 26
+    assert (min(lengths), max(lengths)) == (7, 17)
+    assert arithmetic.max_response_tokens == 17
+    assert arithmetic.max_prompt_tokens == 18
     assert isinstance(arithmetic, DemonstratedTask)
+    assert ArithmeticConfig().build().split("train")[7] == prompts[7]
+
+
+@given(configs, st.integers(0, 2**30 - 1))
+@settings(max_examples=40, deadline=None)
+def test_aligned_prompts_are_equally_long(arithmetic, index):
+    """Spaces stand before the "=" alone, and change nothing else; prompts that are not aligned have none."""
+    text = arithmetic.split("train")[index].text
+    chain, spaces = text.removesuffix("=").rstrip(" "), text.count(" ")
+    assert text == chain + " " * spaces + "="
+    if arithmetic.config.aligned:
+        assert len(arithmetic.tokenizer.encode(text)) == arithmetic.max_prompt_tokens
+    else:
+        assert not spaces
+        with pytest.raises(UserError, match="no token for ' '"):
+            arithmetic.tokenizer.encode(" ")
 
 
 def test_long_responses_can_be_had():
-    assert Arithmetic(ArithmeticConfig(operands=(16, 22), digits=2, scratchpad=2)).max_response_tokens == 199
+    assert Arithmetic(ArithmeticConfig(operands=(16, 22), digits=2, scratchpad=3)).max_response_tokens == 199
 
 
 def test_splits_are_deterministic_and_disjoint():
@@ -110,7 +128,7 @@ def test_train_source_ends():
 @pytest.mark.parametrize("propagates", [True, False])
 def test_noise_replaces_its_share_of_intermediate_results(propagates):
     arithmetic = task(
-        operands=(9, 9), operators="+", demonstration_noise=0.3, noise_propagates=propagates, scratchpad=2
+        operands=(9, 9), operators="+", demonstration_noise=0.3, noise_propagates=propagates, scratchpad=3
     )
     wrong, right_steps, answers = 0, 0, 0
     for i in range(300):
@@ -141,7 +159,7 @@ def test_noise_replaces_its_share_of_intermediate_results(propagates):
         ({"digits": 0}, "digits"),
         ({"modulus": 1}, "modulus"),
         ({"modulus": 17}, "modulus"),
-        ({"scratchpad": 3}, "scratchpad"),
+        ({"scratchpad": 4}, "scratchpad"),
         ({"demonstration_noise": 1.5}, "demonstration_noise"),
         ({"heldout_prompts": 0}, "heldout_prompts"),
         ({"operands": (1, 1), "heldout_prompts": 256}, "heldout_prompts"),
