@@ -11,12 +11,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rlstab_jax.inference import Sampling
 from rlstab_jax.learner.update import LearnerNumbers
 from rlstab_jax.models import Transformer, resolve_kernels
-from rlstab_jax.objectives import Objective, advantages
+from rlstab_jax.objectives import Objective, advantages, advantages_of, coefficients, surrogate
 from rlstab_jax.objectives import build as build_objective
 from rlstab_jax.parallel.mesh import make_mesh
 from rlstab_jax.tasks import Prompt, Task, decode_responses
 from rlstab_jax.training.config import RunConfig, validate
-from rlstab_jax.types import Rollout, RoutingReplay, UserError, row_axis
+from rlstab_jax.types import Rollout, RoutingReplay, Scores, UserError, row_axis
 
 GROUP_RELATIVE = (
     advantages.group_mean,
@@ -95,6 +95,7 @@ def build(config: RunConfig) -> Engines:
             f"(mesh.data x mesh.fsdp): choose a multiple of {rows}"
         )
     objective = build_objective(config.objective)
+    _check_objective(objective)
     if config.samples_per_prompt == 1 and objective.advantage.func in GROUP_RELATIVE:
         raise UserError(
             f"samples_per_prompt = 1, but objective {config.objective.name!r} compares the responses of one prompt: "
@@ -116,6 +117,25 @@ def build(config: RunConfig) -> Engines:
             pad_id=np.int32(tokenizer.pad_id),
         ),
     )
+
+
+def _check_objective(objective: Objective) -> None:
+    """Traces the objective on a small batch, so that a piece that does not fit is one clear line before any work."""
+    array, rows = jax.ShapeDtypeStruct((2, 3), np.float32), jax.ShapeDtypeStruct((2,), np.float32)
+    router = jax.ShapeDtypeStruct((2, 3, 4), np.float32)
+    groups, mask = jax.ShapeDtypeStruct((2,), np.int32), jax.ShapeDtypeStruct((2, 3), bool)
+    scores = Scores(array, array, array, mask, groups, array, array, router, router)
+
+    def loss(scores: Scores, rewards: Any) -> Any:
+        advantage = advantages_of(objective, scores, rewards)
+        return surrogate(objective, scores, advantage, coefficients(objective, scores))[0]
+
+    try:
+        jax.eval_shape(loss, scores, rows)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"objective: it does not run on a batch: {type(error).__name__}: {error}") from error
 
 
 def judge(task: Task, prompts: Sequence[Prompt], rollout: Rollout) -> tuple[list[str], np.ndarray]:
