@@ -1,6 +1,15 @@
 """The training engine pi: score log-probs, update."""
 
 from rlstab_jax.learner.score import PolicyScores, score
-from rlstab_jax.learner.update import LearnerConfig, Minibatch, TrainState, init_state, update
+from rlstab_jax.learner.update import LearnerConfig, Minibatch, TrainState, init_state, state_shardings, update
 
-__all__ = ["LearnerConfig", "Minibatch", "PolicyScores", "TrainState", "init_state", "score", "update"]
+__all__ = [
+    "LearnerConfig",
+    "Minibatch",
+    "PolicyScores",
+    "TrainState",
+    "init_state",
+    "score",
+    "state_shardings",
+    "update",
+]

@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from rlstab_jax.learner.score import PolicyScores, policy_scores, replayed_routes
 from rlstab_jax.models.precision import Precision
+from rlstab_jax.models.sharding import logical_axes
 from rlstab_jax.models.transformer import RouterSums, Routing, Transformer
 from rlstab_jax.objectives import Objective, coefficients, surrogate
+from rlstab_jax.parallel.sharding import Rules, shardings
 from rlstab_jax.stability.gaps import first_order, staleness, trust_statistics, weight_statistics
 from rlstab_jax.stability.reduce import Statistics, merge
 from rlstab_jax.stability.routing import disagreement
@@ -126,6 +129,26 @@ def learning_rate(numbers: LearnerNumbers, step: Int[Array, ""] | int) -> Float[
 def init_state(params: dict, numbers: LearnerNumbers) -> TrainState:
     """A state at gradient step 0."""
     return TrainState(params, optimizer(numbers, 0).init(params), jnp.int32(0))
+
+
+def state_shardings(mesh: Mesh, state: TrainState, rules: Rules) -> TrainState:
+    """A sharding for each leaf of a state. What the optimiser keeps of a parameter is split as the parameter is.
+
+    Args:
+      state: arrays or ``ShapeDtypeStruct``.
+    """
+    axes = logical_axes(state.params)
+    like_params: Any = jax.tree.structure(state.params)
+
+    def is_params(node: Any) -> bool:
+        return isinstance(node, dict) and jax.tree.structure(node) == like_params
+
+    def of(node: Any) -> Any:
+        return axes if is_params(node) else (None,) * node.ndim
+
+    opt_state = jax.tree.map(of, state.opt_state, is_leaf=is_params)
+    scalar: Any = ()
+    return shardings(mesh, TrainState(axes, opt_state, scalar), rules)
 
 
 def router_losses(sums: RouterSums, load: Array, tokens: Array, numbers: LearnerNumbers, k: int) -> Array:

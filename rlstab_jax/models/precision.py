@@ -1,9 +1,9 @@
 """Number formats of an engine, and the one matrix product that honours them.
 
-Quantised tensors are *stored*: values in a narrow format and float32 scales, `amax * (1 / largest finite value)` over the
-contracted axis (weights: one scale per output channel; activations: one per token). A product multiplies stored values
-in float32, which is exact, accumulates in float32 and applies both scales, so that hardware without the type computes
-what hardware with it would, up to the order of the sum.
+Quantised tensors are *stored*: values in a narrow format and float32 scales, `amax * (1 / largest finite value)` over
+the contracted axis (weights: one scale per output channel; activations: one per token). A product multiplies stored
+values in float32, which is exact, accumulates in float32 and applies both scales, so that hardware without the type
+computes what hardware with it would, up to the order of the sum.
 """
 
 import dataclasses

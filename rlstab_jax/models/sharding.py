@@ -1,0 +1,47 @@
+"""Logical names of the model's parameters, which the tables of `parallel.sharding` map to mesh axes."""
+
+import jax
+
+# By the last two names of a parameter's path; what repeats (layers) has one more dimension in front.
+_NAMES: dict[tuple[str, str], tuple[str, ...]] = {
+    ("q", "kernel"): ("embed", "heads"),
+    ("k", "kernel"): ("embed", "kv_heads"),
+    ("v", "kernel"): ("embed", "kv_heads"),
+    ("o", "kernel"): ("heads", "embed"),
+    ("q_norm", "gain"): ("head_dim",),
+    ("k_norm", "gain"): ("head_dim",),
+    ("attention_norm", "gain"): ("embed",),
+    ("mlp_norm", "gain"): ("embed",),
+    ("final_norm", "gain"): ("embed",),
+    ("router", "kernel"): ("embed", "experts"),
+    ("moe", "gate"): ("experts", "embed", "expert_mlp"),
+    ("moe", "up"): ("experts", "embed", "expert_mlp"),
+    ("moe", "down"): ("experts", "expert_mlp", "embed"),
+    ("gate", "kernel"): ("embed", "mlp"),
+    ("up", "kernel"): ("embed", "mlp"),
+    ("down", "kernel"): ("mlp", "embed"),
+    ("lm_head", "kernel"): ("embed", "vocab"),
+}
+
+
+def logical_axes(params: dict) -> dict:
+    """The logical name of each dimension of each parameter of `Transformer`, as a tree of tuples like ``params``.
+
+    Args:
+      params: arrays or ``ShapeDtypeStruct``, as in the collection "params".
+
+    Raises:
+      ValueError: a parameter has no names, or another rank.
+    """
+
+    def name(path: jax.tree_util.KeyPath, leaf: jax.Array | jax.ShapeDtypeStruct) -> tuple[str, ...]:
+        keys = [str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        names = ("vocab", "embed") if keys == ["embedding"] else _NAMES.get((keys[-2], keys[-1]))
+        if names is None:
+            raise ValueError(f"no logical axes for the parameter {'/'.join(keys)}")
+        names = ("layers", *names) if keys[0].startswith("segment_") else names
+        if len(names) != len(leaf.shape):
+            raise ValueError(f"{'/'.join(keys)} has shape {leaf.shape}, but the logical axes {names}")
+        return names
+
+    return jax.tree_util.tree_map_with_path(name, params)
