@@ -1,5 +1,7 @@
 """Run by test_sharding.py with 8 virtual devices: placement, constraints and equal results on several meshes."""
 
+from dataclasses import replace
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,9 +9,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from rlstab_jax.objectives import advantages_of, cispo, coefficients, dapo, gspo, minirl, surrogate
 from rlstab_jax.parallel.mesh import AXES, MeshConfig, make_mesh
 from rlstab_jax.parallel.sharding import INFERENCE, TRAINING, check_divides, constrain, shardings
-from rlstab_jax.types import UserError
+from rlstab_jax.types import Scores, UserError
 
 LOGICAL = {"up": ("embed", "mlp"), "down": ("mlp", "embed"), "scale": ("embed",), "step": ()}
 SHAPES = {"up": (8, 16), "down": (16, 8), "scale": (8,), "step": ()}
@@ -58,9 +61,36 @@ def check_refusals() -> None:
     assert [device.id for device in mesh.devices.flat] == [0, 1]
 
 
+def check_objectives() -> None:
+    """A loss and its gradient are those of one device when the rows lie on eight: sums, never means of means."""
+    random = np.random.default_rng(0)
+    rows, length = 16, 5
+    target, old, rollout = -random.uniform(0.1, 2.0, (3, rows, length)).astype(np.float32)
+    mask = np.arange(length) < random.integers(1, length + 1, rows)[:, None]
+    scores = Scores(target, old, rollout, mask, np.repeat(np.arange(0, rows, 2, dtype=np.int32), 2))
+    rewards = random.integers(0, 2, rows).astype(np.float32)
+
+    @jax.jit
+    def gradient(objective, scores, rewards):
+        advantage, c = advantages_of(objective, scores, rewards), coefficients(objective, scores)
+        return jax.value_and_grad(lambda t: surrogate(objective, replace(scores, target=t), advantage, c)[0])(
+            scores.target
+        )
+
+    by_row = jax.NamedSharding(make_mesh(MeshConfig(data=4, fsdp=2)), P(("data", "fsdp")))
+    for objective in (minirl(), gspo(), dapo(), cispo()):
+        loss, expected = gradient(objective, scores, rewards)
+        sharded_loss, sharded = gradient(objective, *jax.device_put((scores, rewards), by_row))
+        assert sharded.addressable_shards[0].data.shape == (2, length)
+        assert np.abs(expected).max() > 0
+        np.testing.assert_allclose(sharded_loss, loss, rtol=1e-5)
+        np.testing.assert_allclose(sharded, expected, rtol=1e-5, atol=1e-7)
+
+
 if __name__ == "__main__":
     assert jax.device_count() == 8
     for config in (MeshConfig(), MeshConfig(fsdp=8), MeshConfig(fsdp=2, tensor=2), MeshConfig(expert=2, tensor=4)):
         check_mesh(config)
     check_flax_names()
     check_refusals()
+    check_objectives()
