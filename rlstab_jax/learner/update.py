@@ -184,7 +184,7 @@ def apply_gradient(
     state: TrainState, gradient: dict, numbers: LearnerNumbers
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One optimiser step. A gradient that is not finite changes the step count alone, and is reported as it is."""
-    norm = optax.global_norm(gradient)
+    norm = optax.tree.norm(gradient)
     updates, opt_state = optimizer(numbers, state.step).update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     finite = jnp.isfinite(norm)

@@ -1,4 +1,4 @@
-"""One update: accumulation is exact, router losses by hand, what is not finite changes nothing (identities 6 and 11)."""
+"""One update: exact accumulation, router losses by hand, what is not finite changes nothing (identities 6 and 11)."""
 
 import dataclasses
 from functools import partial
@@ -17,13 +17,17 @@ from rlstab_jax.objectives import minirl
 from rlstab_jax.stability.reduce import LogRatioHistogram
 from rlstab_jax.types import RoutingReplay, UserError
 
-MODEL = tiny.model(remat=True)
+# Two MoE layers, as many as the rollout's routes have, and no dense ones: half the time to compile.
+CONFIG = dataclasses.replace(tiny.MIXED, num_layers=2, dense_layers=())
+MODEL = tiny.model(CONFIG, remat=True)
 R3 = RoutingReplay.R3
 
 
 def minibatch() -> tiny.Minibatch:
     rollout = tiny.rollout()
-    return tiny.minibatch(rollout, score(MODEL, {"params": tiny.parameters()}, rollout, replay=R3)[0], tiny.MINIRL)
+    return tiny.minibatch(
+        rollout, score(MODEL, {"params": tiny.parameters(CONFIG)}, rollout, replay=R3)[0], tiny.MINIRL
+    )
 
 
 def test_micro_batches_give_the_same_update_and_statistics() -> None:
@@ -31,7 +35,7 @@ def test_micro_batches_give_the_same_update_and_statistics() -> None:
     numbers = tiny.numbers(load_balance=0.3, router_z=0.2, max_grad_norm=1e9)
     results = [
         update(
-            MODEL, tiny.state(of=numbers), minibatch(), tiny.MINIRL, numbers,
+            MODEL, tiny.state(CONFIG, numbers), minibatch(), tiny.MINIRL, numbers,
             replay=R3, micro_batches=parts, use_router_losses=True,
         )
         for parts in (1, 4)
@@ -51,7 +55,7 @@ def test_gradient_of_the_policy_term_by_hand() -> None:
     """On its own rollout MiniRL's first gradient is that of -(1/n) sum_i A_i sum_t min(pi/mu, 5) log pi, with sg."""
     batch = minibatch()
     numbers = tiny.numbers(max_grad_norm=1e9)
-    state, _, measures = update(MODEL, tiny.state(of=numbers), batch, tiny.MINIRL, numbers, replay=R3)
+    state, _, measures = update(MODEL, tiny.state(CONFIG, numbers), batch, tiny.MINIRL, numbers, replay=R3)
     rollout = batch.rollout
     weight = np.exp(np.asarray(batch.old.log_probs) - np.asarray(rollout.log_probs)).clip(max=5.0)
     factor = np.where(rollout.response_mask, weight * np.asarray(batch.advantage)[:, None], 0) / len(weight)
@@ -64,7 +68,7 @@ def test_gradient_of_the_policy_term_by_hand() -> None:
 
         return jax.grad(loss)(params)
 
-    expected = gradient(tiny.parameters())
+    expected = gradient(tiny.parameters(CONFIG))
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), tiny.gradient_of_step(state), expected)
     norm = np.sqrt(sum((np.asarray(leaf, np.float64) ** 2).sum() for leaf in jax.tree.leaves(expected)))
     np.testing.assert_allclose(measures["learner/grad_norm"], norm, rtol=1e-4)
@@ -105,8 +109,8 @@ def test_uniform_routing_has_load_balance_one_per_layer() -> None:
 def test_a_gradient_that_is_not_finite_changes_the_step_count_alone() -> None:
     numbers = tiny.numbers()
     step = jax.jit(apply_gradient)
-    good = jax.tree.map(jnp.ones_like, tiny.parameters())
-    state, _ = step(tiny.state(), good, numbers)
+    good = jax.tree.map(jnp.ones_like, tiny.parameters(CONFIG))
+    state, _ = step(tiny.state(CONFIG), good, numbers)
     for poison in (np.nan, np.inf):
         bad = good | {"embedding": good["embedding"].at[0, 0].set(poison)}
         after, measures = step(state, bad, numbers)
@@ -118,16 +122,16 @@ def test_a_gradient_that_is_not_finite_changes_the_step_count_alone() -> None:
 
 
 def test_global_norm_clipping_warm_up_and_decay() -> None:
-    gradient = jax.tree.map(jnp.ones_like, tiny.parameters())
+    gradient = jax.tree.map(jnp.ones_like, tiny.parameters(CONFIG))
     count = sum(leaf.size for leaf in jax.tree.leaves(gradient))
-    state, measures = jax.jit(apply_gradient)(tiny.state(), gradient, tiny.numbers(max_grad_norm=0.5))
+    state, measures = jax.jit(apply_gradient)(tiny.state(CONFIG), gradient, tiny.numbers(max_grad_norm=0.5))
     np.testing.assert_allclose(measures["learner/grad_norm"], np.sqrt(count), rtol=1e-5)
     np.testing.assert_allclose(jax.tree.leaves(tiny.gradient_of_step(state))[0], 0.5 / np.sqrt(count), rtol=1e-4)
     rates = [float(learning_rate(tiny.numbers(learning_rate=1.0, warmup_steps=4), step)) for step in range(6)]
     np.testing.assert_allclose(rates, [0.25, 0.5, 0.75, 1, 1, 1])
     still = jax.tree.map(jnp.zeros_like, gradient)
-    state, _ = jax.jit(apply_gradient)(tiny.state(), still, tiny.numbers(weight_decay=0.1, learning_rate=0.01))
-    before = tiny.parameters()
+    state, _ = jax.jit(apply_gradient)(tiny.state(CONFIG), still, tiny.numbers(weight_decay=0.1, learning_rate=0.01))
+    before = tiny.parameters(CONFIG)
     np.testing.assert_allclose(state.params["embedding"], before["embedding"] * (1 - 0.001), rtol=1e-5)
     np.testing.assert_array_equal(state.params["final_norm"]["gain"], before["final_norm"]["gain"])
 
@@ -149,7 +153,7 @@ def test_one_trace_for_all_numbers() -> None:
     batch = minibatch()
     for rate, eps in ((1e-3, 0.2), (1e-2, 0.3)):
         numbers = LearnerConfig(learning_rate=rate, warmup_steps=3, max_grad_norm=rate).numbers()
-        state = tiny.state(of=numbers)
+        state = tiny.state(CONFIG, numbers)
         for _ in range(2):
             state, _, _ = update(MODEL, state, batch, minirl(eps_low=eps), numbers, replay=R3)
         assert state.step == 2
