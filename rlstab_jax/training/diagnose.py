@@ -1,0 +1,213 @@
+"""Phase 1, before any training: the gaps between the two engines at fixed weights, for a list of number formats.
+
+For each precision the inference engine samples responses to held-out prompts, and the training engine scores them, once
+with its own routes and once with the sampler's. The weights do not move, so that all of the gap is the engines' doing:
+what the loop calls the training-inference discrepancy, at its start.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlstab_jax.inference import prepare, sample, sample_keys
+from rlstab_jax.learner.score import policy_scores
+from rlstab_jax.models import Precision, Transformer, fp8
+from rlstab_jax.stability.gaps import discrepancy, routing_discrepancy
+from rlstab_jax.stability.reduce import Statistics, mean_of, merge
+from rlstab_jax.stability.routing import disagreement, flips, margin_statistics
+from rlstab_jax.tasks import Prompt, encode_prompts
+from rlstab_jax.training.checkpoint import parameters
+from rlstab_jax.training.config import RunConfig
+from rlstab_jax.training.engines import Engines, build, judge
+from rlstab_jax.types import Rollout, UserError, take_rows
+
+PRECISIONS = {
+    "float32": Precision(),
+    "bfloat16": Precision(dtype="bfloat16"),
+    "fp8_e4m3": fp8("float8_e4m3fn"),
+    "fp8_e4m3_router_exempt": fp8("float8_e4m3fn", quantise_router=False),
+    "fp8_e4m3_weights": Precision(weights="float8_e4m3fn"),
+    "fp8_e5m2": fp8("float8_e5m2"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerGaps:
+    """Routing of one MoE layer, over fed tokens, prompts included; the training engine routes live."""
+
+    disagreement: float
+    """Share of tokens whose top-k sets differ between the engines."""
+    first: float
+    """Share that differ with no difference before them in their row: the arithmetic of this layer's input alone."""
+    margin: float
+    """Mean of the k-th less the (k+1)-th router probability."""
+    first_margin: float
+    """The same mean over the tokens of ``first``; NaN without any."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaps:
+    """The gaps of one precision. KL is KL(mu_old || pi_old) by token, in nats, estimated on ``tokens`` samples."""
+
+    precision: str
+    k1: float
+    """KL, mean of -log(pi_old/mu_old); live routes, as are the next three."""
+    k3: float
+    """KL, mean of r - 1 - log r with r = pi_old/mu_old."""
+    max_ratio: float
+    """Largest max(r, 1/r)."""
+    f2: float
+    """Share of tokens with max(r, 1/r) > 2."""
+    k3_replayed: float
+    """KL (k3) with the sampler's routes replayed (R3); NaN for a dense model."""
+    routing_k3: float
+    """k3 - k3_replayed, what the routing adds; over k3, the routing's share of the discrepancy."""
+    routing_disagreement: float
+    """Share of token-layers whose top-k sets differ; NaN for a dense model."""
+    entropy: float
+    """Of pi_old over the full vocabulary on mu_old's prefixes, nats."""
+    accuracy: float
+    """Mean reward of the responses."""
+    length: float
+    """Mean length of the responses, tokens."""
+    responses: int
+    tokens: int
+    layers: tuple[LayerGaps, ...]
+
+
+def diagnose(
+    config: RunConfig,
+    checkpoint: Path,
+    precisions: Sequence[str],
+    prompts: int = 64,
+    begin: Callable[[], None] = lambda: None,
+    watch: Callable[[Gaps], None] = lambda gaps: None,
+) -> tuple[int, list[Gaps]]:
+    """The gaps of each precision at a checkpoint's parameters.
+
+    Args:
+      config: of the run; its training engine scores, its ``rollout.precision`` is not used.
+      checkpoint: a run's directory or its ``checkpoints``, or the directory of a cold start: the weights before RL.
+      precisions: names of `PRECISIONS`.
+      prompts: held-out prompts, ``config.samples_per_prompt`` responses each, of the same draws in each precision.
+      begin: is called when the input has been checked.
+      watch: is given the gaps of each precision as they come.
+
+    Returns:
+      The step of the checkpoint (a run's best one, its newest if it has never been evaluated), and the gaps.
+
+    Raises:
+      UserError: an unknown precision, no checkpoint there, one of another model, or more prompts than are held out.
+    """
+    for name in precisions:
+        if name not in PRECISIONS:
+            raise UserError(f"unknown precision {name!r}: choose among {', '.join(PRECISIONS)}")
+    if not precisions:
+        raise UserError("no precision given: name at least one")
+    engines = build(config)
+    heldout = engines.task.split("heldout")
+    rows = engines.mesh.shape["data"] * engines.mesh.shape["fsdp"]
+    if not (1 <= prompts <= len(heldout) and prompts % rows == 0):
+        raise UserError(f"{prompts} prompts: expected 1 to {len(heldout)} (held out by the task), a multiple of {rows}")
+    step, params = load_parameters(engines, checkpoint)
+    begin()
+    asked = [heldout[i] for i in range(prompts)]
+    gaps = []
+    for name in precisions:
+        gaps.append(_gaps_of(engines, params, asked, name))
+        watch(gaps[-1])
+    return step, gaps
+
+
+def load_parameters(engines: Engines, path: Path) -> tuple[int, dict]:
+    """Parameters of a run's best checkpoint, or of a cold start, with the checkpoint's step; nothing is changed there.
+
+    Raises UserError where there is none, or one of another model.
+    """
+    path = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    if not path.is_dir() or not any(child.name.isdecimal() for child in path.iterdir()):
+        raise UserError(
+            f"{path} holds no checkpoint: give the directory of a run, its checkpoints, or a cold start's directory "
+            "(runs/cold_start/...)"
+        )
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    template = jax.eval_shape(engines.training.init, jax.random.key(0), tokens, jnp.ones((1, 2), bool))["params"]
+    if (path.parent / "manifest.json").exists():
+        step, train = parameters(path, {"params": template}, field="train")
+        return step, engines.place(train["params"])
+    step, params = parameters(path, template)
+    return step, engines.place(params)
+
+
+def _gaps_of(engines: Engines, params: dict, asked: list[Prompt], name: str) -> Gaps:
+    config = engines.config
+    rollout = _responses(engines, params, asked, PRECISIONS[name])
+    _, rewards = judge(engines.task, asked, rollout)
+    rows = rollout.tokens.shape[0]
+    part = max(1, config.responses_per_step // config.learner.score_micro_batches)
+    statistics: Statistics = {}
+    for start in range(0, rows, part):
+        some = take_rows(rollout, jnp.arange(start, min(start + part, rows)))
+        measured = engine_gaps(
+            engines.training, params, some, config.model.num_experts, config.learner.logits_per_chunk
+        )
+        statistics = merge(statistics, measured) if statistics else measured
+    value = {key: np.asarray(statistic.value()) for key, statistic in jax.device_get(statistics).items()}
+    number = {key: float(x) for key, x in value.items() if x.ndim == 0}
+    layers = zip(*(value[f"layers/{key.name}"] for key in dataclasses.fields(LayerGaps)), strict=True)
+    mask = np.asarray(rollout.response_mask)
+    return Gaps(
+        precision=name,
+        **{key: number[key] for key in ("k1", "k3", "max_ratio", "f2", "entropy")},
+        **{key: number.get(key, np.nan) for key in ("k3_replayed", "routing_k3")},
+        routing_disagreement=float(np.mean(value["layers/disagreement"])) if "k3_replayed" in number else np.nan,
+        accuracy=float(rewards.mean()),
+        length=float(mask.sum(1).mean()),
+        responses=rows,
+        tokens=int(mask.sum()),
+        layers=tuple(LayerGaps(*map(float, layer)) for layer in layers),
+    )
+
+
+def _responses(engines: Engines, params: dict, asked: list[Prompt], precision: Precision) -> Rollout:
+    """What an inference engine of that precision answers, with log-probs and routes; draws depend on the seed alone."""
+    config = engines.config
+    tokens, mask = encode_prompts(asked, engines.task.tokenizer, config.rollout.prompt_length)
+    return sample(
+        Transformer(config.model, precision, config.kernels),
+        prepare(params, precision),
+        engines.place_rows(tokens),
+        engines.place_rows(mask),
+        sample_keys(jax.random.key(config.seed), 0, [prompt.id for prompt in asked], config.samples_per_prompt),
+        engines.sampling,
+        response_length=config.rollout.response_length,
+        samples_per_prompt=config.samples_per_prompt,
+    )
+
+
+@partial(jax.jit, static_argnames=("model", "num_experts", "logits_per_chunk"))
+def engine_gaps(
+    model: Transformer, params: dict, rollout: Rollout, num_experts: int, logits_per_chunk: int
+) -> Statistics:
+    """Unreduced statistics of `Gaps`, and of `LayerGaps` [layer] under ``layers/``; the latter are empty if dense."""
+    mask, variables = rollout.response_mask, {"params": params}
+    live, routing = policy_scores(model, variables, rollout, None, logits_per_chunk)
+    statistics = discrepancy(live.log_probs, rollout.log_probs, mask) | {"entropy": mean_of(live.entropy, mask)}
+    if routing is None or rollout.routes is None:
+        none = mean_of(jnp.zeros((0, 1)), jnp.zeros((0, 1), bool), axis=1)
+        return statistics | {f"layers/{field.name}": none for field in dataclasses.fields(LayerGaps)}
+    replayed, _ = policy_scores(model, variables, rollout, rollout.routes, logits_per_chunk)
+    flipped = flips(rollout.routes, routing.live, routing.margin, rollout.fed_mask, num_experts)
+    return statistics | {
+        "k3_replayed": discrepancy(replayed.log_probs, rollout.log_probs, mask)["k3"],
+        "routing_k3": routing_discrepancy(live.log_probs, replayed.log_probs, rollout.log_probs, mask)["k3"],
+        "layers/disagreement": disagreement(rollout.routes, routing.live, rollout.fed_mask, num_experts),
+        "layers/first": flipped["first"],
+        "layers/margin": margin_statistics(routing.margin, rollout.fed_mask),
+        "layers/first_margin": flipped["first_margin"],
+    }
