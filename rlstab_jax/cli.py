@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-import runpy
+import importlib.util
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -76,16 +76,21 @@ def load_config(path: Path) -> Any:
 
     if not path.is_file():
         raise UserError(f"{path}: there is no such file; give a config such as configs/quickstart.py")
+    spec = importlib.util.spec_from_file_location(f"rlstab_config.{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path}: a config is a Python file, such as configs/quickstart.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where --help looks up the docs of dataclasses that the file defines
     try:
-        names = runpy.run_path(str(path))
+        spec.loader.exec_module(module)
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"{path}: the config does not run: {type(error).__name__}: {error}") from error
-    if not callable(names.get("config")):
+    if not callable(getattr(module, "config", None)):
         raise UserError(f"{path}: expected a function config() that returns a RunConfig")
     try:
-        config = names["config"]()
+        config = module.config()
     except Exception as error:
         raise UserError(f"{path}: config() failed: {type(error).__name__}: {error}") from error
     if not isinstance(config, RunConfig):
@@ -128,7 +133,7 @@ def use_compilation_cache(path: Path | None) -> None:
     with contextlib.suppress(OSError):
         path.mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(path))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # the many small ones take seconds as well
 
 
 def train_command(arguments: Sequence[str], begin: Any) -> int:

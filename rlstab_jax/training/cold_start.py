@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from rlstab_jax.learner import TrainState, init_state
 from rlstab_jax.learner.score import policy_scores
@@ -37,12 +37,10 @@ class ColdStart:
     steps: int
 
 
-def initial_params(engines: Engines) -> dict:
+@partial(jax.jit, static_argnames="model")
+def initial_params(model: Transformer, seed: Int[Array, ""] | int) -> dict:
     """Random float32 parameters, from the cold start's seed."""
-    key = jax.random.key(engines.config.cold_start.seed)
-    tokens = jnp.zeros((1, 2), jnp.int32)
-    params = jax.jit(engines.training.init)(key, tokens, jnp.ones((1, 2), bool))["params"]
-    return engines.place(params)
+    return model.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))["params"]
 
 
 def cold_start(engines: Engines, cache: Path, say: Callable[[str], None] = print) -> ColdStart:
@@ -56,7 +54,7 @@ def cold_start(engines: Engines, cache: Path, say: Callable[[str], None] = print
       UserError: the task has no demonstrations, or the target was not reached within the given steps.
     """
     config = engines.config.cold_start
-    params = initial_params(engines)
+    params = engines.place(initial_params(engines.training, config.seed))
     if config.max_steps == 0:
         return ColdStart(params, float("nan"), 0)
     task = engines.task
@@ -66,10 +64,9 @@ def cold_start(engines: Engines, cache: Path, say: Callable[[str], None] = print
             "`demonstration` method"
         )
     entry = cache / _fingerprint(engines)
-    template = {"params": params}
     if entry.exists():
         with Checkpoints(entry, notify=say) as checkpoints:
-            restored = checkpoints.restore(template)
+            restored = checkpoints.restore({"params": params})
         if restored is not None:
             steps, state, progress = restored
             say(f"cold start: accuracy {progress['accuracy']:.3f} after {steps} updates, from {entry}")

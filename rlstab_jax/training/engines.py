@@ -1,7 +1,7 @@
 """Everything of a run that does not change while it runs: task, models, objective, devices. Built and checked once."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -43,6 +43,13 @@ class Engines:
     def place(self, tree: Any) -> Any:
         """Puts a state onto the mesh, a fresh one like a restored one, so that each function is compiled once."""
         return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+
+    def placed_like(self, make: Callable[[], Any]) -> Any:
+        """Shapes, dtypes and places of what ``place(make())`` would return, without computing it."""
+        sharding = NamedSharding(self.mesh, PartitionSpec())
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), jax.eval_shape(make)
+        )
 
     def place_rows(self, tree: Any) -> Any:
         """Puts arrays that travel onto the mesh, their rows over the data-parallel devices."""
@@ -121,9 +128,11 @@ def build(config: RunConfig) -> Engines:
 
 def _check_objective(objective: Objective) -> None:
     """Traces the objective on a small batch, so that a piece that does not fit is one clear line before any work."""
-    array, rows = jax.ShapeDtypeStruct((2, 3), np.float32), jax.ShapeDtypeStruct((2,), np.float32)
-    router = jax.ShapeDtypeStruct((2, 3, 4), np.float32)
-    groups, mask = jax.ShapeDtypeStruct((2,), np.int32), jax.ShapeDtypeStruct((2, 3), bool)
+    array: Any = jax.ShapeDtypeStruct((2, 3), np.float32)
+    rows: Any = jax.ShapeDtypeStruct((2,), np.float32)
+    router: Any = jax.ShapeDtypeStruct((2, 3, 4), np.float32)
+    groups: Any = jax.ShapeDtypeStruct((2,), np.int32)
+    mask: Any = jax.ShapeDtypeStruct((2, 3), bool)
     scores = Scores(array, array, array, mask, groups, array, array, router, router)
 
     def loss(scores: Scores, rewards: Any) -> Any:

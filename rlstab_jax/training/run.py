@@ -90,12 +90,13 @@ def resume_or_begin(
     engines: Engines, run: RunDir, checkpoints: Checkpoints, say: Callable[[str], None]
 ) -> tuple[RunState, Progress]:
     """The newest good checkpoint, or a cold start. Cuts metrics, samples and events after the restored step."""
-    params = initial_params(engines)
     needs_reference = engines.config.objective.needs_reference
-    template = engines.place(
-        RunState(train=init_state(params, engines.numbers), reference=params if needs_reference else None)
-    )
-    restored = checkpoints.restore(template)
+
+    def fresh() -> RunState:
+        params = initial_params(engines.training, 0)
+        return RunState(train=init_state(params, engines.numbers), reference=params if needs_reference else None)
+
+    restored = checkpoints.restore(engines.placed_like(fresh))
     if restored is not None:
         step, state, saved = restored
         run.truncate_after(step)
