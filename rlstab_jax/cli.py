@@ -18,12 +18,14 @@ USAGE = """usage: rlstab COMMAND CONFIG [options]
 commands:
   train CONFIG   cold start (or resume), then reinforcement learning
   sft CONFIG     the cold start alone
+  diagnose CHECKPOINT CONFIG
+                 the gaps between the engines before training, for a list of precisions
 
 CONFIG is a Python file whose `config()` returns a RunConfig, such as configs/quickstart.py.
 `rlstab train CONFIG --help` explains every option and field."""
 
-# Exit codes: 2 a mistake in the input, 1 a failure while running, 128 + number a signal.
-SIGNALS = {"SIGINT": 130, "SIGTERM": 143}
+# Exit codes: 2 a mistake in the input, 1 a failure while running, 128 + number a signal, 3 the monitor's policy `stop`.
+STOPPED = {"SIGINT": 130, "SIGTERM": 143, "monitor": 3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,20 @@ class TrainOptions:
     profile: int | None = None
     """Global step of which to leave a profiler trace in OUT/profile."""
     compilation_cache: Path | None = Path.home() / ".cache" / "rlstab_jax" / "xla"
+    """Where compiled programs are kept between runs; None for nowhere."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DiagnoseOptions:
+    """Options of a diagnosis."""
+
+    out: Path | None = None
+    """Directory for gaps.json and gaps.png; runs/diagnose-<config> by default."""
+    precisions: tuple[str, ...] = ("float32", "bfloat16", "fp8_e4m3", "fp8_e4m3_router_exempt", "fp8_e5m2")
+    """Number formats of the inference engine; fp8_e4m3_weights is another."""
+    prompts: int = 64
+    """Held-out prompts to answer, with --samples-per-prompt responses each."""
+    compilation_cache: Path | None = TrainOptions.compilation_cache
     """Where compiled programs are kept between runs; None for nowhere."""
 
 
@@ -67,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"rlstab {command}: {error}", file=sys.stderr)
         return 1 if began else 2
     except KeyboardInterrupt:
-        return SIGNALS["SIGINT"]
+        return STOPPED["SIGINT"]
 
 
 def load_config(path: Path) -> Any:
@@ -98,17 +114,17 @@ def load_config(path: Path) -> Any:
     return config
 
 
-def parse(command: str, arguments: Sequence[str]) -> tuple[Path, TrainOptions, Any]:
+def parse(command: str, arguments: Sequence[str], known: Any = TrainOptions()) -> tuple[Path, Any, Any]:
     """The config file, the options, and the config with the command line's overrides."""
     if not arguments or arguments[0].startswith("-"):
         raise UserError(f"expected the path of a config file first: rlstab {command} configs/quickstart.py")
     path = Path(arguments[0])
     default = load_config(path)
-    config_type = type(default)
+    config_type, options_type = type(default), type(known)
 
     @dataclasses.dataclass(frozen=True)
     class Arguments:
-        options: Annotated[TrainOptions, tyro.conf.arg(name="")] = TrainOptions()
+        options: Annotated[options_type, tyro.conf.arg(name="")] = known
         config: Annotated[config_type, tyro.conf.arg(name="")] = default
 
     parsed = tyro.cli(
@@ -118,10 +134,7 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[Path, TrainOptions, A
         description=f"Fields and defaults are those of {path}.",
         config=(tyro.conf.AvoidSubcommands,),
     )
-    config = parsed.config
-    if parsed.options.steps is not None:
-        config = dataclasses.replace(config, gradient_steps=parsed.options.steps)
-    return path, parsed.options, config
+    return path, parsed.options, parsed.config
 
 
 def use_compilation_cache(path: Path | None) -> None:
@@ -140,6 +153,8 @@ def train_command(arguments: Sequence[str], begin: Any) -> int:
     from rlstab_jax.training.run import train
 
     path, options, config = parse("train", arguments)
+    if options.steps is not None:
+        config = dataclasses.replace(config, gradient_steps=options.steps)
     out = options.out or Path("runs") / f"{path.stem}-seed{config.seed}"
     if not options.resume and not options.fresh and (out / "manifest.json").exists():
         raise UserError(f"{out} holds a run already: give another --out, --fresh to begin anew, or --resume to go on")
@@ -148,7 +163,7 @@ def train_command(arguments: Sequence[str], begin: Any) -> int:
     with progress(config.gradient_steps) as (say, watch):
         stopped = train(config, out, fresh=options.fresh, profile=options.profile, say=say, watch=watch, begin=begin)
     if stopped:
-        return SIGNALS[stopped]
+        return STOPPED[stopped]
     print(f"done: {out}/report.png, metrics.jsonl, samples.jsonl, checkpoints/")
     return 0
 
@@ -164,6 +179,24 @@ def sft_command(arguments: Sequence[str], begin: Any) -> int:
     started = time.perf_counter()
     cold_start(engines, (options.out or Path("runs")) / "cold_start")
     print(f"{time.perf_counter() - started:.1f} s")
+    return 0
+
+
+def diagnose_command(arguments: Sequence[str], begin: Any) -> int:
+    from rlstab_jax.report.diagnose import draw_diagnosis
+    from rlstab_jax.training.diagnose import diagnose, print_table, write_json
+
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError("expected a checkpoint first: rlstab diagnose runs/my-run configs/quickstart.py")
+    checkpoint = Path(arguments[0])
+    path, options, config = parse("diagnose", arguments[1:], DiagnoseOptions())
+    out = options.out or Path("runs") / f"diagnose-{path.stem}"
+    use_compilation_cache(options.compilation_cache)
+    step, gaps = diagnose(config, checkpoint, options.precisions, options.prompts, begin, lambda g: print(g.precision))
+    print_table(gaps)
+    write_json(out / "gaps.json", checkpoint, step, gaps)
+    draw_diagnosis([dataclasses.asdict(g) for g in gaps], out / "gaps.png", f"{checkpoint.name}, step {step}")
+    print(f"done: {out}/gaps.json, gaps.png")
     return 0
 
 
@@ -207,7 +240,7 @@ def line_of(metrics: dict[str, float], short: bool = False) -> str:
     return text if short else f"step {int(metrics['progress/gradient_steps']):5d}  {text}"
 
 
-COMMANDS = {"train": train_command, "sft": sft_command}
+COMMANDS = {"train": train_command, "sft": sft_command, "diagnose": diagnose_command}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -35,7 +35,7 @@ def draw_diagnosis(rows: Sequence[Row], path: str | os.PathLike, title: str) -> 
     _kl(kl, rows, names)
     _bars(ratio, [row["f2"] for row in rows], names)
     ratio.set_title("Extreme ratios, F(2)", fontsize=9, loc="left")
-    ratio.set_xlabel("share of tokens with max(r, 1/r) > 2 (largest ratio beside the bar)", fontsize=8)
+    ratio.set_xlabel("share of tokens with max(r, 1/r) > 2; in figures, its largest", fontsize=8)
     for i, row in enumerate(rows):
         ratio.annotate(f" {row['max_ratio']:.3g}", (row["f2"], i), va="center", fontsize=7.5)
     ratio.set_xlim(0, 1.25 * max([row["f2"] for row in rows], default=0) or 1.0)
@@ -48,9 +48,10 @@ def draw_diagnosis(rows: Sequence[Row], path: str | os.PathLike, title: str) -> 
     )
     margin.set_title("Margin of tokens that flip first, and of all", fontsize=9, loc="left")
     margin.set_ylim(bottom=0)
-    for ax in (disagreement, margin):
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(fontsize=7, framealpha=0.8, edgecolor="none")
+    handles, labels = disagreement.get_legend_handles_labels()
+    more, name = margin.get_legend_handles_labels()
+    if handles:
+        figure.legend([*handles, more[-1]], [*labels, name[-1]], loc="outside lower center", ncols=7, fontsize=8)
     path = Path(path)
     aside = path.with_name(path.name + ".tmp")
     canvas.print_png(aside)
@@ -97,7 +98,13 @@ def _layers(ax: "Axes", rows: Sequence[Row], field: str, unit: str, **style: Any
     for i, row in enumerate(rows):
         values = [layer[field] for layer in row["layers"]]
         if np.isfinite(values).any():
-            look = {"label": row["precision"], "color": COLOURS[i % 6], "marker": MARKERS[i % 6], "linestyle": "-"}
+            look = {
+                "label": row["precision"],
+                "color": COLOURS[i % 6],
+                "marker": MARKERS[i % 6],
+                "linestyle": "-",
+                "clip_on": False,
+            }
             ax.plot(np.arange(len(values)), values, linewidth=1.2, markersize=4, **(look | style))
     if not ax.lines:
         ax.text(0.5, 0.5, "nothing differs", transform=ax.transAxes, ha="center", va="center", fontsize=8, color="0.45")

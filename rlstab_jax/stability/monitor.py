@@ -198,8 +198,6 @@ class Monitor:
         validate(config)
         self.config = config
         self.state = MonitorState(**(saved or {}))
-        self.discard = False
-        """Whether the updates of the row last observed are to be discarded: an excess of a check that skips."""
 
     def saved(self) -> dict[str, Any]:
         """The state as JSON."""
@@ -210,9 +208,19 @@ class Monitor:
         """What to multiply the configured learning rate by from now on."""
         return self.state.learning_rate_scale
 
+    @property
+    def may_discard(self) -> bool:
+        """Whether a check has the policy skip, so that the state before a global step must be kept."""
+        return any(getattr(self.config, name).policy == "skip" for name in SKIPPABLE)
+
+    def discards(self, row: Row) -> bool:
+        """Whether this global step's updates are to be discarded; to be asked before `observe`, which comes anyway."""
+        skipping = [name for name in SKIPPABLE if getattr(self.config, name).policy == "skip"]
+        return self.state.ready and any(finding.score > 1 for name in skipping for finding in self._findings(name, row))
+
     def observe(self, row: Row) -> list[Remark]:
         """Judges the next global step; returns what has to be said now, which is mostly nothing."""
-        state, self.discard = self.state, False
+        state = self.state
         accuracy = row.get("eval/accuracy_training", math.nan)
         if state.first_accuracy is None and math.isfinite(accuracy):
             state.first_accuracy = accuracy
@@ -243,7 +251,6 @@ class Monitor:
             if finding is None:
                 continue
             excess = finding.score > 1
-            self.discard |= excess and check.policy == "skip"
             state.excesses[name] = state.excesses.get(name, 0) + 1 if excess else 0
             state.calm[name] = state.calm.get(name, 0) + 1 if finding.score < 0.5 else 0
             if name in state.speaking:
@@ -285,7 +292,7 @@ class Monitor:
         moved = (math.log(value + quantity.offset) if value + quantity.offset > 0 else -math.inf) - middle
         score = (-moved if quantity.falls else moved) / max(math.log(factor), self.config.spreads * spread)
         shown, before = quantity.form.format(value), quantity.form.format(usual)
-        times = f"{value / usual:.2g} times" if usual > 0 else "after"
+        times = f"{value / usual:.3g} times" if usual > quantity.offset / 10 else "after"
         yield Finding(score, f"{quantity.label} is {shown}, {times} the {before} of the first {len(logs)} global steps")
 
     def _healthy_kl(self, row: Row) -> Iterator["Finding"]:

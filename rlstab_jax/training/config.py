@@ -7,6 +7,8 @@ from rlstab_jax.learner import LearnerConfig
 from rlstab_jax.models import Kernels, ModelConfig, Precision, fp8
 from rlstab_jax.objectives import ObjectiveConfig
 from rlstab_jax.parallel.mesh import MeshConfig
+from rlstab_jax.stability.monitor import MonitorConfig
+from rlstab_jax.stability.monitor import validate as validate_monitor
 from rlstab_jax.tasks import ArithmeticConfig, TaskConfig
 from rlstab_jax.types import UserError
 
@@ -97,6 +99,8 @@ class RunConfig:
     """Supervised training before RL."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Held-out accuracy during the run."""
+    monitor: MonitorConfig = MonitorConfig()
+    """What the monitor says of the run while it goes on, and what it does."""
     kernels: Kernels = Kernels()
     """Implementations of attention and experts."""
     mesh: MeshConfig = MeshConfig()
@@ -147,6 +151,7 @@ def validate(config: RunConfig) -> None:
     require(cold_start.max_steps >= 0, "cold_start.max_steps", cold_start.max_steps, "0 or more")
     require(cold_start.check_every >= 1, "cold_start.check_every", cold_start.check_every, "at least 1")
     config.model.validate()
+    validate_monitor(config.monitor)
     minibatch = config.prompts_per_minibatch * config.samples_per_prompt
     require(
         learner.micro_batches >= 1 and minibatch % learner.micro_batches == 0,

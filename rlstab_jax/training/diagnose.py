@@ -6,6 +6,8 @@ what the loop calls the training-inference discrepancy, at its start.
 """
 
 import dataclasses
+import json
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,11 +19,13 @@ import numpy as np
 from rlstab_jax.inference import prepare, sample, sample_keys
 from rlstab_jax.learner.score import policy_scores
 from rlstab_jax.models import Precision, Transformer, fp8
+from rlstab_jax.rundir import plain
 from rlstab_jax.stability.gaps import discrepancy, routing_discrepancy
 from rlstab_jax.stability.reduce import Statistics, mean_of, merge
 from rlstab_jax.stability.routing import disagreement, flips, margin_statistics
 from rlstab_jax.tasks import Prompt, encode_prompts
 from rlstab_jax.training.checkpoint import parameters
+from rlstab_jax.training.cold_start import initial_params
 from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.engines import Engines, build, judge
 from rlstab_jax.types import Rollout, UserError, take_rows
@@ -124,6 +128,50 @@ def diagnose(
     return step, gaps
 
 
+def print_table(gaps: Sequence[Gaps]) -> None:
+    """Prints the baseline table, a row for each precision, and a second one, a row for each of its MoE layers."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=110)
+    table = Table(title="mu_old against pi_old at fixed weights; live routing unless said", box=box.SIMPLE)
+    table.add_column("precision", no_wrap=True)
+    for name in ("k1", "k3", "k3\nreplayed", "routing's\nshare", "max\nratio", "F(2)"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("sets\ndiffer", "entropy", "accuracy"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for g in gaps:
+        # Below 1e-9 nats a KL is rounding, and a share of it means nothing.
+        share = "-" if not g.routing_k3 or g.k3 < 1e-9 else f"{g.routing_k3 / g.k3:.0%}"
+        numbers = (f"{g.k1:.1e}", f"{g.k3:.1e}", f"{g.k3_replayed:.1e}", share, f"{g.max_ratio:.3g}", f"{g.f2:.2%}")
+        table.add_row(g.precision, *numbers, f"{g.routing_disagreement:.1%}", f"{g.entropy:.3f}", f"{g.accuracy:.3f}")
+    console.print(table)
+    layers = Table(title="routing by MoE layer", box=box.SIMPLE)
+    layers.add_column("precision", no_wrap=True)
+    for name in ("layer", "sets differ", "of them first", "margin", "margin of the first"):
+        layers.add_column(name, justify="right", no_wrap=True)
+    for g in gaps:
+        for i, of in enumerate(g.layers):
+            first = f"{of.first:.2%}", f"{of.margin:.4f}", f"{of.first_margin:.4f}"
+            layers.add_row(g.precision, str(i), f"{of.disagreement:.2%}", *first)
+    if layers.row_count:
+        console.print(layers)
+    if gaps:
+        console.print(f"{gaps[0].responses} responses, about {gaps[0].tokens} tokens for each precision; KL in nats")
+
+
+def write_json(path: Path, checkpoint: Path, step: int, gaps: Sequence[Gaps]) -> None:
+    """Writes all numbers to ``path``, aside and renamed; a number that is not finite becomes null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report = {"checkpoint": checkpoint, "step": step, "gaps": list(gaps)}
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(json.dumps(plain(report, nonfinite=lambda _: None), indent=2, allow_nan=False) + "\n")
+    os.replace(aside, path)
+
+
 def load_parameters(engines: Engines, path: Path) -> tuple[int, dict]:
     """Parameters of a run's best checkpoint, or of a cold start, with the checkpoint's step; nothing is changed there.
 
@@ -135,13 +183,11 @@ def load_parameters(engines: Engines, path: Path) -> tuple[int, dict]:
             f"{path} holds no checkpoint: give the directory of a run, its checkpoints, or a cold start's directory "
             "(runs/cold_start/...)"
         )
-    tokens = jnp.zeros((1, 2), jnp.int32)
-    template = jax.eval_shape(engines.training.init, jax.random.key(0), tokens, jnp.ones((1, 2), bool))["params"]
+    template = engines.placed_like(lambda: initial_params(engines.training, 0))
     if (path.parent / "manifest.json").exists():
         step, train = parameters(path, {"params": template}, field="train")
-        return step, engines.place(train["params"])
-    step, params = parameters(path, template)
-    return step, engines.place(params)
+        return step, train["params"]
+    return parameters(path, template)
 
 
 def _gaps_of(engines: Engines, params: dict, asked: list[Prompt], name: str) -> Gaps:

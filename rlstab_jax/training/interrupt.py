@@ -13,7 +13,7 @@ class Stop:
     """Whether someone asked the loop to stop, and how.
 
     Attributes:
-      reason: ``"SIGINT"`` or ``"SIGTERM"``, the first that came; None before.
+      reason: ``"SIGINT"`` or ``"SIGTERM"``, or what the loop itself stopped for; the first that came, None before.
     """
 
     reason: str | None = None

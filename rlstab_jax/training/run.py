@@ -16,6 +16,7 @@ import numpy as np
 from rlstab_jax.learner import init_state
 from rlstab_jax.report import draw_run
 from rlstab_jax.rundir import RunDir, open_run, read_metrics
+from rlstab_jax.stability.monitor import Monitor
 from rlstab_jax.tasks import prompt_iterator
 from rlstab_jax.training.checkpoint import Checkpoints
 from rlstab_jax.training.cold_start import cold_start, initial_params
@@ -37,6 +38,7 @@ class Progress:
     responses: int = 0
     tokens: int = 0
     prompts: dict[str, Any] = dataclasses.field(default_factory=dict)  # the prompt iterator's position
+    monitor: dict[str, Any] = dataclasses.field(default_factory=dict)  # what the monitor remembers
 
     def metrics(self) -> Metrics:
         names = ("global_steps", "gradient_steps", "responses", "tokens")
@@ -63,7 +65,8 @@ def train(
       begin: is called when all that can be checked beforehand has been, and the work begins.
 
     Returns:
-      None when the run is complete, or the name of the signal that stopped it; a checkpoint was saved in either case.
+      None when the run is complete, or what stopped it: the name of a signal, or "monitor". A checkpoint was saved in
+      either case.
 
     Raises:
       UserError: a mistake in the config, the directory, a checkpoint, or a full disk.
@@ -126,15 +129,22 @@ def _train(
         data.set_state(progress.prompts)
     evaluation_key = jax.random.fold_in(jax.random.key(config.seed), 1)
     accuracy = math.nan
+    monitor = Monitor(config.monitor, progress.monitor)
     if progress.global_steps == 0 and config.evaluation.every:
         metrics = evaluate(engines, state.train.params, evaluation_key) | progress.metrics()
         run.truncate_after(-1)
         run.append_metrics(metrics)
         watch(metrics)
+        monitor.observe(metrics)
     while progress.gradient_steps < config.gradient_steps and not stop.requested:
         step = progress.global_steps + 1
         with _profiled(run, step == profile, say):
-            state, metrics, samples = global_step(engines, state, next(data), step)
+            previous = jax.tree.map(lambda x: x.copy(), state.train) if monitor.may_discard else None
+            lowered = _at_rate(engines, monitor.learning_rate_scale)
+            state, metrics, samples = global_step(lowered, state, next(data), step)
+        if previous is not None and monitor.discards(metrics):
+            state = dataclasses.replace(state, train=previous)
+            say(f"monitor: the updates of global step {step} are discarded")
         before = progress.gradient_steps
         progress.global_steps = step
         progress.gradient_steps += config.minibatches
@@ -150,12 +160,24 @@ def _train(
         run.append_metrics(metrics)
         run.append_samples(step, samples)
         watch(metrics)
+        for remark in monitor.observe(metrics):
+            say(remark.line())
+            if remark.action == "stop":
+                stop.reason = stop.reason or "monitor"
+        progress.monitor = monitor.saved()
         if not np.isfinite(metrics["learner/grad_norm"]):
             say(f"global step {step}: a gradient was not finite; those updates changed nothing")
         if _due(before, progress.gradient_steps, config.checkpoint_every):
             checkpoints.save(step, state, dataclasses.asdict(progress), accuracy)
     if progress.global_steps:
         checkpoints.save(progress.global_steps, state, dataclasses.asdict(progress), accuracy)
+
+
+def _at_rate(engines: Engines, scale: float) -> Engines:
+    """The engines with a learning rate that the monitor has lowered; numbers are traced, so nothing is recompiled."""
+    learner = engines.config.learner
+    numbers = dataclasses.replace(learner, learning_rate=learner.learning_rate * scale).numbers()
+    return dataclasses.replace(engines, numbers=numbers)
 
 
 def _due(before: int, now: int, every: int) -> bool:
