@@ -1,0 +1,105 @@
+"""The whole forward pass against Qwen3-MoE written down in NumPy, float64, token by token and expert by expert."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlstab_jax.models import ModelConfig
+from rlstab_jax.models.decode import layer_variables
+from rlstab_jax.models.transformer import forward, logits_of
+from tests import tiny
+
+SIZES = {"vocab_size": 11, "num_layers": 3, "embed_dim": 12, "num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
+SIZES |= {"num_experts": 5, "experts_per_token": 2, "expert_dim": 7, "mlp_dim": 9}
+
+
+def norm(x, gain, eps):
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * gain
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def rotated(x, position, theta):
+    """Rotates the pair (i, i + half) by position * theta^(-2i/d)."""
+    half = x.size // 2
+    y = x.copy()
+    for i in range(half):
+        angle = position * theta ** (-2 * i / x.size)
+        y[i] = x[i] * np.cos(angle) - x[i + half] * np.sin(angle)
+        y[i + half] = x[i + half] * np.cos(angle) + x[i] * np.sin(angle)
+    return y
+
+
+def attended(cfg, p, x):
+    """Causal grouped-query attention over the rows of ``x``, one head and one query at a time."""
+    time, c = len(x), cfg.head_dim
+    q, k, v = ((x @ p[name]["kernel"]).reshape(time, -1, c) for name in "qkv")
+    q, k = norm(q, p["q_norm"]["gain"], cfg.norm_eps), norm(k, p["k_norm"]["gain"], cfg.norm_eps)
+    out = np.zeros_like(q)
+    for head in range(cfg.num_heads):
+        shared = head // (cfg.num_heads // cfg.num_kv_heads)
+        for t in range(time):
+            query = rotated(q[t, head], t, cfg.rope_theta)
+            scores = [query @ rotated(k[s, shared], s, cfg.rope_theta) / np.sqrt(c) for s in range(t + 1)]
+            weights = np.exp(scores - np.max(scores))
+            out[t, head] = weights / weights.sum() @ v[: t + 1, shared]
+    return out.reshape(time, -1) @ p["o"]["kernel"]
+
+
+def mixed(cfg, p, x):
+    """Each token through its top-k experts; also returns them."""
+    out, routes = np.zeros_like(x), []
+    for t, row in enumerate(x):
+        logits = row @ p["router"]["kernel"]
+        probability = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+        chosen = np.argsort(-probability)[: cfg.experts_per_token]
+        routes.append(chosen)
+        gates = probability[chosen] / (probability[chosen].sum() if cfg.renormalise_gates else 1)
+        for gate, e in zip(gates, chosen, strict=True):
+            out[t] += gate * (silu(row @ p["gate"][e]) * (row @ p["up"][e])) @ p["down"][e]
+    return out, routes
+
+
+def oracle(cfg, params, tokens):
+    """Logits [time, vocab] and routes [layer, time, k] of one unpadded row."""
+    x, routes = params["embedding"][tokens], []
+    for layer, p in enumerate(v["params"] for v in layer_variables(cfg, {"params": params})):
+        x = x + attended(cfg, p["attention"], norm(x, p["attention_norm"]["gain"], cfg.norm_eps))
+        y = norm(x, p["mlp_norm"]["gain"], cfg.norm_eps)
+        if cfg.kinds[layer]:
+            y, chosen = mixed(cfg, p["moe"], y)
+            routes.append(chosen)
+        else:
+            mlp = {name: p["mlp"][name]["kernel"] for name in ("gate", "up", "down")}
+            y = (silu(y @ mlp["gate"]) * (y @ mlp["up"])) @ mlp["down"]
+        x = x + y
+    head = params["embedding"].T if cfg.tie_embeddings else params["lm_head"]["kernel"]
+    return norm(x, params["final_norm"]["gain"], cfg.norm_eps) @ head, np.array(routes)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dense_layers": (0,)},
+        {"dense_layers": (1,), "renormalise_gates": False, "tie_embeddings": True, "rope_theta": 100.0},
+        {"num_experts": 0},
+    ],
+    ids=["moe", "tied, gates as they are", "dense"],
+)
+def test_forward_is_the_one_written_down(options: dict) -> None:
+    cfg = ModelConfig(**(SIZES | options))
+    model = tiny.model(cfg)
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, cfg.vocab_size, 6)
+    padded = np.concatenate([[0, 0, 0], tokens])[None]  # prompts are right-aligned
+    mask = np.arange(9)[None] >= 3
+    params = tiny.parameters(cfg)
+    output = forward(model, {"params": params}, jnp.asarray(padded), jnp.asarray(mask), None)
+    logits = logits_of(model, {"params": params}, output.hidden[0, 3:])
+    expected, routes = oracle(cfg, jax.tree.map(lambda a: np.asarray(a, np.float64), params), tokens)
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+    if cfg.num_experts:
+        np.testing.assert_array_equal(np.sort(output.routing.used[:, 0, 3:]), np.sort(routes))
