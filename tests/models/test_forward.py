@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from rlstab_jax.models import ModelConfig
 from rlstab_jax.models.decode import layer_variables
 from rlstab_jax.models.transformer import forward, logits_of
-from tests import tiny
 
 SIZES = {"vocab_size": 11, "num_layers": 3, "embed_dim": 12, "num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
 SIZES |= {"num_experts": 5, "experts_per_token": 2, "expert_dim": 7, "mlp_dim": 9}
