@@ -66,10 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = arguments[0] if arguments else ""
     if command not in COMMANDS:
         asked = command in ("-h", "--help")
-        print(
-            USAGE if asked else f"rlstab: unknown command {command!r}\n\n{USAGE}",
-            file=sys.stdout if asked else sys.stderr,
-        )
+        mistake = f"rlstab: unknown command {command!r}\n\n" if command and not asked else ""
+        print(mistake + USAGE, file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
     began = False
 
@@ -79,9 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         return COMMANDS[command](arguments[1:], begin)
-    except UserError as error:
+    except (UserError, OSError) as error:  # an OSError names its file: no permission, no such directory
         print(f"rlstab {command}: {error}", file=sys.stderr)
         return 1 if began else 2
+    except SystemExit as error:  # the parser has printed help, or a mistake in the options
+        return int(error.code or 0)
     except KeyboardInterrupt:
         return STOPPED["SIGINT"]
 
@@ -107,6 +107,8 @@ def load_config(path: Path) -> Any:
         raise UserError(f"{path}: expected a function config() that returns a RunConfig")
     try:
         config = module.config()
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"{path}: config() failed: {type(error).__name__}: {error}") from error
     if not isinstance(config, RunConfig):

@@ -89,6 +89,11 @@ METRICS: dict[str, Metric] = {
     "policy/entropy": Metric("entropy of pi_old over the full vocabulary on mu_old's prefixes", "mean, tokens", "nats"),
     "learner/loss": Metric("the objective's loss", "mean, updates of the step", "1"),
     "learner/grad_norm": Metric("global gradient norm before clipping", "mean, updates of the step", "1"),
+    "learner/broken": Metric(
+        "tokens with a log-prob or an advantage that is NaN or infinite; they count as exactly 0",
+        "share of tokens",
+        "1",
+    ),
     "learner/learning_rate": Metric("learning rate of the step's last update", "last", "1"),
     "time/sample": Metric("wall-clock time of sampling", "sum", "s"),
     "time/score": Metric("wall-clock time of the training engine's pass for pi_old", "sum", "s"),

@@ -18,7 +18,7 @@ from rlstab_jax.models.transformer import RouterSums, Routing, Transformer
 from rlstab_jax.objectives import Objective, coefficients, surrogate
 from rlstab_jax.parallel.sharding import Rules, shardings
 from rlstab_jax.stability.gaps import first_order, staleness, trust_statistics, weight_statistics
-from rlstab_jax.stability.reduce import Statistics, merge
+from rlstab_jax.stability.reduce import Statistics, mean_of, merge
 from rlstab_jax.stability.routing import disagreement
 from rlstab_jax.types import Rollout, Routes, RoutingReplay, Scores, UserError, split_rows
 
@@ -294,6 +294,7 @@ def _statistics(model: Transformer, scores: Scores, parts: Any, part: _Part, rou
         **_prefixed("weight", weight_statistics(parts.weight, parts.truncated, mask)),
         **_prefixed("trust", trust_statistics(parts.gate, advantage, mask)),
         **_prefixed("first_order", first_order(scores.target, scores.rollout, mask)),
+        "learner/broken": mean_of(parts.broken, mask),
     }
     if routing is not None and part.old_live is not None:
         fed = part.rollout.fed_mask

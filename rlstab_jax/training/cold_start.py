@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from rlstab_jax.learner import TrainState, init_state
 from rlstab_jax.learner.score import policy_scores
@@ -23,8 +23,9 @@ from rlstab_jax.models import Transformer
 from rlstab_jax.rundir import plain
 from rlstab_jax.tasks import DemonstratedTask, Prompt, encode_prompts, prompt_iterator
 from rlstab_jax.training.checkpoint import Checkpoints
-from rlstab_jax.training.engines import Engines
+from rlstab_jax.training.engines import Engines, initial_params
 from rlstab_jax.training.evaluate import accuracy
+from rlstab_jax.training.interrupt import Stop
 from rlstab_jax.types import Rollout, UserError
 
 
@@ -37,18 +38,15 @@ class ColdStart:
     steps: int
 
 
-@partial(jax.jit, static_argnames="model")
-def initial_params(model: Transformer, seed: Int[Array, ""] | int) -> dict:
-    """Random float32 parameters, from the cold start's seed."""
-    return model.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))["params"]
-
-
-def cold_start(engines: Engines, cache: Path, say: Callable[[str], None] = print) -> ColdStart:
+def cold_start(
+    engines: Engines, cache: Path, say: Callable[[str], None] = print, stop: Stop | None = None
+) -> ColdStart | None:
     """Trains on demonstrations until the target accuracy, or takes an equal cold start from ``cache``.
 
     Args:
       engines: of the run; its task must have demonstrations.
       cache: a directory shared by runs; entries are named by a hash of all that determines the result.
+      stop: when it is requested, the result is None and nothing is kept.
 
     Raises:
       UserError: the task has no demonstrations, or the target was not reached within the given steps.
@@ -71,7 +69,9 @@ def cold_start(engines: Engines, cache: Path, say: Callable[[str], None] = print
             steps, state, progress = restored
             say(f"cold start: accuracy {progress['accuracy']:.3f} after {steps} updates, from {entry}")
             return ColdStart(engines.place(state["params"]), progress["accuracy"], steps)
-    result = _train(engines, task, params, say)
+    result = _train(engines, task, params, say, stop or Stop())
+    if result is None:
+        return None
     cache.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", dir=cache))
     with Checkpoints(aside, notify=say) as checkpoints:
@@ -98,7 +98,9 @@ def _fingerprint(engines: Engines) -> str:
     return hashlib.sha256(json.dumps(plain(determines), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _train(engines: Engines, task: DemonstratedTask, params: dict, say: Callable[[str], None]) -> ColdStart:
+def _train(
+    engines: Engines, task: DemonstratedTask, params: dict, say: Callable[[str], None], stop: Stop
+) -> ColdStart | None:
     config = engines.config.cold_start
     learner = LearnerConfig(learning_rate=config.learning_rate, warmup_steps=0)
     numbers = learner.numbers()
@@ -112,6 +114,10 @@ def _train(engines: Engines, task: DemonstratedTask, params: dict, say: Callable
         state, _ = supervised_update(
             engines.training, state, engines.place_rows(batch), numbers, engines.config.learner.logits_per_chunk
         )
+        if engines.mesh.size > 1:
+            state = engines.place(state)
+        if stop.requested:
+            return None
         if step % config.check_every == 0:
             reached = accuracy(engines, checker, state.params, key, prompts=config.check_prompts, samples=1).mean
             best = max(best, reached)

@@ -2,18 +2,24 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
 
 from rlstab_jax.inference import Sampling
+from rlstab_jax.learner import TrainState, state_shardings
 from rlstab_jax.learner.update import LearnerNumbers
 from rlstab_jax.models import Transformer, resolve_kernels
+from rlstab_jax.models.sharding import logical_axes
 from rlstab_jax.objectives import Objective, advantages, advantages_of, coefficients, surrogate
 from rlstab_jax.objectives import build as build_objective
 from rlstab_jax.parallel.mesh import make_mesh
+from rlstab_jax.parallel.sharding import TRAINING, check_divides, shardings
 from rlstab_jax.tasks import Prompt, Task, decode_responses
 from rlstab_jax.training.config import RunConfig, validate
 from rlstab_jax.types import Rollout, RoutingReplay, Scores, UserError, row_axis
@@ -40,16 +46,33 @@ class Engines:
     replay: RoutingReplay
     sampling: Sampling
 
+    def places(self, tree: Any) -> Any:
+        """A sharding for each leaf: training states and parameters by the table ``TRAINING``, all else on each device.
+
+        A dict is taken for parameters.
+        """
+
+        def of(node: Any) -> Any:
+            if isinstance(node, TrainState):
+                return state_shardings(self.mesh, node, TRAINING)
+            if isinstance(node, dict):
+                return shardings(self.mesh, logical_axes(node), TRAINING)
+            return NamedSharding(self.mesh, PartitionSpec())
+
+        return jax.tree.map(of, tree, is_leaf=lambda node: isinstance(node, TrainState | dict))
+
     def place(self, tree: Any) -> Any:
         """Puts a state onto the mesh, a fresh one like a restored one, so that each function is compiled once."""
-        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+        return jax.device_put(tree, self.places(tree))
 
     def placed_like(self, make: Callable[[], Any]) -> Any:
         """Shapes, dtypes and places of what ``place(make())`` would return, without computing it."""
-        sharding = NamedSharding(self.mesh, PartitionSpec())
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), jax.eval_shape(make)
-        )
+        shapes = jax.eval_shape(make)
+
+        def at(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        return jax.tree.map(at, shapes, self.places(shapes))
 
     def place_rows(self, tree: Any) -> Any:
         """Puts arrays that travel onto the mesh, their rows over the data-parallel devices."""
@@ -101,6 +124,11 @@ def build(config: RunConfig) -> Engines:
             f"prompts_per_minibatch = {config.prompts_per_minibatch} does not divide over {rows} data-parallel devices "
             f"(mesh.data x mesh.fsdp): choose a multiple of {rows}"
         )
+    if config.cold_start.max_steps and config.cold_start.batch_size % rows:
+        raise UserError(
+            f"cold_start.batch_size = {config.cold_start.batch_size} does not divide over {rows} data-parallel devices "
+            f"(mesh.data x mesh.fsdp): choose a multiple of {rows}"
+        )
     objective = build_objective(config.objective)
     _check_objective(objective)
     if config.samples_per_prompt == 1 and objective.advantage.func in GROUP_RELATIVE:
@@ -109,12 +137,16 @@ def build(config: RunConfig) -> Engines:
             "all advantages would be 0; use at least 2, or an objective with another baseline"
         )
     config = dataclasses.replace(config, model=model, rollout=rollout, kernels=kernels)
+    training = Transformer(model, config.learner.precision, kernels, remat=config.learner.remat)
+    if mesh.size > 1:
+        shapes = jax.eval_shape(partial(initial_params, training), 0)
+        check_divides(mesh, shapes, logical_axes(shapes), TRAINING)
     return Engines(
         config=config,
         task=task,
         mesh=mesh,
         inference=Transformer(model, rollout.precision, kernels),
-        training=Transformer(model, config.learner.precision, kernels, remat=config.learner.remat),
+        training=training,
         objective=objective,
         numbers=config.learner.numbers(),
         replay=RoutingReplay(config.learner.replay),
@@ -145,6 +177,12 @@ def _check_objective(objective: Objective) -> None:
         raise
     except Exception as error:
         raise UserError(f"objective: it does not run on a batch: {type(error).__name__}: {error}") from error
+
+
+@partial(jax.jit, static_argnames="model")
+def initial_params(model: Transformer, seed: Int[Array, ""] | int) -> dict:
+    """Random float32 parameters, from the cold start's seed."""
+    return model.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))["params"]
 
 
 def judge(task: Task, prompts: Sequence[Prompt], rollout: Rollout) -> tuple[list[str], np.ndarray]:

@@ -92,6 +92,10 @@ def global_step(
                 logits_per_chunk=config.learner.logits_per_chunk,
                 use_router_losses=bool(config.learner.load_balance or config.learner.router_z),
             )
+            if engines.mesh.size > 1:
+                train = engines.place(
+                    train
+                )  # the compiler chooses where results lie, and that decides what it compiles
             updates.append(tuple(measured))
         metrics |= update_metrics(updates)
 

@@ -19,9 +19,9 @@ from rlstab_jax.rundir import RunDir, open_run, read_metrics
 from rlstab_jax.stability.monitor import Monitor
 from rlstab_jax.tasks import prompt_iterator
 from rlstab_jax.training.checkpoint import Checkpoints
-from rlstab_jax.training.cold_start import cold_start, initial_params
+from rlstab_jax.training.cold_start import cold_start
 from rlstab_jax.training.config import MAY_CHANGE, RunConfig
-from rlstab_jax.training.engines import Engines, build
+from rlstab_jax.training.engines import Engines, build, initial_params
 from rlstab_jax.training.evaluate import evaluate
 from rlstab_jax.training.interrupt import Stop, stop_on_signal
 from rlstab_jax.training.loop import Metrics, RunState, global_step
@@ -80,19 +80,23 @@ def train(
         stop_on_signal() as stop,
         Checkpoints(run.checkpoints_path, keep_last=config.keep_checkpoints, notify=say) as checkpoints,
     ):
-        state, progress = resume_or_begin(engines, run, checkpoints, say)
-        _train(engines, run, checkpoints, state, progress, stop, profile, say, watch)
+        begun = resume_or_begin(engines, run, checkpoints, say, stop)
+        if begun is not None:
+            _train(engines, run, checkpoints, *begun, stop, profile, say, watch)
     with contextlib.suppress(IndexError):
         draw_run(read_metrics(run.path), run.report_path, title=run.path.name)
     if stop.requested:
-        say(f"stopped by {stop.reason}; the same command resumes from the checkpoint")
+        say(f"stopped by {stop.reason}; the same command goes on from here")
     return stop.reason
 
 
 def resume_or_begin(
-    engines: Engines, run: RunDir, checkpoints: Checkpoints, say: Callable[[str], None]
-) -> tuple[RunState, Progress]:
-    """The newest good checkpoint, or a cold start. Cuts metrics, samples and events after the restored step."""
+    engines: Engines, run: RunDir, checkpoints: Checkpoints, say: Callable[[str], None], stop: Stop
+) -> tuple[RunState, Progress] | None:
+    """The newest good checkpoint, or a cold start, or None if the latter was stopped.
+
+    Cuts metrics, samples and events after the restored step.
+    """
     needs_reference = engines.config.objective.needs_reference
 
     def fresh() -> RunState:
@@ -106,7 +110,9 @@ def resume_or_begin(
         say(f"resuming after global step {step}")
         return engines.place(state), Progress(**saved)
     run.truncate_after(-1)
-    started = cold_start(engines, run.path.parent / "cold_start", say)
+    started = cold_start(engines, run.path.parent / "cold_start", say, stop)
+    if started is None:
+        return None
     # Copied: an update donates its state, and the reference must outlive it.
     reference = jax.tree.map(lambda x: x.copy(), started.params) if needs_reference else None
     return engines.place(RunState(train=init_state(started.params, engines.numbers), reference=reference)), Progress()
@@ -165,12 +171,23 @@ def _train(
             if remark.action == "stop":
                 stop.reason = stop.reason or "monitor"
         progress.monitor = monitor.saved()
-        if not np.isfinite(metrics["learner/grad_norm"]):
-            say(f"global step {step}: a gradient was not finite; those updates changed nothing")
+        for line in alarms(metrics):
+            say(f"global step {step}: {line}")
         if _due(before, progress.gradient_steps, config.checkpoint_every):
             checkpoints.save(step, state, dataclasses.asdict(progress), accuracy)
     if progress.global_steps:
         checkpoints.save(progress.global_steps, state, dataclasses.asdict(progress), accuracy)
+
+
+def alarms(metrics: Metrics) -> Iterator[str]:
+    """A line for each thing that went wrong in a step and was survived."""
+    if metrics["learner/broken"] > 0:
+        yield (
+            f"{metrics['learner/broken']:.2%} of the tokens had a log-prob or an advantage that is no finite number; "
+            "they counted as 0"
+        )
+    if not np.isfinite(metrics["learner/grad_norm"]):
+        yield "a gradient was not finite; those updates changed nothing"
 
 
 def _at_rate(engines: Engines, scale: float) -> Engines:

@@ -30,7 +30,7 @@ class Lenient(Arithmetic):
 
 TASK = LenientConfig(operands=(1, 2), operators="+", scratchpad=1, heldout_prompts=16)
 MODEL = ModelConfig(
-    num_layers=1,
+    num_layers=2,
     embed_dim=16,
     num_heads=2,
     num_kv_heads=1,

@@ -1,0 +1,40 @@
+"""The tiny run on two meshes of 8 virtual devices, each resumed once. Run by test_mesh.py, which compares metrics."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import jax
+
+from rlstab_jax.learner import score, update
+from rlstab_jax.parallel.mesh import MeshConfig
+from rlstab_jax.training.run import train
+from tests.training import tiny_run
+
+MESHES = {"data": MeshConfig(data=8), "mixed": MeshConfig(data=2, fsdp=2, expert=2)}
+
+
+def config(gradient_steps: int, mesh: MeshConfig):
+    """Mini-batches that divide over 8 devices, no remat: it compiles faster."""
+    default = tiny_run.config()
+    return dataclasses.replace(
+        default,
+        gradient_steps=gradient_steps,
+        prompts_per_minibatch=8,
+        samples_per_prompt=2,
+        mesh=mesh,
+        learner=dataclasses.replace(default.learner, remat=False),
+        # Two programs more for each mesh: compiled for one of them.
+        evaluation=dataclasses.replace(default.evaluation, every=0 if mesh.data == 8 else 4),
+    )
+
+
+if __name__ == "__main__":
+    assert jax.device_count() == 8
+    jax.config.update("jax_disable_most_optimizations", True)
+    for name, mesh in MESHES.items():
+        for function in (score, update):
+            function.clear_cache()
+        for gradient_steps in (2, 6):
+            assert train(config(gradient_steps, mesh), Path(sys.argv[1]) / name) is None
+            assert (score._cache_size(), update._cache_size()) == (2, 1), name

@@ -1,0 +1,285 @@
+"""The global step: who is fed what, in which order, and what is measured."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlstab_jax.inference import prepare, sample
+from rlstab_jax.learner import init_state, score, update
+from rlstab_jax.models import Precision
+from rlstab_jax.objectives.config import RecipeName
+from rlstab_jax.rundir import METRICS, describe, read_metrics
+from rlstab_jax.tasks import prompt_iterator
+from rlstab_jax.training import loop, measure
+from rlstab_jax.training.checkpoint import Checkpoints
+from rlstab_jax.training.config import RunConfig
+from rlstab_jax.training.engines import Engines, build, initial_params
+from rlstab_jax.training.run import Progress, train
+from tests.training import tiny_run
+
+FLOAT32 = Precision()
+
+
+def configured(**changes: Any) -> RunConfig:
+    """The tiny run with changes; those of a room as a dict. No remat: it compiles faster."""
+    config = tiny_run.config()
+    changes["learner"] = {"remat": False, **changes.get("learner", {})}
+    for name, change in changes.items():
+        room = getattr(config, name)
+        value = dataclasses.replace(room, **change) if isinstance(change, dict) else change
+        config = dataclasses.replace(config, **{name: value})
+    return config
+
+
+def fresh_state(engines: Engines) -> loop.RunState:
+    params = initial_params(engines.training, 0)
+    # Larger than at initialisation, so that the two engines choose different experts at times.
+    params = jax.tree.map(lambda leaf: 3 * leaf if leaf.ndim > 1 else leaf, params)
+    reference = jax.tree.map(lambda leaf: leaf.copy(), params) if engines.config.objective.needs_reference else None
+    return engines.place(loop.RunState(init_state(params, engines.numbers), reference))
+
+
+@cache
+def two_steps(config: RunConfig) -> tuple[loop.RunState, tuple[loop.Metrics, ...]]:
+    engines = build(config)
+    state, metrics = fresh_state(engines), []
+    data = prompt_iterator(engines.task.split("train"), config.prompts_per_step, seed=config.seed)
+    for step in (1, 2):
+        state, of_step, _ = loop.global_step(engines, state, next(data), step)
+        metrics.append(of_step)
+    return state, tuple(metrics)
+
+
+def metrics_of(**changes: Any) -> loop.Metrics:
+    """Metrics of the second step, whose parameters are no fresh ones."""
+    return two_steps(configured(**changes))[1][1]
+
+
+def expected_names(layers: int, minibatches: int) -> set[str]:
+    names: set[str] = set()
+    for name in METRICS:
+        numbers = layers if "layer_NN" in name else minibatches if "minibatch_NN" in name else 1
+        names |= {name.replace("NN", f"{number:02d}") for number in range(numbers)}
+    return names
+
+
+def test_a_run_and_its_resumption(tmp_path: Path) -> None:
+    """A run writes every metric that is defined, under its name: those of evaluations at their steps, and before
+    training. Each function is traced once for each way to call it: three to sample (to train on, and to evaluate by
+    either engine), two to score (R3 and live). A resumption adds none."""
+    traces = {sample: 3, prepare: 2, score: 2, update: 1, measure.rollout_statistics: 1, loop.rollout_advantages: 1}
+    for function in traces:
+        function.clear_cache()
+    lines: list[str] = []
+    seen: list[loop.Metrics] = []
+    for gradient_steps in (8, 12):
+        config = configured(gradient_steps=gradient_steps, evaluation={"every": 4})
+        assert train(config, tmp_path / "run", say=lines.append, watch=seen.append) is None
+        assert {function: function._cache_size() for function in traces} == traces
+
+    names = expected_names(layers=2, minibatches=2)
+    evaluated = {name for name in names if name.startswith("eval/")}
+    progress = {name for name in names if name.startswith("progress/")}
+    assert [set(row) for row in seen] == [evaluated | progress, *[names - evaluated, names] * 3]
+    columns = read_metrics(tmp_path / "run")
+    assert set(columns) == names
+    np.testing.assert_array_equal(columns["progress/gradient_steps"], np.arange(7) * 2)
+    np.testing.assert_array_equal(columns["progress/responses"], np.arange(7) * 16)
+    length = columns["response/length"][1:] * 16
+    np.testing.assert_allclose(columns["progress/tokens"][1:], length.cumsum(), atol=1e-6)
+    assert np.isfinite(np.stack([columns[name][1:] for name in names - evaluated])).all()
+    mesh = dict.fromkeys(("data", "fsdp", "expert", "tensor"), 1)
+    kernels = f"kernels: attention reference, experts tiles; mesh {mesh}"
+    assert lines == [kernels, kernels, "resuming after global step 4"]
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.integers(0, 2**31), st.integers(1, 2**20))
+def test_minibatches_are_whole_groups_in_an_order_of_seed_and_step(per_minibatch, samples, minibatches, seed, step):
+    prompts = per_minibatch * minibatches
+    rows = loop.minibatch_rows(seed, step, prompts, samples, minibatches)
+    assert rows.shape == (minibatches, per_minibatch * samples)
+    assert sorted(rows.ravel()) == list(range(prompts * samples))
+    groups = rows.reshape(minibatches, per_minibatch, samples)
+    assert (groups // samples == groups[..., :1] // samples).all()
+    np.testing.assert_array_equal(rows, loop.minibatch_rows(seed, step, prompts, samples, minibatches))
+
+
+def test_the_order_changes_with_seed_and_step():
+    orders = {loop.minibatch_rows(seed, step, 8, 1, 2).tobytes() for seed in range(5) for step in range(5)}
+    assert len(orders) == 25
+
+
+def test_what_the_updates_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One advantage for the whole batch, R less its group's mean, cut with the rows that it belongs to."""
+    calls: dict[str, list] = {"update": [], "rollout_advantages": [], "judge": []}
+
+    def spied(name: str, original: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            result = original(*arguments, **options)
+            calls[name].append((arguments, result))
+            return result
+
+        return call
+
+    for name in calls:
+        monkeypatch.setattr(loop, name, spied(name, getattr(loop, name)))
+    config = configured()
+    engines = build(config)
+    data = prompt_iterator(engines.task.split("train"), config.prompts_per_step, seed=0)
+    loop.global_step(engines, fresh_state(engines), next(data), 7)
+    (_, (_, rewards)) = calls["judge"][0]
+    assert len(set(rewards)) > 2
+    assert len(calls["rollout_advantages"]) == 1
+    by_group = rewards.reshape(4, 4)
+    advantage = (by_group - by_group.mean(1, keepdims=True)).ravel()
+    rollout, old = calls["rollout_advantages"][0][0][1:3]
+    rows = loop.minibatch_rows(0, 7, 4, 4, 2)
+    assert len(calls["update"]) == 2
+    for of_update, (arguments, _) in zip(rows, calls["update"], strict=True):
+        minibatch = arguments[2]
+        np.testing.assert_allclose(minibatch.advantage, advantage[of_update], atol=1e-6)
+        np.testing.assert_array_equal(minibatch.groups, of_update // 4)
+        np.testing.assert_array_equal(minibatch.rollout.tokens, rollout.tokens[of_update])
+        np.testing.assert_array_equal(minibatch.rollout.routes, rollout.routes[:, of_update])
+        np.testing.assert_array_equal(minibatch.old.log_probs, old.log_probs[of_update])
+        np.testing.assert_array_equal(minibatch.old.live, old.live[:, of_update])
+
+
+def no_gap(metrics: loop.Metrics, prefix: str) -> bool:
+    """|log ratio| < 1e-5 on every token, and so no KL to that order."""
+    largest = metrics[f"{prefix}/max_ratio"] - 1 < 1e-5
+    return largest and abs(metrics[f"{prefix}/k1"]) < 1e-5 and metrics[f"{prefix}/k3"] < 1e-9
+
+
+@pytest.mark.parametrize("replay", ["live", "r2", "r3"])
+def test_the_first_minibatch_is_on_policy_and_the_second_is_not(replay: str) -> None:
+    metrics = metrics_of(learner={"replay": replay})
+    assert no_gap(metrics, "staleness/minibatch_00")
+    assert metrics["routing/minibatch_00/old_vs_target"] == 0
+    assert metrics["staleness/minibatch_01/k3"] > 1e-7
+    halves = (metrics["staleness/minibatch_00/k3"], metrics["staleness/minibatch_01/k3"])
+    assert min(halves) < metrics["staleness/k3"] < max(halves)
+    assert metrics["staleness/max_ratio"] == metrics["staleness/minibatch_01/max_ratio"]
+
+
+def test_one_update_is_on_policy() -> None:
+    metrics = metrics_of(minibatches=1, learner={"replay": "live"})
+    assert no_gap(metrics, "staleness")
+    assert metrics["trust/masked"] == 0
+    assert not any("minibatch_01" in name for name in metrics)
+
+
+def test_equal_engines_have_no_gap() -> None:
+    for replay in ("live", "r3"):
+        metrics = metrics_of(rollout={"precision": FLOAT32}, learner={"replay": replay})
+        assert no_gap(metrics, "discrepancy")
+        assert no_gap(metrics, "discrepancy_live")
+        assert metrics["routing/rollout_vs_old"] == 0
+        assert metrics["discrepancy/f2"] == 0
+
+
+def test_replay_alters_the_policy_that_is_measured() -> None:
+    with_r3, live = metrics_of(learner={"replay": "r3"}), metrics_of(learner={"replay": "live"})
+    assert with_r3["routing/rollout_vs_old"] > 0
+    assert with_r3["discrepancy/k3"] != with_r3["discrepancy_live/k3"]
+    assert live["discrepancy/k3"] == live["discrepancy_live/k3"] > 1e-6
+    layers = [live[f"routing/layer_{layer:02d}/rollout_vs_old"] for layer in (0, 1)]
+    assert live["routing/rollout_vs_old"] == pytest.approx(np.mean(layers))
+
+
+@pytest.fixture
+def quick_compile() -> Iterator[None]:
+    """For tests of whether something runs, not of what it computes."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.parametrize("name", get_args(RecipeName))
+def test_every_recipe_takes_a_step(name: str) -> None:
+    # Dense models compile faster; RSPO is about routers.
+    room = {} if name == "rspo" else {"model": {"num_experts": 0}, "learner": {"replay": "live"}}
+    config = configured(objective={"name": name}, **room)
+    engines = build(config)
+    state = fresh_state(engines)
+    before = jax.device_get(state.train.params)
+    prompts = next(prompt_iterator(engines.task.split("train"), config.prompts_per_step, seed=0))
+    state, metrics, samples = loop.global_step(engines, state, prompts, 1)
+    assert all(np.isfinite(value) and describe(name) for name, value in metrics.items())
+    assert metrics["learner/broken"] == 0
+    assert metrics["learner/grad_norm"] > 0
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, jax.device_get(state.train.params))
+    assert 0 < max(jax.tree.leaves(moved)) < 0.1
+    assert len(samples) == 4
+
+
+def test_router_losses_join_the_objective() -> None:
+    plain, with_losses = metrics_of(), metrics_of(learner={"load_balance": 0.1, "router_z": 0.01})
+    # Load balance is 1 a layer where all experts are equally busy, and no less.
+    assert with_losses["learner/loss"] > plain["learner/loss"] + 0.09
+    assert with_losses["learner/grad_norm"] != plain["learner/grad_norm"]
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_a_dense_model() -> None:
+    metrics = metrics_of(model={"num_experts": 0}, learner={"replay": "live"})
+    assert set(metrics) == {
+        name for name in expected_names(layers=0, minibatches=2) if not re.match("routing/|eval/|progress/", name)
+    }
+    assert all(np.isfinite(value) for value in metrics.values())
+
+
+def test_micro_batches_change_nothing() -> None:
+    whole, parts = metrics_of(), metrics_of(learner={"micro_batches": 2, "score_micro_batches": 4})
+    assert set(whole) == set(parts)
+    for name in whole:
+        if not name.startswith(("time/", "throughput/")):
+            assert parts[name] == pytest.approx(whole[name], rel=2e-3, abs=1e-6), name
+
+
+def test_a_reference_is_frozen_and_survives_a_resume(tmp_path: Path) -> None:
+    config = configured(objective={"kl_coefficient": 0.1, "kl_estimator": "k3"}, evaluation={"every": 0})
+    columns = {}
+    for out, stops in (("whole", (12,)), ("resumed", (4, 12))):
+        for gradient_steps in stops:
+            config = dataclasses.replace(config, gradient_steps=gradient_steps)
+            assert train(config, tmp_path / out, say=lambda line: None) is None
+        columns[out] = read_metrics(tmp_path / out)
+    for name in columns["whole"]:
+        if not name.startswith(("time/", "throughput/")):
+            np.testing.assert_array_equal(columns["whole"][name], columns["resumed"][name], err_msg=name)
+    engines = build(config)
+    first = initial_params(engines.training, 0)
+    with Checkpoints(tmp_path / "resumed" / "checkpoints", read_only=True) as checkpoints:
+        restored = checkpoints.restore(loop.RunState(init_state(first, engines.numbers), first))
+    assert restored is not None
+    step, state, progress = restored
+    assert (step, Progress(**progress).gradient_steps) == (6, 12)
+    jax.tree.map(np.testing.assert_array_equal, state.reference, first)
+    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (state.train.params, first)), strict=True))
+
+
+def test_tokens_that_are_no_numbers_are_counted_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = loop.score_old
+
+    def poisoned(*arguments: Any) -> Any:
+        scores, statistics = original(*arguments)
+        return dataclasses.replace(scores, log_probs=scores.log_probs.at[0, 0].set(np.nan)), statistics
+
+    monkeypatch.setattr(loop, "score_old", poisoned)
+    lines: list[str] = []
+    train(configured(gradient_steps=2, evaluation={"every": 0}), tmp_path / "run", say=lines.append)
+    columns = read_metrics(tmp_path / "run")
+    assert columns["learner/broken"][0] == pytest.approx(1 / columns["progress/tokens"][0])
+    assert np.isfinite(columns["learner/grad_norm"][0])
+    assert any(re.match(r"global step 1: \d\.\d\d% of the tokens had a log-prob or an advantage", x) for x in lines)
