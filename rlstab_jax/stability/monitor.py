@@ -36,11 +36,11 @@ class Check:
 
 
 @dataclasses.dataclass(frozen=True)
-class HeldOutCheck:
-    """When the check of reward against held-out accuracy speaks, and what it does then."""
+class GapCheck:
+    """When a check of the reward speaks, and what it does then."""
 
     gap: float
-    """How much more than the held-out accuracy the reward must have gained since the baseline; inf switches it off."""
+    """By how much two rewards must differ, each between 0 and 1; inf switches the check off."""
     policy: Literal["warn", "lower", "stop"] = "warn"
     """As in `Check`."""
 
@@ -51,14 +51,16 @@ class MonitorConfig:
 
     baseline_steps: int = 24
     """Gradient steps, from the first, that are the baseline (at least three global steps): nothing is said in them."""
-    spreads: float = 2.0
+    spreads: float = 1.0
     """How many robust standard deviations of the baseline an excess must be beyond its median."""
-    patience: int = 2
+    patience: int = 1
     """Global steps in a row that must be excesses before a check speaks, and must not be before it may speak again."""
     lower_by: float = 0.5
     """What the policy `lower` multiplies the learning rate by, each time that its check speaks."""
-    ratios: Check = Check(10.0)
-    """Ratio tails: largest pi_theta/pi_old and pi_old/mu_old, share of truncated weights."""
+    ratios: Check = Check(2.5)
+    """Ratio tails: the share of tokens with pi_old/mu_old beyond 2 or 1/2, the share of truncated weights."""
+    largest_ratio: Check = Check(2000.0)
+    """The largest pi_theta/pi_old and pi_old/mu_old of a step: single tokens, which grow rarer as a policy learns."""
     routing: Check = Check(2.0)
     """Routing drift: experts that differ between pi_old and pi_theta, or between mu_old and pi_old."""
     gradient: Check = Check(3.0)
@@ -69,8 +71,10 @@ class MonitorConfig:
     """Entropy collapse."""
     healthy_kl: Check = Check(2.0)
     """Entropy falls and the reward with it, though the train-inference KL has not grown by this factor."""
-    held_out: HeldOutCheck = HeldOutCheck(0.2)
-    """The reward rises and the held-out accuracy does not."""
+    held_out: GapCheck = GapCheck(0.2)
+    """The reward has gained so much more than the held-out accuracy since the baseline."""
+    reward: GapCheck = GapCheck(0.05)
+    """The reward is so far below the best of an earlier step."""
 
 
 class Remark(NamedTuple):
@@ -103,9 +107,12 @@ class Quantity(NamedTuple):
 SHARE = 1e-3
 QUANTITIES: dict[str, tuple[Quantity, ...]] = {
     "ratios": (
+        Quantity("discrepancy/f2", "the share of tokens with pi_old/mu_old beyond 2 or 1/2", False, 1e-4, "{:.2%}"),
+        Quantity("weight/truncated", "the share of truncated weights", offset=SHARE, form="{:.2%}"),
+    ),
+    "largest_ratio": (
         Quantity("staleness/max_ratio", "the largest ratio pi_theta/pi_old of a step"),
         Quantity("discrepancy/max_ratio", "the largest ratio pi_old/mu_old of a step"),
-        Quantity("weight/truncated", "the share of truncated weights", offset=SHARE, form="{:.2%}"),
     ),
     "routing": (
         Quantity("routing/old_vs_target", "the share of expert sets that updates change", False, SHARE, "{:.1%}"),
@@ -118,10 +125,14 @@ QUANTITIES: dict[str, tuple[Quantity, ...]] = {
     ),
     "entropy": (Quantity("policy/entropy", "the policy's entropy, in nats per token,", falls=True),),
 }  # fmt: skip
-SKIPPABLE = ("ratios", "routing", "gradient")
+SKIPPABLE = ("ratios", "largest_ratio", "routing", "gradient")
+RATIO_ADVICE = (
+    "Try clipping or a truncated weight (objective.eps_low, eps_high, cap), routing replay (learner.replay = r3), "
+    "fewer updates per rollout batch (minibatches), or a lower learning rate."
+)
 ADVICE = {
-    "ratios": "Try clipping or a truncated weight (objective.eps_low, eps_high, cap), routing replay "
-    "(learner.replay = r3), fewer updates per rollout batch (minibatches), or a lower learning rate.",
+    "ratios": RATIO_ADVICE,
+    "largest_ratio": RATIO_ADVICE,
     "routing": "Try routing replay (learner.replay = r2 for few updates per rollout batch, r3 for many), or a lower "
     "learning rate.",
     "gradient": "Try a lower learning rate or a smaller learner.max_grad_norm; look at samples.jsonl of this step.",
@@ -133,6 +144,8 @@ ADVICE = {
     "(objective.importance_sampling), with R3 too.",
     "held_out": "The policy fits the training prompts or exploits the verifier: read samples.jsonl, add prompts, or "
     "stop at the best checkpoint.",
+    "reward": "Go back to the best checkpoint with a lower learning rate, fewer updates per rollout batch "
+    "(minibatches) or clipping, if it does not come back by itself.",
 }
 CHECKS = tuple(ADVICE)
 
@@ -148,11 +161,12 @@ def validate(config: MonitorConfig) -> None:
     require(config.patience >= 1, "patience", config.patience, "at least 1")
     require(config.spreads >= 0, "spreads", config.spreads, "0 or more")
     require(0 < config.lower_by < 1, "lower_by", config.lower_by, "between 0 and 1")
-    require(config.held_out.gap > 0, "held_out.gap", config.held_out.gap, "above 0")
     for name in CHECKS:
         check = getattr(config, name)
         if isinstance(check, Check):
             require(check.factor > 1, f"{name}.factor", check.factor, "above 1, or inf to switch it off")
+        else:
+            require(check.gap > 0, f"{name}.gap", check.gap, "above 0, or inf to switch it off")
         if check.policy == "skip" and name not in SKIPPABLE:
             raise UserError(
                 f"monitor.{name}.policy = 'skip', but discarding one step's updates does not undo what this check "
@@ -270,6 +284,10 @@ class Monitor:
             yield from self._held_out(row)
         elif name == "healthy_kl":
             yield from self._healthy_kl(row)
+        elif name == "reward":
+            best, reward = self.state.best_reward, row["reward/mean"]
+            if best is not None:
+                yield Finding((best - reward) / self.config.reward.gap, f"the reward is {reward:.3f} after {best:.3f}")
         else:
             for quantity in QUANTITIES[name]:
                 yield from self._compare(quantity, row, getattr(self.config, name).factor)
@@ -327,7 +345,7 @@ class Finding(NamedTuple):
     message: str
 
 
-REWARD_FALL = 0.05  # below its best so far: the reward of a step has fallen, not merely wavered
+REWARD_FALL = 0.05  # of `healthy_kl`: so far below its best, the reward has fallen, not merely wavered
 BASELINE = (*(q.metric for group in QUANTITIES.values() for q in group), "discrepancy/k3", "reward/mean")
 
 

@@ -12,7 +12,7 @@ from rlstab_jax.stability.monitor import (
     BASELINE,
     CHECKS,
     Check,
-    HeldOutCheck,
+    GapCheck,
     Monitor,
     MonitorConfig,
     review,
@@ -20,15 +20,20 @@ from rlstab_jax.stability.monitor import (
 from rlstab_jax.types import UserError
 
 STEPS, BREAKS = 40, 20
+GAPS = ("held_out", "reward")
 CONFIG = MonitorConfig(
     baseline_steps=64,
-    ratios=Check(10.0),
+    spreads=2.0,
+    patience=2,
+    ratios=Check(3.0),
+    largest_ratio=Check(10.0),
     routing=Check(2.0),
     gradient=Check(3.0),
     length=Check(1.5),
     entropy=Check(4.0),
     healthy_kl=Check(2.0),
-    held_out=HeldOutCheck(0.2),
+    held_out=GapCheck(0.2),
+    reward=GapCheck(math.inf),
 )
 
 
@@ -68,9 +73,10 @@ def test_a_run_that_learns_is_left_in_peace(seed):
 @pytest.mark.parametrize(
     ("check", "metric", "factor"),
     [
-        ("ratios", "staleness/max_ratio", 30.0),
-        ("ratios", "discrepancy/max_ratio", 30.0),
+        ("ratios", "discrepancy/f2", 6.0),
         ("ratios", "weight/truncated", 50.0),
+        ("largest_ratio", "staleness/max_ratio", 30.0),
+        ("largest_ratio", "discrepancy/max_ratio", 30.0),
         ("routing", "routing/old_vs_target", 3.0),
         ("routing", "routing/rollout_vs_old", 3.0),
         ("gradient", "learner/grad_norm", 6.0),
@@ -132,6 +138,15 @@ def test_entropy_and_reward_fall_while_the_kl_looks_healthy():
     assert said(run) == []  # now the KL is an alarm itself
 
 
+def test_a_reward_that_falls():
+    run = healthy()
+    run["reward/mean"][BREAKS:] -= 0.3
+    config = replace(CONFIG, reward=GapCheck(0.05), held_out=GapCheck(math.inf))
+    (remark,) = review(run, config)
+    assert (remark.check, remark.step) == ("reward", 8 * (BREAKS + 2))
+    assert remark.message == "the reward is 0.215 after 0.495."
+
+
 def test_reward_without_held_out_gain():
     run = healthy()
     run["eval/accuracy_training"][np.isfinite(run["eval/accuracy_training"])] = 0.3
@@ -142,7 +157,7 @@ def test_reward_without_held_out_gain():
 
 @pytest.mark.parametrize("cut", [1, 7, 8, BREAKS + 1, STEPS - 1])
 def test_a_monitor_restored_from_json_goes_on_exactly(cut):
-    config = replace(CONFIG, gradient=Check(3.0, "lower"), ratios=Check(5.0, "skip"))
+    config = replace(CONFIG, gradient=Check(3.0, "lower"), largest_ratio=Check(5.0, "skip"))
     run = with_fault("learner/grad_norm", 6.0)
     run["learner/grad_norm"][30:34] /= 6.0
     run["staleness/max_ratio"][BREAKS + 1] *= 50
@@ -160,9 +175,9 @@ def test_a_monitor_restored_from_json_goes_on_exactly(cut):
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_what_cannot_be_meant_is_refused(check):
-    off = HeldOutCheck(math.inf) if check == "held_out" else Check(math.inf)
+    off = GapCheck(math.inf) if check in GAPS else Check(math.inf)
     Monitor(replace(CONFIG, **{check: off}))
-    wrong = HeldOutCheck(0.0) if check == "held_out" else Check(1.0)
+    wrong = GapCheck(0.0) if check in GAPS else Check(1.0)
     with pytest.raises(UserError, match=f"monitor.{check}"):
         Monitor(replace(CONFIG, **{check: wrong}))
 

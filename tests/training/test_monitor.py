@@ -7,7 +7,7 @@ import jax
 
 from rlstab_jax.cli import STOPPED
 from rlstab_jax.rundir import read_manifest, read_metrics
-from rlstab_jax.stability.monitor import Check, MonitorConfig
+from rlstab_jax.stability.monitor import Check, GapCheck, MonitorConfig
 from rlstab_jax.training.checkpoint import parameters
 from rlstab_jax.training.cold_start import initial_params
 from rlstab_jax.training.engines import build
@@ -20,12 +20,14 @@ TOUCHY = MonitorConfig(
     baseline_steps=4,
     patience=1,
     spreads=0.0,
-    ratios=Check(1.05, "lower"),
+    ratios=OFF,
+    largest_ratio=Check(1.05, "lower"),
     gradient=Check(1.05, "skip"),
     routing=OFF,
     length=OFF,
     entropy=OFF,
     healthy_kl=OFF,
+    reward=GapCheck(math.inf),
 )
 
 
@@ -51,7 +53,7 @@ def test_lower_and_skip_are_exact_when_a_run_is_resumed(tmp_path):
 
 
 def test_discarded_updates_leave_the_parameters_as_they_were(tmp_path):
-    skipping = replace(TOUCHY, ratios=OFF)
+    skipping = replace(TOUCHY, largest_ratio=OFF)
     _, metrics, lines = run(tmp_path / "whole", monitor=skipping)
     assert len(metrics["learner/grad_norm"]) == 12  # steps count, whether their updates are kept or not
     discarded = [int(line.split("global step ")[1].split()[0]) for line in lines if "are discarded" in line]
@@ -66,11 +68,11 @@ def test_discarded_updates_leave_the_parameters_as_they_were(tmp_path):
 
 
 def test_stop_ends_the_run_with_a_checkpoint_and_an_exit_code_of_its_own(tmp_path):
-    stopped, metrics, lines = run(tmp_path, monitor=replace(TOUCHY, ratios=Check(1.0001, "stop")))
+    stopped, metrics, lines = run(tmp_path, monitor=replace(TOUCHY, largest_ratio=Check(1.0001, "stop")))
     assert stopped == "monitor"
     assert STOPPED[stopped] == 3
     assert "the largest ratio" in lines[-1]
     last = int(metrics["progress/global_steps"][-1])
     assert last < 12
     assert (tmp_path / "checkpoints" / str(last)).is_dir()
-    assert read_manifest(tmp_path)["config"]["monitor"]["ratios"] == {"factor": 1.0001, "policy": "stop"}
+    assert read_manifest(tmp_path)["config"]["monitor"]["largest_ratio"] == {"factor": 1.0001, "policy": "stop"}
