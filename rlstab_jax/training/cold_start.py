@@ -62,13 +62,8 @@ def cold_start(
             "`demonstration` method"
         )
     entry = cache / _fingerprint(engines)
-    if entry.exists():
-        with Checkpoints(entry, notify=say) as checkpoints:
-            restored = checkpoints.restore({"params": params})
-        if restored is not None:
-            steps, state, progress = restored
-            say(f"cold start: accuracy {progress['accuracy']:.3f} after {steps} updates, from {entry}")
-            return ColdStart(engines.place(state["params"]), progress["accuracy"], steps)
+    if (kept := _from_cache(entry, params, say)) is not None:
+        return dataclasses.replace(kept, params=engines.place(kept.params))
     result = _train(engines, task, params, say, stop or Stop())
     if result is None:
         return None
@@ -81,6 +76,24 @@ def cold_start(
     except OSError:
         shutil.rmtree(aside)
     return result
+
+
+def _from_cache(entry: Path, template: dict, say: Callable[[str], None]) -> ColdStart | None:
+    """What is kept in ``entry``; None if there is nothing. One that is damaged is said and removed."""
+    if not entry.exists():
+        return None
+    try:
+        with Checkpoints(entry, read_only=True, notify=lambda line: None) as checkpoints:
+            restored = checkpoints.restore({"params": template})
+    except UserError:
+        restored = None
+    if restored is None:
+        say(f"cold start: the one in {entry} is damaged; making it again")
+        shutil.rmtree(entry)
+        return None
+    steps, state, progress = restored
+    say(f"cold start: accuracy {progress['accuracy']:.3f} after {steps} updates, from {entry}")
+    return ColdStart(state["params"], progress["accuracy"], steps)
 
 
 def _fingerprint(engines: Engines) -> str:

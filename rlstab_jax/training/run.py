@@ -83,7 +83,7 @@ def train(
         begun = resume_or_begin(engines, run, checkpoints, say, stop)
         if begun is not None:
             _train(engines, run, checkpoints, *begun, stop, profile, say, watch)
-    with contextlib.suppress(IndexError):
+    if run.metrics_path.exists():  # a run may have been stopped before its first step
         draw_run(read_metrics(run.path), run.report_path, title=run.path.name)
     if stop.requested:
         say(f"stopped by {stop.reason}; the same command goes on from here")

@@ -1,0 +1,162 @@
+"""The cold start: until an accuracy, kept for the next run, refused where it cannot be."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from rlstab_jax.tasks import ArithmeticConfig, TaskConfig
+from rlstab_jax.training import cold_start as cold_start_module
+from rlstab_jax.training.cold_start import ColdStart, cold_start, demonstrations
+from rlstab_jax.training.config import RunConfig
+from rlstab_jax.training.engines import Engines, build, initial_params
+from rlstab_jax.training.interrupt import Stop
+from rlstab_jax.training.run import train
+from rlstab_jax.types import UserError
+from tests.training import tiny_run
+
+
+@dataclasses.dataclass(frozen=True)
+class Undemonstrated(TaskConfig):
+    """A task that only judges."""
+
+    def build(self) -> Any:
+        task = TASK.build()
+        return _OnlyJudges(
+            task.tokenizer, task.max_prompt_tokens, task.max_response_tokens, task.split, task.reward
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class _OnlyJudges:
+    tokenizer: Any
+    max_prompt_tokens: int
+    max_response_tokens: int
+    split: Any
+    reward: Any
+
+
+# Modulo 2: right every other time as soon as the form of an answer is learnt.
+TASK = ArithmeticConfig(operands=(1, 6), operators="+*", modulus=2, base=2, scratchpad=0, heldout_prompts=8)
+
+
+def config(**changes: Any) -> RunConfig:
+    default = tiny_run.config()
+    default = dataclasses.replace(default, task=TASK)
+    start = {"max_steps": 200, "target_accuracy": 0.4, "check_every": 5, "batch_size": 16, "learning_rate": 1e-2}
+    start["check_prompts"] = 8
+    return dataclasses.replace(default, cold_start=dataclasses.replace(default.cold_start, **start | changes))
+
+
+def engines(**changes: Any) -> Engines:
+    return build(config(**changes))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cold_start")
+
+
+@pytest.fixture(scope="module")
+def first(cache: Path) -> ColdStart:
+    started = cold_start(engines(), cache, say=lambda line: None)
+    assert started is not None
+    return started
+
+
+def assert_same(a: dict, b: dict) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_it_reaches_its_target_and_is_kept(first: ColdStart, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert first.accuracy >= 0.4
+    assert 0 < first.steps < 200
+    assert first.steps % 5 == 0
+    lines: list[str] = []
+    monkeypatch.setattr(cold_start_module, "_train", None)  # not called again: taken from the cache
+    kept = cold_start(engines(), cache, lines.append)
+    assert kept is not None
+    assert (kept.accuracy, kept.steps) == (first.accuracy, first.steps)
+    assert_same(kept.params, first.params)
+    (entry,) = cache.iterdir()
+    assert lines == [f"cold start: accuracy {first.accuracy:.3f} after {first.steps} updates, from {entry}"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "shared"),
+    [
+        ({"seed": 5, "gradient_steps": 2, "minibatches": 1}, True),
+        ({"cold_start": dataclasses.replace(config().cold_start, seed=1)}, False),
+        ({"task": dataclasses.replace(TASK, seed=1)}, False),
+        ({"model": dataclasses.replace(tiny_run.MODEL, rope_theta=10.0)}, False),
+    ],
+)
+def test_runs_that_share_one(changes: dict, shared: bool) -> None:
+    """Those that differ only in what comes after it."""
+    of_default = cold_start_module._fingerprint(engines())
+    assert (cold_start_module._fingerprint(build(dataclasses.replace(config(), **changes))) == of_default) is shared
+
+
+def test_a_damaged_one_is_made_again(first: ColdStart, cache: Path, tmp_path: Path) -> None:
+    (entry,) = cache.iterdir()
+    for header in entry.glob("*/header/metadata"):
+        header.unlink()
+    lines: list[str] = []
+    again = cold_start(engines(), cache, lines.append)
+    assert again is not None
+    assert_same(again.params, first.params)
+    assert lines[0] == f"cold start: the one in {entry} is damaged; making it again"
+    kept = cold_start(engines(), cache, lines.append)
+    assert kept is not None
+    assert "from" in lines[-1]
+
+
+def test_a_stop_keeps_nothing(tmp_path: Path) -> None:
+    assert cold_start(engines(), tmp_path / "cache", print, Stop("SIGTERM")) is None
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_run_that_is_stopped_in_it_begins_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("rlstab_jax.training.run.cold_start", lambda engines, cache, say, stop: setattr(
+            stop, "reason", "SIGTERM"))  # fmt: skip
+        assert train(config(), tmp_path / "run", say=lambda line: None) == "SIGTERM"
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not any((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_no_steps_are_random_parameters(tmp_path: Path) -> None:
+    of = engines(max_steps=0, seed=3)
+    started = cold_start(of, tmp_path)
+    assert started is not None
+    assert_same(started.params, initial_params(of.training, 3))
+    assert started.steps == 0
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"accuracy 0\.\d+ after cold_start.max_steps = 5 updates, short of .*target"):
+        cold_start(engines(max_steps=5, target_accuracy=1.0), tmp_path)
+    other = dataclasses.replace(config(), task=Undemonstrated())
+    with pytest.raises(UserError, match="this task has no demonstrations: set it to 0"):
+        cold_start(build(other), tmp_path)
+    short = dataclasses.replace(config(), rollout=dataclasses.replace(config().rollout, response_length=1))
+    with pytest.raises(UserError, match=r"has 2 tokens, but rollout.response_length = 1: raise it, or use 0"):
+        cold_start(build(short), tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_demonstrations_lie_as_rollouts_do() -> None:
+    of = engines()
+    source, tokenizer = of.task.split("train"), of.task.tokenizer
+    prompts = [source[i] for i in range(4)]
+    batch = demonstrations(of, of.task, prompts, seed=1)  # type: ignore[arg-type]
+    for row, prompt in enumerate(prompts):
+        ids = np.asarray(batch.tokens[row])[np.asarray(batch.valid[row])]
+        demonstration = of.task.demonstration(prompt, 1)  # type: ignore[attr-defined]
+        assert tokenizer.decode(ids) == prompt.text + demonstration + "<stop>"
+    assert batch.response_mask[:, 0].all()
+    assert batch.tokens.shape == (4, of.config.rollout.prompt_length + of.config.rollout.response_length)
