@@ -49,15 +49,19 @@ class Engines:
     def places(self, tree: Any) -> Any:
         """A sharding for each leaf: training states and parameters by the table ``TRAINING``, all else on each device.
 
-        A dict is taken for parameters.
+        A dict is taken for parameters. On one device all of these are the same place, and one name for it keeps a
+        function from being traced again for its own result.
         """
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        if self.mesh.size == 1:
+            return jax.tree.map(lambda _: everywhere, tree)
 
         def of(node: Any) -> Any:
             if isinstance(node, TrainState):
                 return state_shardings(self.mesh, node, TRAINING)
             if isinstance(node, dict):
                 return shardings(self.mesh, logical_axes(node), TRAINING)
-            return NamedSharding(self.mesh, PartitionSpec())
+            return everywhere
 
         return jax.tree.map(of, tree, is_leaf=lambda node: isinstance(node, TrainState | dict))
 
