@@ -236,6 +236,7 @@ def test_a_progress_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     with open(follower, "w") as terminal, monkeypatch.context() as patch:
         patch.setattr("sys.stdout", terminal)
         patch.setenv("TERM", "xterm")
+        patch.setenv("COLUMNS", "120")
         with progress(8) as (say, watch):
             say("kernels: these")
             watch({"progress/gradient_steps": 4, "reward/mean": 0.25, "discrepancy/k3": 1e-3})
