@@ -53,25 +53,25 @@ class MonitorConfig:
     """Gradient steps, from the first, that are the baseline (at least three global steps): nothing is said in them."""
     spreads: float = 1.0
     """How many robust standard deviations of the baseline an excess must be beyond its median."""
-    patience: int = 1
+    patience: int = 2
     """Global steps in a row that must be excesses before a check speaks, and must not be before it may speak again."""
     lower_by: float = 0.5
     """What the policy `lower` multiplies the learning rate by, each time that its check speaks."""
-    ratios: Check = Check(2.5)
+    ratios: Check = Check(3.0)
     """Ratio tails: the share of tokens with pi_old/mu_old beyond 2 or 1/2, the share of truncated weights."""
-    largest_ratio: Check = Check(2000.0)
+    largest_ratio: Check = Check(1000.0)
     """The largest pi_theta/pi_old and pi_old/mu_old of a step: single tokens, which grow rarer as a policy learns."""
-    routing: Check = Check(2.0)
+    routing: Check = Check(1.25)
     """Routing drift: experts that differ between pi_old and pi_theta, or between mu_old and pi_old."""
-    gradient: Check = Check(3.0)
+    gradient: Check = Check(2.5)
     """Gradient spikes: the norm before clipping; not finite is always an excess."""
-    length: Check = Check(1.5)
+    length: Check = Check(1.25)
     """Length surge: mean response length, share of responses cut off at the limit."""
-    entropy: Check = Check(4.0)
+    entropy: Check = Check(10.0)
     """Entropy collapse."""
-    healthy_kl: Check = Check(2.0)
+    healthy_kl: Check = Check(1.25)
     """Entropy falls and the reward with it, though the train-inference KL has not grown by this factor."""
-    held_out: GapCheck = GapCheck(0.2)
+    held_out: GapCheck = GapCheck(0.05)
     """The reward has gained so much more than the held-out accuracy since the baseline."""
     reward: GapCheck = GapCheck(0.05)
     """The reward is so far below the best of an earlier step."""
