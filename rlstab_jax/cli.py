@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -139,10 +140,14 @@ def parse(command: str, arguments: Sequence[str], known: Any = TrainOptions()) -
     return path, parsed.options, parsed.config
 
 
-def use_compilation_cache(path: Path | None) -> None:
-    """Keeps compiled programs in ``path``, so that the next run starts at once."""
+def prepare_jax(compilation_cache: Path | None) -> None:
+    """Keeps compiled programs in ``compilation_cache`` between runs. Call it before anything is computed."""
     import jax
 
+    if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        # Virtual CPU devices: programs in flight together can starve each other's collectives of threads, for ever.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
+    path = compilation_cache
     if path is None:
         return
     with contextlib.suppress(OSError):
@@ -160,7 +165,7 @@ def train_command(arguments: Sequence[str], begin: Any) -> int:
     out = options.out or Path("runs") / f"{path.stem}-seed{config.seed}"
     if not options.resume and not options.fresh and (out / "manifest.json").exists():
         raise UserError(f"{out} holds a run already: give another --out, --fresh to begin anew, or --resume to go on")
-    use_compilation_cache(options.compilation_cache)
+    prepare_jax(options.compilation_cache)
     print(f"run: {out}")
     with progress(config.gradient_steps) as (say, watch):
         stopped = train(config, out, fresh=options.fresh, profile=options.profile, say=say, watch=watch, begin=begin)
@@ -175,7 +180,7 @@ def sft_command(arguments: Sequence[str], begin: Any) -> int:
     from rlstab_jax.training.engines import build
 
     _, options, config = parse("sft", arguments)
-    use_compilation_cache(options.compilation_cache)
+    prepare_jax(options.compilation_cache)
     engines = build(config)
     begin()
     started = time.perf_counter()
@@ -193,7 +198,7 @@ def diagnose_command(arguments: Sequence[str], begin: Any) -> int:
     checkpoint = Path(arguments[0])
     path, options, config = parse("diagnose", arguments[1:], DiagnoseOptions())
     out = options.out or Path("runs") / f"diagnose-{path.stem}"
-    use_compilation_cache(options.compilation_cache)
+    prepare_jax(options.compilation_cache)
     step, gaps = diagnose(config, checkpoint, options.precisions, options.prompts, begin, lambda g: print(g.precision))
     print_table(gaps)
     write_json(out / "gaps.json", checkpoint, step, gaps)

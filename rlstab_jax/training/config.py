@@ -7,7 +7,7 @@ from rlstab_jax.learner import LearnerConfig
 from rlstab_jax.models import Kernels, ModelConfig, Precision, fp8
 from rlstab_jax.objectives import ObjectiveConfig
 from rlstab_jax.parallel.mesh import MeshConfig
-from rlstab_jax.stability.monitor import MonitorConfig
+from rlstab_jax.stability.monitor import LIVE, MonitorConfig
 from rlstab_jax.stability.monitor import validate as validate_monitor
 from rlstab_jax.tasks import ArithmeticConfig, TaskConfig
 from rlstab_jax.types import UserError
@@ -99,7 +99,7 @@ class RunConfig:
     """Supervised training before RL."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Held-out accuracy during the run."""
-    monitor: MonitorConfig = MonitorConfig()
+    monitor: MonitorConfig = LIVE
     """What the monitor says of the run while it goes on, and what it does."""
     kernels: Kernels = Kernels()
     """Implementations of attention and experts."""
