@@ -70,6 +70,7 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
             "learner.router_z: the model is dense and has no router",
         ),
         ("--kernels.attention cudnn", "kernels.attention = 'cudnn' needs an NVIDIA GPU, but this is 'cpu'"),
+        ("--learner.precision.weights float8_e4m3fn", "learner.precision: the training engine is not quantised"),
         ("--objective.delta 0.1", "objective.delta: minirl has no such number; it takes:"),
         ("--objective.name nonesuch", "invalid choice 'nonesuch'"),
         ("--task.modulus 99", "modulus = 99: expected at most base ** digits = 16"),

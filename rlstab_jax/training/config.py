@@ -153,6 +153,12 @@ def validate(config: RunConfig) -> None:
     require(cold_start.learning_rate > 0, "cold_start.learning_rate", cold_start.learning_rate, "above 0")
     require(cold_start.check_prompts >= 1, "cold_start.check_prompts", cold_start.check_prompts, "at least 1")
     require(cold_start.check_every >= 1, "cold_start.check_every", cold_start.check_every, "at least 1")
+    formats = (learner.precision.weights, learner.precision.activations, learner.precision.kv_cache)
+    if formats != ("none",) * 3:
+        raise UserError(
+            f"learner.precision: the training engine is not quantised, but its formats are {', '.join(formats)}: "
+            "set them to none and choose learner.precision.dtype"
+        )
     config.model.validate()
     validate_monitor(config.monitor)
     minibatch = config.prompts_per_minibatch * config.samples_per_prompt

@@ -40,6 +40,14 @@ class Progress:
     prompts: dict[str, Any] = dataclasses.field(default_factory=dict)  # the prompt iterator's position
     monitor: dict[str, Any] = dataclasses.field(default_factory=dict)  # what the monitor remembers
 
+    def advance(self, config: RunConfig, response_length: float, prompts: dict[str, Any]) -> None:
+        """Counts one global step, with the mean length of its responses and the iterator's position after it."""
+        self.global_steps += 1
+        self.gradient_steps += config.minibatches
+        self.responses += config.responses_per_step
+        self.tokens += round(response_length * config.responses_per_step)
+        self.prompts = prompts
+
     def metrics(self) -> Metrics:
         names = ("global_steps", "gradient_steps", "responses", "tokens")
         return {f"progress/{name}": getattr(self, name) for name in names}
@@ -152,11 +160,7 @@ def _train(
             state = dataclasses.replace(state, train=previous)
             say(f"monitor: the updates of global step {step} are discarded")
         before = progress.gradient_steps
-        progress.global_steps = step
-        progress.gradient_steps += config.minibatches
-        progress.responses += config.responses_per_step
-        progress.tokens += round(metrics["response/length"] * config.responses_per_step)
-        progress.prompts = data.get_state()
+        progress.advance(config, metrics["response/length"], data.get_state())
         accuracy = math.nan
         if _due(before, progress.gradient_steps, config.evaluation.every):
             evaluated = evaluate(engines, state.train.params, evaluation_key)
