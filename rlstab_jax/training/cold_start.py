@@ -128,7 +128,7 @@ def _train(
             engines.training, state, engines.place_rows(batch), numbers, engines.config.learner.logits_per_chunk
         )
         if engines.mesh.size > 1:
-            state = engines.place(state)
+            state = engines.settle(engines.place(state))
         if stop.requested:
             return None
         if step % config.check_every == 0:

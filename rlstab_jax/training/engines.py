@@ -78,6 +78,14 @@ class Engines:
 
         return jax.tree.map(at, shapes, self.places(shapes))
 
+    def settle(self, tree: Any) -> Any:
+        """Waits for ``tree`` where several virtual CPU devices share a few cores, and returns it.
+
+        Collectives of programs that are in flight together can starve each other of threads there, for ever.
+        """
+        virtual = self.mesh.size > 1 and self.mesh.devices.flat[0].platform == "cpu"
+        return jax.block_until_ready(tree) if virtual else tree
+
     def place_rows(self, tree: Any) -> Any:
         """Puts arrays that travel onto the mesh, their rows over the data-parallel devices."""
 

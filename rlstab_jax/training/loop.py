@@ -74,7 +74,9 @@ def global_step(
         metrics = rollout_metrics(statistics)
 
     # A: once, over the whole batch, before it is split into mini-batches of whole groups.
-    advantage = rollout_advantages(engines.objective, rollout, old, reference, engines.place_rows(rewards), groups)
+    rewards_on_mesh = engines.place_rows(rewards)
+    advantage = rollout_advantages(engines.objective, rollout, old, reference, rewards_on_mesh, groups)
+    engines.settle(advantage)
     whole = Minibatch(rollout, old, advantage, engines.place_rows(groups), reference)
 
     # N updates of pi_theta.
@@ -84,7 +86,7 @@ def global_step(
             train, *measured = update(
                 engines.training,
                 train,
-                take_rows(whole, engines.place(rows)),
+                engines.settle(minibatch(whole, engines.place(rows))),
                 engines.objective,
                 engines.numbers,
                 replay=engines.replay,
@@ -96,7 +98,7 @@ def global_step(
                 train = engines.place(
                     train
                 )  # the compiler chooses where results lie, and that decides what it compiles
-            updates.append(tuple(measured))
+            updates.append(tuple(engines.settle(measured)))
         metrics |= update_metrics(updates)
 
     mask = np.asarray(rollout.response_mask)
@@ -119,7 +121,7 @@ def sample_responses(engines: Engines, params: dict, prompts: list[Prompt], step
     tokens, mask = encode_prompts(prompts, engines.task.tokenizer, config.rollout.prompt_length)
     return sample(
         engines.inference,
-        prepare(params, config.rollout.precision),
+        engines.settle(prepare(params, config.rollout.precision)),
         engines.place_rows(tokens),
         engines.place_rows(mask),
         sample_keys(jax.random.key(config.seed), step, [prompt.id for prompt in prompts], config.samples_per_prompt),
@@ -132,14 +134,19 @@ def sample_responses(engines: Engines, params: dict, prompts: list[Prompt], step
 def score_old(engines: Engines, params: dict, rollout: Rollout, replay: RoutingReplay) -> tuple[PolicyScores, dict]:
     """The training engine's forward pass over a rollout."""
     learner = engines.config.learner
-    return score(
-        engines.training,
-        {"params": params},
-        rollout,
-        replay=replay,
-        micro_batches=learner.score_micro_batches,
-        logits_per_chunk=learner.logits_per_chunk,
+    return engines.settle(
+        score(
+            engines.training,
+            {"params": params},
+            rollout,
+            replay=replay,
+            micro_batches=learner.score_micro_batches,
+            logits_per_chunk=learner.logits_per_chunk,
+        )
     )
+
+
+minibatch = jax.jit(take_rows)
 
 
 @jax.jit
