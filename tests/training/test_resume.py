@@ -37,17 +37,15 @@ class Command:
         return subprocess.Popen(command, cwd=ROOT, text=True, env=environment, **pipes)
 
     def complete(self, out: Path) -> str:
-        """Runs to the end, without an error of its own; XLA may complain of a slow machine."""
-        process = self.start(out)
-        printed, errors = process.communicate(timeout=600)
-        assert process.returncode == 0, errors
-        assert "Traceback" not in errors
+        """Runs to the end, without a word on standard error."""
+        printed, errors = self.start(out).communicate(timeout=300)
+        assert errors == ""
         assert "done: " in printed
         return printed
 
     def stop(self, out: Path, moment: Callable[[], bool], number: signal.Signals) -> tuple[int, str]:
         """Starts or resumes the run, sends the signal at that moment, and returns the exit code and the output."""
-        process, deadline = self.start(out), time.monotonic() + 400
+        process, deadline = self.start(out), time.monotonic() + 120
         while True:
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
@@ -60,8 +58,8 @@ class Command:
         process.send_signal(number)
         process.send_signal(signal.SIGCONT)
         process.send_signal(number)
-        printed, errors = process.communicate(timeout=400)
-        assert "Traceback" not in errors
+        printed, errors = process.communicate(timeout=120)
+        assert errors == ""
         return process.returncode, printed
 
 
