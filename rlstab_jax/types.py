@@ -43,7 +43,10 @@ class Rollout:
         mask.
       truncated: True where the response met the length limit without a stop token.
       routes: experts used by the inference engine, or None for a dense model or where recording was off.
-      temperature: sampling temperature; the training engine scores at the same one.
+      temperature: sampling temperature of each row; the training engine scores at the same one.
+      support: the tokens that each draw was made from, in no order, where sampling was truncated (top-k, top-p, min-p);
+        places not in use hold the vocabulary's size. The training engine renormalises over it, so that the importance
+        ratio is taken at the true distribution on both sides (PAPER section 2). None: the whole vocabulary.
     """
 
     tokens: Int[Array, "batch time"]
@@ -52,7 +55,8 @@ class Rollout:
     log_probs: Float[Array, "batch response_length"]
     truncated: Bool[Array, "batch"]
     routes: Routes | None
-    temperature: Float[Array, ""]
+    temperature: Float[Array, "batch"]
+    support: Int[Array, "batch response_length kept"] | None = None
 
     @property
     def prompt_length(self) -> int:
@@ -110,7 +114,7 @@ def row_axis(leaf: jax.Array) -> int:
 
 
 def take_rows(tree: Any, rows: Int[Array, "n"]) -> Any:
-    """Those rows of a tree of arrays that travel; scalars, such as the temperature, belong to all rows."""
+    """Those rows of a tree of arrays that travel; scalars belong to all rows."""
     return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=row_axis(leaf)) if leaf.ndim else leaf, tree)
 
 

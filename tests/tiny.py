@@ -30,7 +30,7 @@ MIXED = ModelConfig(
     dense_layers=(1, 3),
     tie_embeddings=True,
 )
-TILES = Kernels("reference", "tiles")
+TILES = Kernels("reference", "tiles", "reference", "grouped")
 PROMPT, RESPONSE, SAMPLES = 6, 8, 2
 STOP_IDS = np.array([1, 5], np.int32)
 FLOAT32, FP8 = Precision(), fp8()

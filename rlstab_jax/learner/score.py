@@ -54,10 +54,11 @@ def head_log_probs(
     variables: dict,
     hidden: Float[Array, "rows d"],
     targets: Int[Array, "rows"],
-    temperature: Float[Array, ""],
+    temperature: Float[Array, "rows"],
+    support: Int[Array, "rows kept"] | None,
     logits_per_chunk: int,
 ) -> tuple[Float[Array, "rows"], Float[Array, "rows"]]:
-    """Log-probs of ``targets`` and entropies, in chunks of about ``logits_per_chunk`` logits.
+    """Log-probs of ``targets`` and entropies over ``support``, in chunks of about ``logits_per_chunk`` logits.
 
     [rows, vocab] never exists at once; the backward pass recomputes each chunk.
     """
@@ -66,20 +67,38 @@ def head_log_probs(
     chunks = -(-rows // chunk)
 
     @jax.checkpoint
-    def one(arguments: tuple[Array, Array]) -> tuple[Array, Array]:
-        h, target = arguments
-        log_probs = jax.nn.log_softmax(logits_of(model, variables, h) / temperature, axis=-1)
+    def one(arguments: tuple[Array, ...]) -> tuple[Array, Array]:
+        h, target, t, kept = arguments
+        logits = logits_of(model, variables, h) / t[:, None]
+        if support is not None:
+            # Only these could be drawn: what is left of the policy is renormalised over them.
+            inside = jnp.take_along_axis(logits, jnp.minimum(kept, logits.shape[-1] - 1), axis=-1)
+            inside = jnp.where(kept < logits.shape[-1], inside, -jnp.inf)
+            log_probs = inside - jax.nn.logsumexp(inside, axis=-1, keepdims=True)
+            chosen = jnp.where(kept == target[:, None], log_probs, 0.0).sum(-1)
+            possible = log_probs > -jnp.inf
+            log_probs = jnp.where(possible, log_probs, 0.0)
+            return chosen, -jnp.sum(jnp.where(possible, jnp.exp(log_probs), 0.0) * log_probs, axis=-1)
+        log_probs = jax.nn.log_softmax(logits, axis=-1)
         entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
         return jnp.take_along_axis(log_probs, target[:, None], axis=-1)[:, 0], entropy
 
-    if chunks == 1:
-        return one((hidden, targets))
-    padding = chunks * chunk - rows
-    split = (
-        jnp.pad(hidden, ((0, padding), (0, 0))).reshape(chunks, chunk, -1),
-        jnp.pad(targets, (0, padding)).reshape(chunks, chunk),
+    # What lies outside a response has no support: an arbitrary one keeps its numbers finite.
+    kept = (
+        jnp.zeros((rows, 1), jnp.int32)
+        if support is None
+        else jnp.where((support < model.config.vocab_size).any(-1, keepdims=True), support, 0)
     )
-    log_probs, entropy = jax.lax.map(one, split)
+    operands = (hidden, targets, temperature, kept)
+    if chunks == 1:
+        return one(operands)
+    padding = chunks * chunk - rows
+
+    def split(x: Array) -> Array:
+        padded = jnp.pad(x, ((0, padding), *[(0, 0)] * (x.ndim - 1)), mode="edge")
+        return padded.reshape(chunks, chunk, *x.shape[1:])
+
+    log_probs, entropy = jax.lax.map(one, jax.tree.map(split, operands))
     return log_probs.reshape(-1)[:rows], entropy.reshape(-1)[:rows]
 
 
@@ -100,7 +119,8 @@ def policy_scores(
             variables,
             hidden.reshape(batch * length, d),
             rollout.tokens[:, rollout.prompt_length :].reshape(-1),
-            rollout.temperature,
+            jnp.repeat(rollout.temperature, length),
+            None if rollout.support is None else rollout.support.reshape(batch * length, -1),
             logits_per_chunk,
         )
     mask = rollout.response_mask

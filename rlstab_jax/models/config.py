@@ -1,19 +1,24 @@
 """The model room's configuration: sizes, and which kernels compute them."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from rlstab_jax.types import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """Which implementation computes attention and experts. ``auto`` is resolved once, at the start of a run."""
+    """Which implementation computes attention and experts, over whole sequences (scoring, updates, prefill) and in a
+    decode step. ``auto`` is resolved once, at the start of a run."""
 
     attention: Literal["auto", "reference", "cudnn"] = "auto"
     """reference anywhere; cudnn needs an NVIDIA GPU and bfloat16."""
-    experts: Literal["auto", "dense", "tiles", "ragged_dot"] = "auto"
+    experts: Literal["auto", "dense", "tiles", "grouped", "ragged_dot"] = "auto"
     """dense is the slow reference; tiles is fast on CPU; ragged_dot is fast on TPU."""
+    decode_attention: Literal["auto", "reference"] = "auto"
+    """reference anywhere."""
+    decode_experts: Literal["auto", "dense", "tiles", "grouped", "ragged_dot"] = "auto"
+    """grouped moves no weights; the others are those of ``experts``."""
 
 
 def resolve_kernels(kernels: Kernels, platform: str) -> Kernels:
@@ -27,11 +32,13 @@ def resolve_kernels(kernels: Kernels, platform: str) -> Kernels:
         raise UserError(
             f"kernels.attention = 'cudnn' needs an NVIDIA GPU, but this is {platform!r}: use 'auto' or 'reference'"
         )
-    attention = "reference" if kernels.attention == "auto" else kernels.attention
-    experts = kernels.experts
-    if experts == "auto":
-        experts = "tiles" if platform == "cpu" else "ragged_dot"
-    return Kernels(attention, experts)
+    best: dict[str, Any] = {
+        "attention": "reference",
+        "experts": "tiles" if platform == "cpu" else "ragged_dot",
+        "decode_attention": "reference",
+        "decode_experts": "ragged_dot" if platform == "tpu" else "grouped",
+    }
+    return dataclasses.replace(kernels, **{name: k for name, k in best.items() if getattr(kernels, name) == "auto"})
 
 
 @dataclasses.dataclass(frozen=True)

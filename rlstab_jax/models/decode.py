@@ -1,5 +1,6 @@
 """One token at a time: the model's blocks, unrolled over layers, on slices of the stacked parameters."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rlstab_jax.models.config import ModelConfig
-from rlstab_jax.models.transformer import Block, KeyValues, Transformer
+from rlstab_jax.models.transformer import Block, Past, Transformer
 from rlstab_jax.types import Routes
 
 
@@ -35,25 +36,24 @@ def layer_variables(config: ModelConfig, variables: dict) -> list[dict]:
 def decode_step(
     model: Transformer,
     layers: list[dict],
-    x: Float[Array, "batch 1 d"],
-    positions: Int[Array, "batch 1"],
-    mask: Bool[Array, "batch 1 key"],
-    fed: Bool[Array, "batch 1"],
-    caches: list[KeyValues],
-    column: Int[Array, ""],
-) -> tuple[Float[Array, "batch 1 d"], list[KeyValues], Routes | None]:
-    """One token through all blocks, unrolled over layers: a scan would copy the whole cache at each step.
+    x: Float[Array, "rows d"],
+    positions: Int[Array, "rows"],
+    fed: Bool[Array, "rows"],
+    pasts: list[Past],
+) -> tuple[Float[Array, "rows d"], list[Past], Routes | None]:
+    """One token a row through all blocks, unrolled over layers: a scan would copy the whole cache at each step.
 
-    Returns the residual stream before the final norm, the caches with this token at ``column``, and the routes
-    [layer, batch, 1, k] in use.
+    Returns the residual stream before the final norm, the pasts with this token at their column, and the routes
+    [layer, rows, 1, k] in use.
     """
-    new_caches, routes = [], []
+    extended, routes = [], []
     kinds = [moe for kinds, repeats in model.config.segments for moe in kinds * repeats]
-    for moe, variables, cache in zip(kinds, layers, caches, strict=True):
+    x = x[:, None]
+    for moe, variables, past in zip(kinds, layers, pasts, strict=True):
         block = Block(model.config, moe, model.precision, model.kernels)
-        outputs: Any = block.apply(variables, x, positions, mask, fed, None, cache, column)
-        x, cache, routing = outputs
-        new_caches.append(cache)
+        outputs: Any = block.apply(variables, x, positions[:, None], fed[:, None], None, past)
+        x, response, routing = outputs
+        extended.append(replace(past, response=response))
         if routing is not None:
             routes.append(routing.used)
-    return x, new_caches, jnp.stack(routes) if routes else None
+    return x[:, 0], extended, jnp.stack(routes) if routes else None

@@ -6,6 +6,8 @@ RMSNorm, grouped-query attention with q/k norm and RoPE, a softmax router over a
 """
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -15,7 +17,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from rlstab_jax.models import experts as expert_kernels
-from rlstab_jax.models.attention import ATTENTION
+from rlstab_jax.models.attention import ATTENTION, DECODE_ATTENTION
 from rlstab_jax.models.config import Kernels, ModelConfig
 from rlstab_jax.models.experts import ExpertWeights
 from rlstab_jax.models.precision import Precision, Stored, matmul, store
@@ -27,10 +29,37 @@ SCALE = "weight_scale"
 
 @struct.dataclass
 class KeyValues:
-    """Keys and values of one layer as they are stored: [batch, kv_head, time, head_dim]."""
+    """Keys and values of one layer as a cache stores them.
+
+    ``k`` is [batch, kv_head, head_dim, time], a decode step's product with it then reads along time (twice as fast on
+    CPU); ``v`` is [batch, kv_head, time, head_dim].
+    """
 
     k: Stored
     v: Stored
+
+    def over_time(self, f: Callable[..., Array], *others: "KeyValues") -> "KeyValues":
+        """``f(array, *others, axis)`` on each stored array, with its time axis."""
+        k = jax.tree.map(lambda *arrays: f(*arrays, axis=3), self.k, *(other.k for other in others))
+        v = jax.tree.map(lambda *arrays: f(*arrays, axis=2), self.v, *(other.v for other in others))
+        return KeyValues(k, v)
+
+
+@struct.dataclass
+class Past:
+    """What one decode step of a layer attends to. The rows of one prompt are adjacent and share its part.
+
+    Attributes:
+      prompt: of ``prompts`` rows and prompt_length; ``rows`` is a multiple of ``prompts``.
+      response: of ``rows`` rows and a window of time; this step writes its ``column``, the same for all rows.
+      prompt_mask, response_mask: True on what is attended to, the column that is being written included.
+    """
+
+    prompt: KeyValues
+    response: KeyValues
+    prompt_mask: Bool[Array, "prompts prompt_length"]
+    response_mask: Bool[Array, "rows window"]
+    column: Int[Array, ""]
 
 
 @struct.dataclass
@@ -107,11 +136,13 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "batch time d"],
         positions: Int[Array, "batch time"],
-        mask: Bool[Array, "batch time key"],
-        cache: KeyValues | None = None,
-        column: Int[Array, ""] | None = None,
+        fed: Bool[Array, "batch time"],
+        past: Past | None = None,
     ) -> tuple[Float[Array, "batch time d"], KeyValues]:
-        """Attends where ``mask``. With a cache, writes keys and values at its ``column`` and attends to all of it."""
+        """Attends causally to fed tokens, or, in a decode step (time = 1), to ``past``, whose response it extends.
+
+        Returns the result, and the keys and values of the tokens or of the extended response.
+        """
         cfg = self.config
         batch, time, d = x.shape
         flat = x.reshape(batch * time, d)
@@ -125,13 +156,25 @@ class Attention(nn.Module):
         v = project("v", cfg.num_kv_heads).swapaxes(1, 2)
         q, k = rotate(q, positions, cfg.rope_theta), rotate(k, positions, cfg.rope_theta)
         # Attention reads what a cache would hold, with or without one: prefill, decode and scoring see equal numbers.
-        kv = KeyValues(store(k, self.precision.kv_cache), store(v, self.precision.kv_cache))
-        if cache is not None and column is not None:
-            kv = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, column, 2), cache, kv)
-        attend = ATTENTION[self.kernels.attention]
-        y = attend(q, kv.k.load(self.precision.dtype), kv.v.load(self.precision.dtype), mask)
+        stored_k, stored_v = store(k, self.precision.kv_cache), store(v, self.precision.kv_cache)
+        kv = KeyValues(jax.tree.map(lambda a: a.swapaxes(2, 3), stored_k), stored_v)
+        if past is None:
+            y = ATTENTION[self.kernels.attention](q, self._load(stored_k), self._load(stored_v), fed)
+        else:
+            write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=past.column)
+            kv = past.response.over_time(write, kv)
+            y = DECODE_ATTENTION[self.kernels.decode_attention](
+                q,
+                (self._load(past.prompt.k), self._load(past.prompt.v)),
+                (self._load(kv.k), self._load(kv.v)),
+                past.prompt_mask,
+                past.response_mask,
+            )
         y = y.swapaxes(1, 2).reshape(batch * time, cfg.num_heads * cfg.head_dim)
         return Linear(d, self.precision, name="o")(y).reshape(batch, time, d), kv
+
+    def _load(self, stored: Stored) -> Array:
+        return stored.load(self.precision.dtype)
 
 
 def route(
@@ -164,7 +207,7 @@ class MoE(nn.Module):
 
     config: ModelConfig
     precision: Precision
-    kernels: Kernels
+    kernel: str
 
     @nn.compact
     def __call__(
@@ -187,7 +230,7 @@ class MoE(nn.Module):
             used = jnp.where(token_fed, used, cfg.num_experts)
             gates = jnp.where(token_fed, gates, 0.0)
         with jax.named_scope("experts"):
-            y = expert_kernels.KERNELS[self.kernels.experts](flat, used, gates, self._weights(d), self.precision)
+            y = expert_kernels.KERNELS[self.kernel](flat, used, gates, self._weights(d), self.precision)
         narrow = route_dtype(cfg.num_experts)
         shape = (batch, time, cfg.experts_per_token)
         one_hot = used[..., None] == jnp.arange(cfg.num_experts)
@@ -249,16 +292,14 @@ class Block(nn.Module):
         self,
         x: Float[Array, "batch time d"],
         positions: Int[Array, "batch time"],
-        mask: Bool[Array, "batch time key"],
         fed: Bool[Array, "batch time"],
         routes: Array | None = None,
-        cache: KeyValues | None = None,
-        column: Int[Array, ""] | None = None,
+        past: Past | None = None,
     ) -> tuple[Float[Array, "batch time d"], KeyValues, Routing | None]:
         cfg = self.config
         with jax.named_scope("attention"):
             y, kv = Attention(cfg, self.precision, self.kernels, name="attention")(
-                RMSNorm(cfg.norm_eps, name="attention_norm")(x), positions, mask, cache, column
+                RMSNorm(cfg.norm_eps, name="attention_norm")(x), positions, fed, past
             )
         x = x + y
         y = RMSNorm(cfg.norm_eps, name="mlp_norm")(x)
@@ -266,7 +307,8 @@ class Block(nn.Module):
             with jax.named_scope("mlp"):
                 return x + Dense(cfg, self.precision, name="mlp")(y), kv, None
         with jax.named_scope("moe"):
-            y, routing = MoE(cfg, self.precision, self.kernels, name="moe")(y, fed, routes)
+            kernel = self.kernels.experts if past is None else self.kernels.decode_experts
+            y, routing = MoE(cfg, self.precision, kernel, name="moe")(y, fed, routes)
         return x + y, kv, routing
 
 
@@ -279,12 +321,12 @@ class Period(nn.Module):
     kernels: Kernels
 
     @nn.compact
-    def __call__(self, x, positions, mask, fed, routes):
+    def __call__(self, x, positions, fed, routes):
         keys_values, routing, moe_layer = [], [], 0
         for i, moe in enumerate(self.kinds):
             block = Block(self.config, moe, self.precision, self.kernels, name=f"block_{i}")
             recorded = routes[moe_layer] if moe and routes is not None else None
-            x, kv, layer_routing = block(x, positions, mask, fed, recorded)
+            x, kv, layer_routing = block(x, positions, fed, recorded)
             keys_values.append(kv)
             if moe:
                 moe_layer += 1
@@ -312,7 +354,7 @@ class Transformer(nn.Module):
                 body,
                 variable_axes={"params": 0, SCALE: 0},
                 split_rngs={"params": True},
-                in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
+                in_axes=(nn.broadcast, nn.broadcast, 0),
                 length=repeats,
             )(cfg, kinds, self.precision, self.kernels, name=f"segment_{i}")
             for i, (kinds, repeats) in enumerate(cfg.segments)
@@ -339,8 +381,6 @@ class Transformer(nn.Module):
           routes: recorded experts [layer, batch, time, k], or None to route live. The value num_experts routes live.
         """
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-        causal = jnp.tril(jnp.ones((tokens.shape[1], tokens.shape[1]), bool))
-        attend = causal & mask[:, None, :]
         x = self.embed(tokens)
         keys_values, routing, depth = [], [], 0
         for segment, (kinds, repeats) in zip(self.segments, self.config.segments, strict=True):
@@ -349,7 +389,7 @@ class Transformer(nn.Module):
             if routes is not None and count:
                 recorded = routes[depth : depth + count].reshape(repeats, sum(kinds), *routes.shape[1:])
             depth += count
-            x, (kv, layers) = segment(x, positions, attend, mask, recorded)
+            x, (kv, layers) = segment(x, positions, mask, recorded)
             keys_values.append(kv)
             if layers is not None:
                 routing.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), layers))

@@ -168,7 +168,7 @@ def demonstrations(engines: Engines, task: DemonstratedTask, prompts: list[Promp
         log_probs=jnp.zeros(mask.shape, jnp.float32),
         truncated=jnp.zeros(len(prompts), bool),
         routes=None,
-        temperature=jnp.float32(1.0),
+        temperature=jnp.ones(len(prompts), jnp.float32),
     )
 
 

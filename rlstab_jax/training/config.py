@@ -21,6 +21,17 @@ class RolloutConfig:
     """Number formats of the inference engine."""
     temperature: float = 1.0
     """Sampling temperature; the training engine scores at the same one."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Then keep the smallest set of tokens that reaches this probability."""
+    min_p: float = 0.0
+    """Then keep tokens at least this many times as likely as the likeliest."""
+    support: int = 0
+    """Tokens kept at most of each distribution, if it is truncated. They are recorded, and both policies renormalised
+    over them, so that the IS ratio is taken at the true distributions."""
+    slots: int = 0
+    """Responses in flight under continuous batching; 0 samples the whole batch at once."""
     response_length: int = 0
     """Longest response, in tokens, the stop token included; 0 takes what the task needs."""
     prompt_length: int = 0
@@ -62,7 +73,11 @@ class EvaluationConfig:
     top_k: int = 0
     """Keep the k likeliest tokens; 0 keeps all."""
     top_p: float = 1.0
-    """Keep the smallest set of tokens that reaches this probability."""
+    """Then keep the smallest set of tokens that reaches this probability."""
+    min_p: float = 0.0
+    """Then keep tokens at least this many times as likely as the likeliest."""
+    support: int = 1024
+    """Tokens kept at most of each distribution, if it is truncated."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +134,11 @@ class RunConfig:
 MAY_CHANGE = ("gradient_steps", "checkpoint_every", "keep_checkpoints")
 
 
+def truncates(sampling: RolloutConfig | EvaluationConfig) -> bool:
+    """Whether tokens are drawn from a part of the vocabulary."""
+    return sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
+
+
 def validate(config: RunConfig) -> None:
     """Raises UserError on the first impossible or contradictory field, before any long work."""
 
@@ -135,6 +155,20 @@ def validate(config: RunConfig) -> None:
     require(
         rollout.temperature > 0, "rollout.temperature", rollout.temperature, "above 0: a greedy policy has no IS ratio"
     )
+    for name, truncated in (("rollout", rollout), ("evaluation", evaluation)):
+        require(0 < truncated.top_p <= 1, f"{name}.top_p", truncated.top_p, "in (0, 1]")
+        require(0 <= truncated.min_p <= 1, f"{name}.min_p", truncated.min_p, "from 0 (all) to 1")
+        require(truncated.top_k >= 0, f"{name}.top_k", truncated.top_k, "0 (all) or more")
+        require(truncated.support >= 0, f"{name}.support", truncated.support, "0 or more")
+        if truncates(truncated):
+            require(
+                truncated.support >= max(truncated.top_k, 1),
+                f"{name}.support",
+                truncated.support,
+                f"at least {max(truncated.top_k, 1)}: top_k, top_p and min_p keep some tokens, which are recorded "
+                "since an importance ratio over other tokens is not the policies'",
+            )
+    require(rollout.slots >= 0, "rollout.slots", rollout.slots, "0 (all at once) or more")
     require(rollout.response_length >= 0, "rollout.response_length", rollout.response_length, "0 or more")
     require(rollout.prompt_length >= 0, "rollout.prompt_length", rollout.prompt_length, "0 or more")
     require(learner.learning_rate > 0, "learner.learning_rate", learner.learning_rate, "above 0")
@@ -145,8 +179,6 @@ def validate(config: RunConfig) -> None:
     require(evaluation.prompts >= 1, "evaluation.prompts", evaluation.prompts, "at least 1")
     require(evaluation.samples >= 1, "evaluation.samples", evaluation.samples, "at least 1")
     require(evaluation.temperature >= 0, "evaluation.temperature", evaluation.temperature, "0 (greedy) or more")
-    require(0 < evaluation.top_p <= 1, "evaluation.top_p", evaluation.top_p, "in (0, 1]")
-    require(evaluation.top_k >= 0, "evaluation.top_k", evaluation.top_k, "0 (all) or more")
     require(0 <= cold_start.target_accuracy <= 1, "cold_start.target_accuracy", cold_start.target_accuracy, "in [0, 1]")
     require(cold_start.max_steps >= 0, "cold_start.max_steps", cold_start.max_steps, "0 or more")
     require(cold_start.batch_size >= 1, "cold_start.batch_size", cold_start.batch_size, "at least 1")

@@ -130,6 +130,10 @@ def build(config: RunConfig) -> Engines:
             "ask for fewer, or hold out more"
         )
     mesh = make_mesh(config.mesh)
+    if rollout.slots and mesh.size > 1:
+        raise UserError(
+            f"rollout.slots = {rollout.slots} on {mesh.size} devices: continuous batching runs on one device; use 0"
+        )
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.prompts_per_minibatch % rows:
         raise UserError(
@@ -164,6 +168,9 @@ def build(config: RunConfig) -> Engines:
         replay=RoutingReplay(config.learner.replay),
         sampling=Sampling(
             temperature=np.float32(rollout.temperature),
+            top_k=np.int32(rollout.top_k),
+            top_p=np.float32(rollout.top_p),
+            min_p=np.float32(rollout.min_p),
             stop_ids=np.array(tokenizer.stop_ids, np.int32),
             pad_id=np.int32(tokenizer.pad_id),
         ),

@@ -8,6 +8,7 @@ import numpy as np
 from rlstab_jax.inference import prepare, sample, sample_keys
 from rlstab_jax.models import Transformer
 from rlstab_jax.tasks import encode_prompts
+from rlstab_jax.training.config import truncates
 from rlstab_jax.training.engines import Engines, judge
 
 
@@ -41,10 +42,11 @@ def accuracy(
             temperature=np.float32(evaluation.temperature),
             top_k=np.int32(evaluation.top_k),
             top_p=np.float32(evaluation.top_p),
+            min_p=np.float32(evaluation.min_p),
         ),
         response_length=rollout_config.response_length,
         samples_per_prompt=samples,
-        truncate=evaluation.top_k > 0 or evaluation.top_p < 1,
+        support=evaluation.support if truncates(evaluation) else 0,
         record_routes=False,
     )
     _, rewards = judge(engines.task, asked, rollout)

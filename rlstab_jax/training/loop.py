@@ -8,6 +8,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,10 +16,11 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from rlstab_jax.inference import prepare, sample, sample_keys
+from rlstab_jax.inference import prepare, sample, sample_continuously, sample_keys
 from rlstab_jax.learner import Minibatch, PolicyScores, TrainState, score, update
 from rlstab_jax.objectives import Objective, advantages_of, check_rewards
 from rlstab_jax.tasks import Prompt, encode_prompts
+from rlstab_jax.training.config import truncates
 from rlstab_jax.training.engines import Engines, judge
 from rlstab_jax.training.measure import response_metrics, rollout_metrics, rollout_statistics, update_metrics
 from rlstab_jax.types import Rollout, RoutingReplay, Scores, take_rows
@@ -119,7 +121,8 @@ def sample_responses(engines: Engines, params: dict, prompts: list[Prompt], step
     """Responses of the inference engine to train on: ``samples_per_prompt`` adjacent rows for each prompt."""
     config = engines.config
     tokens, mask = encode_prompts(prompts, engines.task.tokenizer, config.rollout.prompt_length)
-    return sample(
+    sampler = partial(sample_continuously, slots=config.rollout.slots) if config.rollout.slots else sample
+    return sampler(
         engines.inference,
         engines.settle(prepare(params, config.rollout.precision)),
         engines.place_rows(tokens),
@@ -128,6 +131,7 @@ def sample_responses(engines: Engines, params: dict, prompts: list[Prompt], step
         engines.sampling,
         response_length=config.rollout.response_length,
         samples_per_prompt=config.samples_per_prompt,
+        support=config.rollout.support if truncates(config.rollout) else 0,
     )
 
 

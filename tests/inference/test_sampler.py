@@ -10,12 +10,13 @@ import pytest
 import tiny
 
 from rlstab_jax.inference import prepare, sample, sample_keys
-from rlstab_jax.inference.sampler import draw, keep_mask
+from rlstab_jax.inference.sampler import sample_batch
+from rlstab_jax.inference.sampling import draw
 from rlstab_jax.learner import score
 from rlstab_jax.models import Precision, fp8
 from rlstab_jax.stability.gaps import discrepancy
 from rlstab_jax.stability.routing import disagreement
-from rlstab_jax.types import Rollout, route_dtype, take_rows
+from rlstab_jax.types import Rollout, UserError, route_dtype, take_rows
 
 EXPERTS = tiny.MIXED.num_experts
 TEMPERATURES = (1.0, 0.6)
@@ -35,7 +36,7 @@ def test_float32_log_probs_and_routes_are_those_of_a_teacher_forced_pass(tempera
     difference, differ = teacher_forced(rollout, tiny.FLOAT32)
     assert difference.max() < 1e-5
     assert not differ.any()  # no margin of these routers is below 1e-5
-    assert rollout.temperature == np.float32(temperature)
+    assert (rollout.temperature == np.float32(temperature)).all()
     # What makes this a test: early stops, truncation, prompts of different lengths.
     lengths = np.asarray(rollout.response_mask).sum(1)
     assert lengths.min() < tiny.RESPONSE == lengths.max()
@@ -130,7 +131,11 @@ def test_shared_prefill_slot_and_padding_change_nothing() -> None:
     filler = np.full((1, tiny.PROMPT), 9, np.int32), np.zeros((1, tiny.PROMPT), bool)
     tokens, valid = (np.pad(np.concatenate(pair), ((0, 0), (3, 0))) for pair in zip(separate, filler, strict=True))
     keys = jnp.concatenate([tiny.keys()[order], tiny.keys()[:1]])
-    rollout = engine(tokens, valid, keys)
+    variables = prepare(tiny.parameters(), tiny.FLOAT32)
+    rollout = sample_batch(
+        tiny.model(), variables, tokens, valid, keys, tiny.sampling(), response_length=tiny.RESPONSE,
+        samples_per_prompt=1, support=0, record_routes=True,
+    )  # fmt: skip
     assert not rollout.response_mask[8].any()
     assert (np.asarray(rollout.routes)[:, 8] == EXPERTS).all()
     cut = dataclasses.replace(
@@ -153,73 +158,153 @@ def test_keys_depend_on_seed_step_prompt_sample_and_attempt_alone() -> None:
         assert not (other[:, None] == base).all(-1).any()
 
 
+def drawn(logits: jax.Array, position: int = 0, support: int = 0, keys: jax.Array | None = None, **changes: object):
+    """One draw a row, with the sampling's numbers changed."""
+    rows = len(logits)
+    keys = jax.random.split(jax.random.key(0), rows) if keys is None else keys
+    sampling = tiny.sampling(**{"stop_ids": np.zeros(0, np.int32)} | changes).per_row(rows)
+    return draw(jnp.asarray(logits), keys, jnp.full(rows, position), sampling, support)
+
+
 def test_a_draw_depends_on_its_key_and_position_alone() -> None:
     logits = jnp.zeros((4, 1000))
     keys = tiny.keys()[:4]
-    first = draw(logits, keys, 3, tiny.sampling(), False)[0]
-    np.testing.assert_array_equal(draw(logits[::-1], keys[::-1], 3, tiny.sampling(), False)[0][::-1], first)
-    assert (draw(logits, keys, 4, tiny.sampling(), False)[0] != first).all()
+    first = drawn(logits, 3, keys=keys).token
+    np.testing.assert_array_equal(drawn(logits[::-1], 3, keys=keys[::-1]).token[::-1], first)
+    assert (drawn(logits, 4, keys=keys).token != first).all()
 
 
-def kept_by_hand(p: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
+def kept_by_hand(p: np.ndarray, top_k: int, top_p: float, min_p: float) -> np.ndarray:
     order = np.argsort(-p)
     kept = order[: top_k or len(p)]
     mass = np.cumsum(p[kept] / p[kept].sum())
     kept = kept[: int(np.searchsorted(mass, top_p)) + 1]
-    return np.isin(np.arange(len(p)), kept)
+    return kept[p[kept] >= min_p * p.max()]
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (1, 1.0), (3, 1.0), (0, 0.5), (5, 0.7), (100, 1e-6)])
-def test_support_and_log_probs_under_truncation(top_k: int, top_p: float) -> None:
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"),
+    [(0, 1, 0), (1, 1, 0), (3, 1, 0), (0, 0.5, 0), (5, 0.7, 0), (9, 1e-6, 0), (0, 1, 0.3), (6, 0.9, 0.2)],
+)
+def test_support_and_log_probs_under_truncation(top_k: int, top_p: float, min_p: float) -> None:
     generator = np.random.default_rng(0)
     logits = generator.standard_normal((200, 11)).astype(np.float32) * 2
     temperature = 0.8
-    sampling = tiny.sampling(temperature=np.float32(temperature), top_k=np.int32(top_k), top_p=np.float32(top_p))
-    keys = jax.random.split(jax.random.key(0), 200)
-    tokens, log_probs = draw(jnp.asarray(logits), keys, 0, sampling, True)
+    draws = drawn(logits, support=11, temperature=np.float32(temperature), top_k=top_k, top_p=top_p, min_p=min_p)
     p = np.exp(logits.astype(np.float64) / temperature)
     p /= p.sum(1, keepdims=True)
     for row in range(200):
-        kept = kept_by_hand(p[row], top_k, top_p)
-        np.testing.assert_array_equal(keep_mask(jnp.asarray(logits[row : row + 1] / temperature), sampling)[0], kept)
-        assert kept[tokens[row]]
-        np.testing.assert_allclose(log_probs[row], np.log(p[row, tokens[row]] / p[row, kept].sum()), atol=1e-5)
+        kept = kept_by_hand(p[row], top_k, top_p, min_p)
+        np.testing.assert_array_equal(draws.support[row], [*kept, *[11] * (11 - len(kept))])
+        token = draws.token[row]
+        assert token in kept
+        np.testing.assert_allclose(draws.log_prob[row], np.log(p[row, token] / p[row, kept].sum()), atol=1e-5)
 
 
-def test_ties_with_the_last_kept_token_are_kept() -> None:
-    mask = keep_mask(jnp.asarray([[2.0, 1.0, 1.0, 0.0]]), tiny.sampling(top_k=2))
-    np.testing.assert_array_equal(mask[0], [True, True, True, False])
+def test_the_support_is_bounded_and_numbers_differ_by_row() -> None:
+    """A bound of 3 cuts what top-p would keep, whose mass is still the whole vocabulary's."""
+    p = np.array([[0.4, 0.3, 0.2, 0.1]] * 4)
+    draws = drawn(
+        np.log(p), support=3, top_p=np.float32([1.0, 0.65, 0.75, 0.3]), top_k=np.int32([0, 0, 2, 0]), min_p=0.0
+    )
+    np.testing.assert_array_equal(draws.support, [[0, 1, 2], [0, 1, 4], [0, 1, 4], [0, 4, 4]])
+
+
+def test_ties_are_broken_by_the_smaller_id() -> None:
+    np.testing.assert_array_equal(drawn([[2.0, 1.0, 1.0, 0.0]], support=4, top_k=2).support, [[0, 1, 4, 4]])
+
+
+def test_no_stop_token_comes_too_early() -> None:
+    logits = np.log([[0.9, 0.06, 0.04]] * 2000)
+    stops = {"stop_ids": np.array([0], np.int32), "min_new_tokens": 3}
+    for support in (0, 3):
+        early, late = (drawn(logits, position, support, **stops) for position in (2, 3))
+        assert set(np.asarray(early.token)) == {1, 2}
+        np.testing.assert_allclose(np.exp(early.log_prob), np.where(early.token == 1, 0.6, 0.4), atol=1e-6)
+        assert set(np.asarray(late.token)) == {0, 1, 2}
+        if support:
+            np.testing.assert_array_equal(early.support, [[1, 2, 3]] * 2000)
 
 
 def test_draws_follow_the_distribution() -> None:
     p = np.array([0.5, 0.3, 0.15, 0.05])
-    keys = jax.random.split(jax.random.key(1), 20_000)
-    logits = jnp.broadcast_to(jnp.log(jnp.asarray(p, jnp.float32)), (20_000, 4))
-    tokens, _ = draw(logits, keys, 0, tiny.sampling(), False)
+    tokens = drawn(jnp.broadcast_to(jnp.log(jnp.asarray(p, jnp.float32)), (20_000, 4))).token
     shares = np.bincount(np.asarray(tokens), minlength=4) / 20_000
     assert (np.abs(shares - p) < 4 * np.sqrt(p * (1 - p) / 20_000)).all()
 
 
-def test_greedy_is_a_point_mass() -> None:
+@pytest.mark.parametrize("support", [0, 4])
+def test_greedy_is_a_point_mass(support: int) -> None:
     logits = jnp.asarray(np.random.default_rng(0).standard_normal((6, 9)), jnp.float32)
-    tokens, log_probs = draw(logits, jax.random.split(jax.random.key(0), 6), 0, tiny.sampling(temperature=0.0), False)
-    np.testing.assert_array_equal(tokens, np.argmax(logits, 1))
-    assert (np.asarray(log_probs) == 0).all()
+    draws = drawn(logits, support=support, temperature=0.0)
+    np.testing.assert_array_equal(draws.token, np.argmax(logits, 1))
+    assert (np.asarray(draws.log_prob) == 0).all()
+
+
+def test_under_truncation_equal_engines_have_equal_log_probs() -> None:
+    """pi is renormalised over what mu could draw, at each row's own temperature (PAPER section 2)."""
+    prompts, mask = tiny.prompts()
+    rows = np.arange(len(prompts) * tiny.SAMPLES)
+    sampling = tiny.sampling(
+        temperature=np.float32(0.7 + rows / 10), top_p=np.float32(0.6 + rows / 20), top_k=np.int32(rows % 3 * 3),
+        min_p=np.float32(rows % 2 * 0.1),
+    )  # fmt: skip
+    rollout = engine(prompts, mask, tiny.keys(), tiny.SAMPLES, sampling=sampling, support=9)
+    kept, valid = np.asarray(rollout.support), np.asarray(rollout.response_mask)
+    sizes = (kept < tiny.MIXED.vocab_size).sum(-1)
+    assert len(set(sizes[valid])) > 4
+    assert (sizes[~valid] == 0).all()
+    tokens = np.asarray(rollout.tokens)[:, tiny.PROMPT :]
+    assert (kept == tokens[..., None]).any(-1)[valid].all()
+    old, _ = score(tiny.model(), {"params": tiny.parameters()}, rollout)
+    assert np.abs(old.log_probs - rollout.log_probs).max() < 1e-5
+    whole, _ = score(tiny.model(), {"params": tiny.parameters()}, dataclasses.replace(rollout, support=None))
+    assert np.abs(whole.log_probs - rollout.log_probs)[valid & (sizes < 17)].min() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": -1.0}, r"sampling.temperature = -1.0: expected 0 \(greedy\) or more"),
+        ({"top_p": np.float32([1, 0] * 4)}, r"sampling.top_p = 0.0: expected above 0, at most 1"),
+        ({"top_p": 1.5}, "sampling.top_p = 1.5"),
+        ({"min_p": np.nan}, "sampling.min_p = nan"),
+        ({"top_k": -2}, "sampling.top_k = -2"),
+        ({"min_new_tokens": np.int32([1, 2])}, r"sampling.min_new_tokens: shape \(2,\), expected .* each of 8 rows"),
+    ],
+)
+def test_numbers_outside_their_range_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        engine(*tiny.prompts(), tiny.keys(), tiny.SAMPLES, sampling=tiny.sampling(**changes))
+
+
+def test_prompts_that_no_model_can_read_are_refused() -> None:
+    prompts, mask = tiny.prompts()
+    empty, outside = mask.copy(), prompts.copy()
+    empty[2] = False
+    outside[1, -1] = 17
+    for arrays, message in (
+        ((prompts, empty), "prompt 2 is empty"),
+        ((outside, mask), "prompt 1, column 5: token id 17, expected ids from 0 to 16"),
+        ((prompts, mask[:, 1:]), r"prompts \(4, 6\) and prompt_mask \(4, 5\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            engine(*arrays, tiny.keys(), tiny.SAMPLES)
 
 
 def test_one_trace_for_all_numbers() -> None:
     """Temperature, lengths, stop tokens, weights, prompts and keys are traced: nothing of them compiles again."""
     prompts, mask = tiny.prompts()
-    before = sample._cache_size()
+    before = sample_batch._cache_size()
     tiny.rollout(tiny.FLOAT32)
-    once = sample._cache_size()
+    once = sample_batch._cache_size()
     for step, changes in enumerate(({}, {"temperature": np.float32(0.3)}, {"max_new_tokens": np.int32(3)})):
         sampling = tiny.sampling(**changes, stop_ids=np.array([step, 2], np.int32))
         result = engine(prompts, mask, tiny.keys(step=step), tiny.SAMPLES, sampling=sampling)
         if "max_new_tokens" in changes:
             assert result.response_mask.sum(1).max() == 3
     assert once <= before + 1
-    assert sample._cache_size() <= once + 1  # max_new_tokens as an array instead of the default integer
+    assert sample_batch._cache_size() <= once + 1  # max_new_tokens as an array instead of the default integer
 
 
 def test_more_than_255_experts_need_sixteen_bits() -> None:

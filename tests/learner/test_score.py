@@ -123,27 +123,39 @@ def test_micro_batches_change_nothing() -> None:
         np.testing.assert_allclose(statistics[name].value(), others[name].value(), rtol=1e-5)
 
 
-def test_entropy_and_log_probs_by_hand() -> None:
-    """At a temperature, from the model's logits, in NumPy."""
+@pytest.mark.parametrize("truncated", [False, True])
+def test_entropy_and_log_probs_by_hand(truncated: bool) -> None:
+    """At each row's temperature, over its support where there is one, from the model's logits, in NumPy."""
     hidden = np.random.default_rng(0).standard_normal((5, 32)).astype(np.float32)
     targets = np.array([0, 16, 3, 3, 8])
-    log_probs, entropy = head_log_probs(MODEL, variables(), jnp.asarray(hidden), jnp.asarray(targets), 0.7, 10**6)
-    logits = hidden.astype(np.float64) @ np.asarray(tiny.parameters()["embedding"], np.float64).T / 0.7
+    temperature = np.float32([0.7, 0.7, 1.0, 0.5, 2.0])
+    support = np.array([[0, 4, 17], [16, 17, 17], [2, 9, 3], [3, 1, 17], [5, 8, 17]]) if truncated else None
+    log_probs, entropy = head_log_probs(
+        MODEL, variables(), jnp.asarray(hidden), jnp.asarray(targets), jnp.asarray(temperature), support, 10**6
+    )
+    logits = hidden.astype(np.float64) @ np.asarray(tiny.parameters()["embedding"], np.float64).T
+    logits /= temperature[:, None]
+    if truncated:
+        kept = (support[..., None] == np.arange(VOCAB)).any(1)
+        logits = np.where(kept, logits, -1e30)
     p = np.exp(logits - logits.max(1, keepdims=True))
     p /= p.sum(1, keepdims=True)
     np.testing.assert_allclose(log_probs, np.log(p[np.arange(5), targets]), atol=1e-5)
-    np.testing.assert_allclose(entropy, -(p * np.log(p)).sum(1), atol=1e-5)
+    np.testing.assert_allclose(entropy, -(p * np.log(np.maximum(p, 1e-300))).sum(1), atol=1e-5)
 
 
-@pytest.mark.parametrize("rows_per_chunk", [1, 3, 5, 7])
-def test_chunks_of_logits_change_nothing(rows_per_chunk: int) -> None:
+@pytest.mark.parametrize(("rows_per_chunk", "truncated"), [(1, False), (3, True), (5, False), (7, False)])
+def test_chunks_of_logits_change_nothing(rows_per_chunk: int, truncated: bool) -> None:
     hidden = jnp.asarray(np.random.default_rng(0).standard_normal((7, 32)), jnp.float32)
-    targets = jnp.arange(7)
+    targets, temperature = jnp.arange(7), jnp.linspace(0.8, 1.2, 7)
+    support = (targets[:, None] + jnp.arange(4)) % VOCAB
 
     @partial(jax.jit, static_argnums=2)
     def run(params: dict, hidden: jax.Array, logits: int) -> tuple:
         def loss(params: dict, hidden: jax.Array) -> tuple[jax.Array, tuple]:
-            log_probs, entropy = head_log_probs(MODEL, {"params": params}, hidden, targets, jnp.float32(0.9), logits)
+            log_probs, entropy = head_log_probs(
+                MODEL, {"params": params}, hidden, targets, temperature, support if truncated else None, logits
+            )
             return jnp.sum(jnp.cos(targets) * log_probs + entropy), (log_probs, entropy)
 
         return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, hidden)

@@ -36,9 +36,9 @@ def test_validate_accepts(changes: dict) -> None:
 
 
 def test_kernels_by_hardware() -> None:
-    assert resolve_kernels(Kernels(), "cpu") == Kernels("reference", "tiles")
-    assert resolve_kernels(Kernels(), "tpu") == Kernels("reference", "ragged_dot")
-    assert resolve_kernels(Kernels("cudnn", "dense"), "gpu") == Kernels("cudnn", "dense")
+    assert resolve_kernels(Kernels(), "cpu") == Kernels("reference", "tiles", "reference", "grouped")
+    assert resolve_kernels(Kernels(), "tpu") == Kernels("reference", "ragged_dot", "reference", "ragged_dot")
+    assert resolve_kernels(Kernels("cudnn", "dense"), "gpu") == Kernels("cudnn", "dense", "reference", "grouped")
     for platform in ("cpu", "tpu"):
         with pytest.raises(UserError, match="cudnn"):
             resolve_kernels(Kernels(attention="cudnn"), platform)

@@ -1,0 +1,315 @@
+"""Continuous batching: a finished response gives its slot to a waiting prompt between bounded rounds of decoding.
+
+The host decides who gets a slot, from two small arrays a round; tokens, log-probs and routes stay on the device. Draws
+are those of `sample`: their keys know nothing of slots.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from rlstab_jax.inference.sampling import Sampling, check_prompts
+from rlstab_jax.inference.slots import (
+    Prefill,
+    Records,
+    Slots,
+    decode,
+    empty_records,
+    empty_responses,
+    first_draw,
+    prefill,
+    resize,
+    windows,
+)
+from rlstab_jax.inference.stop_strings import StopStrings
+from rlstab_jax.models.config import ModelConfig
+from rlstab_jax.models.transformer import Transformer
+from rlstab_jax.types import Rollout, UserError, route_dtype
+
+
+def sample_continuously(
+    model: Transformer,
+    variables: dict,
+    prompts: Int[np.ndarray, "prompts prompt_length"],
+    prompt_mask: Bool[np.ndarray, "prompts prompt_length"],
+    keys: Array,
+    sampling: Sampling,
+    *,
+    response_length: int,
+    slots: int,
+    samples_per_prompt: int = 1,
+    support: int = 0,
+    record_routes: bool = True,
+    round_length: int = 16,
+    stop: StopStrings | None = None,
+) -> Rollout:
+    """Samples as `sample` does, with at most ``slots`` responses in flight, which are begun in their order.
+
+    Arguments are those of `sample`, and besides:
+      slots: rows of a decode step.
+      round_length: steps between two looks at which slots have finished.
+      stop: strings that end a response, besides the stop tokens.
+
+    Returns:
+      The rollout, [prompts * samples_per_prompt] rows in the order of the prompts.
+
+    Raises:
+      UserError: as `sample`; no slot, or no step in a round.
+    """
+    if slots < 1 or round_length < 1:
+        raise UserError(f"slots = {slots}, round_length = {round_length}: expected at least 1 of each")
+    check_prompts(prompts, prompt_mask, model.config.vocab_size)
+    total = len(prompts) * samples_per_prompt
+    sampling.validate(total)
+    slots = min(slots, total)
+    queue = _Queue(model, variables, prompts, prompt_mask, samples_per_prompt, slots)
+    sampling = sampling.per_row(total)
+    lengths = windows(response_length - 1 + max(round_length, response_length // 4))
+    state, results = _begin(
+        model, variables, queue.tokens, queue.mask, sampling, keys, samples_per_prompt, response_length, slots,
+        lengths[0], support, record_routes,
+    )  # fmt: skip
+    rows = np.full(slots, total)  # of the response in each slot; `total` is none
+    ends = np.full(total, response_length + 1, np.int32)
+    while True:
+        for filled, mask, source, into, given in queue.admissions(np.flatnonzero(rows == total)):
+            state, results = _admit(
+                state, results, filled, mask, source, into, given, keys, sampling, response_length, support
+            )
+            rows[into[given < total]] = given[given < total]
+        if (rows == total).all():
+            break
+        before, column = np.asarray(state.count), int(state.column)
+        if column + round_length > state.window:
+            kept = max(int(before[rows < total].max()) - 1, 0)
+            state = _resize(state, column - kept, _roomy(lengths, kept, round_length))
+        state, results = _round(model, variables, state, results, rows, support, record_routes, round_length)
+        active = np.array(state.active)
+        if stop is not None:
+            after, tokens = np.asarray(state.count), np.asarray(_responses(results, rows))
+            for slot in np.flatnonzero(rows < total):
+                end = stop.end(tokens[slot, : after[slot]].tolist(), int(before[slot]))
+                if end is not None:
+                    ends[rows[slot]], active[slot] = end, False
+            state = replace(state, active=jnp.asarray(active))
+        rows[~active] = total
+    return results if stop is None else _cut(results, ends, sampling.pad_id, model.config)
+
+
+class _Queue:
+    """The host's view of what waits. Prompts are prefilled in chunks, when the first of their rows gets a slot."""
+
+    def __init__(self, model: Transformer, variables: dict, prompts, prompt_mask, samples: int, slots: int):
+        self.tokens, self.mask = np.asarray(prompts), np.asarray(prompt_mask, bool)
+        self._model, self._variables, self._samples = model, variables, samples
+        self._total, self._next = len(self.tokens) * samples, 0
+        self._chunk_prompts = -(-slots // samples)
+        self._admitted_at_once = -(-slots // 4)
+        self._chunk: tuple[int, Prefill | None, np.ndarray] = (-1, None, self.mask[:0])
+
+    def admissions(self, free: np.ndarray):
+        """For free slots: a chunk's prefill and mask, and which of its rows go into which slots as which responses.
+
+        The three index arrays have one length always; places not in use hold numbers past the end.
+        """
+        size, per_chunk = self._admitted_at_once, self._chunk_prompts * self._samples
+        while len(free) and self._next < self._total:
+            chunk = self._next // per_chunk
+            count = min(len(free), size, self._total - self._next, (chunk + 1) * per_chunk - self._next)
+            rows = self._next + np.arange(count)
+            source = rows // self._samples - chunk * self._chunk_prompts
+            spare = (0, size - count)
+            yield (
+                *self._prefilled(chunk),
+                np.pad(source, spare),
+                np.pad(free[:count], spare, constant_values=len(self.tokens) * self._samples),
+                np.pad(rows, spare, constant_values=self._total),
+            )
+            self._next, free = self._next + count, free[count:]
+
+    def _prefilled(self, chunk: int) -> tuple[Prefill, np.ndarray]:
+        number, filled, mask = self._chunk
+        if number != chunk or filled is None:
+            share = slice(chunk * self._chunk_prompts, (chunk + 1) * self._chunk_prompts)
+            spare = ((0, self._chunk_prompts - len(self.tokens[share])), (0, 0))
+            mask = np.pad(self.mask[share], spare)
+            filled = _prefill(self._model, self._variables, np.pad(self.tokens[share], spare), mask)
+            self._chunk = (chunk, filled, mask)
+        return filled, mask
+
+
+_prefill = jax.jit(prefill, static_argnums=0)
+_resize = jax.jit(resize, static_argnames="window")
+
+
+@partial(jax.jit, static_argnums=(0, *range(6, 12)))
+def _begin(
+    model, variables, tokens, mask, sampling, keys, samples, response_length, slots, window, support, record_routes
+) -> tuple[Slots, Rollout]:
+    """Idle slots, and the buffers of the results, which hold the prompts already."""
+    config, rows = model.config, len(tokens) * samples
+    shapes = jax.eval_shape(partial(prefill, model), variables, tokens[:1], mask[:1])
+    idle = jax.tree.map(lambda a: jnp.zeros((slots, *a.shape[1:]), a.dtype), shapes.keys_values)
+    none = jnp.zeros(slots, jnp.int32)
+    state = Slots(
+        keys=keys[none],
+        sampling=jax.tree.map(lambda a: a[none], sampling),
+        limit=none,
+        prompt_mask=jnp.zeros((slots, tokens.shape[1]), bool),
+        count=none,
+        active=none > 0,
+        last=none,
+        column=jnp.int32(0),
+        prompt=idle,
+        response=empty_responses(idle, slots, window),
+    )
+    empty = empty_records(model, sampling, rows, response_length, support, record_routes)
+    routes = None
+    if empty.routes is not None:
+        shape = (config.num_moe_layers, rows, tokens.shape[1] + response_length - 1, config.experts_per_token)
+        routes = jnp.full(shape, config.num_experts, route_dtype(config.num_experts))
+    repeat = partial(jnp.repeat, repeats=samples, axis=0)
+    results = Rollout(
+        tokens=jnp.concatenate([repeat(tokens), empty.tokens], axis=1),
+        prompt_mask=repeat(mask),
+        response_mask=empty.mask,
+        log_probs=empty.log_probs,
+        truncated=jnp.ones(rows, bool),
+        routes=routes,
+        temperature=sampling.temperature,
+        support=empty.support,
+    )
+    return state, results
+
+
+@partial(jax.jit, static_argnames=("response_length", "support"), donate_argnames=("state", "results"))
+def _admit(
+    state: Slots,
+    results: Rollout,
+    filled: Prefill,
+    mask: Bool[Array, "prompts prompt_length"],
+    source: Int[Array, "n"],
+    into: Int[Array, "n"],
+    given: Int[Array, "n"],
+    keys: Array,
+    sampling: Sampling,
+    response_length: int,
+    support: int,
+) -> tuple[Slots, Rollout]:
+    """Gives slots ``into`` to responses ``given`` of prompts ``source`` of a chunk, and draws their first tokens."""
+    begun = jax.tree.map(lambda a: a.at[given].get(mode="clip"), sampling)
+    active = mask[source].any(1) & (begun.max_new_tokens > 0)
+    new = Slots(
+        keys=keys.at[given].get(mode="clip"),
+        sampling=begun,
+        limit=jnp.minimum(begun.max_new_tokens, response_length),
+        prompt_mask=mask[source],
+        count=jnp.zeros_like(given),
+        active=active,
+        last=begun.pad_id,
+        column=state.column,
+        prompt=jax.tree.map(lambda a: a[source], filled.keys_values),
+        response=[],
+    )
+    new, first = first_draw(new, filled.logits[source], support)
+    old = replace(state, response=[], column=new.column)
+    put = jax.tree.map(lambda a, b: a.at[into].set(b, mode="drop") if b.ndim else b, old, new)
+    drawn = Records(
+        first.token[:, None],
+        first.log_prob[:, None],
+        active[:, None],
+        None,
+        None if first.support is None else first.support[:, None],
+    )
+    results = _collect(results, given, jnp.zeros_like(given), drawn, begun.stop_ids)
+    if results.routes is not None and filled.routes is not None:
+        routes = results.routes.at[:, given, : mask.shape[1]].set(filled.routes[:, source], mode="drop")
+        results = replace(results, routes=routes)
+    return replace(put, response=state.response), results
+
+
+@partial(
+    jax.jit,
+    static_argnames=("model", "support", "record_routes", "round_length"),
+    donate_argnames=("state", "results"),
+)
+def _round(
+    model: Transformer,
+    variables: dict,
+    state: Slots,
+    results: Rollout,
+    rows: Int[Array, "slots"],
+    support: int,
+    record_routes: bool,
+    round_length: int,
+) -> tuple[Slots, Rollout]:
+    """At most ``round_length`` steps of decoding, written to the results of the responses ``rows``."""
+    start = state.count
+    records = empty_records(model, state.sampling, len(rows), round_length, support, record_routes)
+    state, records, _ = decode(model, variables, state, records, jnp.int32(0), jnp.int32(round_length), support)
+    return state, _collect(results, rows, start, records, state.sampling.stop_ids)
+
+
+def _collect(
+    results: Rollout, rows: Int[Array, "n"], start: Int[Array, "n"], records: Records, stop_ids: Int[Array, "n stops"]
+) -> Rollout:
+    """Writes records into rows of the results, the first column at response position ``start`` of each."""
+    total, prompt_length = results.response_mask.shape[0], results.prompt_length
+    row = jnp.where(records.mask, rows[:, None], total)
+    position = start[:, None] + jnp.arange(records.mask.shape[1])
+
+    def write(buffer: Array, column: Array, values: Array) -> Array:
+        return buffer.at[row, column].set(values, mode="drop")
+
+    stopped = (records.mask & (records.tokens[..., None] == stop_ids[:, None]).any(-1)).any(1)
+    written = replace(
+        results,
+        tokens=write(results.tokens, prompt_length + position, records.tokens),
+        log_probs=write(results.log_probs, position, records.log_probs),
+        response_mask=write(results.response_mask, position, records.mask),
+        truncated=results.truncated.at[jnp.where(stopped, rows, total)].set(False, mode="drop"),
+    )
+    if results.support is not None and records.support is not None:
+        written = replace(written, support=write(results.support, position, records.support))
+    if results.routes is not None and records.routes is not None:
+        # A step feeds the token that the step before has drawn.
+        routes = results.routes.at[:, row, prompt_length + position - 1].set(records.routes, mode="drop")
+        written = replace(written, routes=routes)
+    return written
+
+
+def _roomy(lengths: Sequence[int], kept: int, round_length: int) -> int:
+    """The shortest window with room for a while: moving costs a copy of it."""
+    fits = [length for length in lengths if kept + max(round_length, length // 4) <= length]
+    return fits[0] if fits else lengths[-1]
+
+
+@jax.jit
+def _responses(results: Rollout, rows: Int[Array, "slots"]) -> Int[Array, "slots response_length"]:
+    return results.tokens.at[rows].get(mode="clip")[:, results.prompt_length :]
+
+
+@partial(jax.jit, static_argnames="config", donate_argnames="results")
+def _cut(results: Rollout, ends: Int[Array, "rows"], pad_id: Int[Array, "rows"], config: ModelConfig) -> Rollout:
+    """Leaves the first ``ends`` tokens of each response, as if no more had been drawn. Uncut ones end past the last."""
+    length, prompt_length = results.response_length, results.prompt_length
+    inside = jnp.arange(length) < ends[:, None]
+    tokens = jnp.where(inside, results.tokens[:, prompt_length:], pad_id[:, None])
+    cut = replace(
+        results,
+        tokens=jnp.concatenate([results.tokens[:, :prompt_length], tokens], axis=1),
+        response_mask=results.response_mask & inside,
+        log_probs=jnp.where(inside, results.log_probs, 0.0),
+        truncated=results.truncated & (ends > length),
+    )
+    if results.support is not None:
+        cut = replace(cut, support=jnp.where(inside[..., None], results.support, config.vocab_size))
+    if results.routes is not None:
+        fed = cut.fed_mask[..., None]
+        cut = replace(cut, routes=jnp.where(fed, results.routes, jnp.asarray(config.num_experts, results.routes.dtype)))
+    return cut

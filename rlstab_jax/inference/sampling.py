@@ -1,0 +1,180 @@
+"""How a token is drawn: the keys, the truncated support, and the log-prob under the very distribution drawn from."""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int
+
+from rlstab_jax.types import UserError
+
+
+@struct.dataclass
+class Sampling:
+    """How tokens are drawn: all traced, each a scalar or one number per row.
+
+    Truncation is compiled in where the sampler is given a ``support``, a static bound on the tokens that are kept. Its
+    order: temperature, top-k, top-p over what is left, min-p.
+
+    Attributes:
+      temperature: divides the logits; 0 is greedy (the distribution is a point mass, log-prob 0).
+      top_k: keep the k most likely tokens; 0 keeps all.
+      top_p: then keep the smallest set of tokens whose probability reaches p, in (0, 1].
+      min_p: then keep tokens at least this many times as likely as the likeliest, in [0, 1].
+      min_new_tokens: no stop token is drawn before so many others.
+      max_new_tokens: at most the response buffer's length; 0 draws nothing.
+      stop_ids: [n] or [rows, n] tokens that end a response; the stop token belongs to the response.
+      pad_id: what fills the tokens behind a response.
+    """
+
+    temperature: Any = 1.0
+    top_k: Any = 0
+    top_p: Any = 1.0
+    min_p: Any = 0.0
+    min_new_tokens: Any = 0
+    max_new_tokens: Any = 2**30
+    stop_ids: Any = struct.field(default_factory=lambda: np.zeros(0, np.int32))
+    pad_id: Any = 0
+
+    def per_row(self, rows: int) -> "Sampling":
+        """The same with one number, or one list of stop tokens, for each of ``rows`` rows."""
+
+        def spread(name: str, dtype: jnp.dtype) -> Array:
+            x = jnp.asarray(getattr(self, name), dtype)
+            return jnp.broadcast_to(x, (rows, *x.shape[-1:]) if name == "stop_ids" else (rows,))
+
+        return Sampling(**{field.name: spread(field.name, _DTYPES[field.name]) for field in fields(self)})
+
+    def validate(self, rows: int) -> None:
+        """Raises UserError for numbers outside their range or of another count than ``rows``; traced ones pass."""
+        for name, (low, high, expected) in _RANGES.items():
+            value = getattr(self, name)
+            if isinstance(value, jax.core.Tracer):
+                continue
+            value = np.asarray(value)
+            if value.shape not in ((), (rows,)):
+                raise UserError(
+                    f"sampling.{name}: shape {value.shape}, expected a number, or one for each of {rows} rows"
+                )
+            wrong = value[~((value >= low) & (value <= high))]
+            if wrong.size:
+                raise UserError(f"sampling.{name} = {wrong.flat[0]}: expected {expected}")
+
+
+_DTYPES: dict[str, Any] = {
+    "temperature": jnp.float32, "top_p": jnp.float32, "min_p": jnp.float32, "top_k": jnp.int32, "pad_id": jnp.int32,
+    "min_new_tokens": jnp.int32, "max_new_tokens": jnp.int32, "stop_ids": jnp.int32,
+}  # fmt: skip
+_RANGES = {
+    "temperature": (0.0, np.finfo(np.float32).max, "0 (greedy) or more"),
+    "top_k": (0, 2**31 - 1, "0 (all) or more"),
+    "top_p": (np.finfo(np.float32).tiny, 1.0, "above 0, at most 1"),
+    "min_p": (0.0, 1.0, "from 0 (all) to 1"),
+    "min_new_tokens": (0, 2**31 - 1, "0 or more"),
+    "max_new_tokens": (0, 2**31 - 1, "0 or more"),
+}
+
+
+def sample_keys(key: Array, global_step: int, prompt_ids: Sequence[int], samples: int, attempt: int = 0) -> Array:
+    """Keys [prompts * samples] of responses, row by row the ``samples`` of each prompt. ``key`` carries the run's seed.
+
+    ``prompt_ids`` are unique non-negative numbers below 2^64, one per prompt.
+    """
+    ids = np.asarray(prompt_ids, np.uint64)
+    low, high = (ids & np.uint64(0xFFFFFFFF)).astype(np.uint32), (ids >> np.uint64(32)).astype(np.uint32)
+    return _fold(key, jnp.uint32(global_step), low, high, jnp.uint32(attempt), samples)
+
+
+@partial(jax.jit, static_argnames="samples")
+def _fold(key: Array, step: Array, low: Array, high: Array, attempt: Array, samples: int) -> Array:
+    fold = jax.random.fold_in
+    of_step = fold(fold(key, step), attempt)
+    of_prompt = jax.vmap(lambda a, b: fold(fold(of_step, a), b))(low, high)
+    return jax.vmap(lambda k: jax.vmap(partial(fold, k))(jnp.arange(samples)))(of_prompt).reshape(-1)
+
+
+@struct.dataclass
+class Draw:
+    """One token a row, its log-prob, and the ids of the ``K`` tokens it was drawn from at most (None: all).
+
+    Places that a row's support does not use hold the vocabulary's size.
+    """
+
+    token: Int[Array, "rows"]
+    log_prob: Float[Array, "rows"]
+    support: Int[Array, "rows K"] | None
+
+
+def draw(
+    logits: Float[Array, "rows vocab"], keys: Array, position: Int[Array, "rows"], sampling: Sampling, support: int
+) -> Draw:
+    """Draws by Gumbel's maximum. ``sampling`` is per row; ``support`` bounds the tokens kept, 0 truncates nothing."""
+    rows, vocab = logits.shape
+    greedy = (sampling.temperature == 0)[:, None]
+    scaled = logits / jnp.where(greedy, 1.0, sampling.temperature[:, None])
+    if sampling.stop_ids.shape[-1]:
+        early = jnp.where(position < sampling.min_new_tokens, -jnp.inf, 0.0)[:, None]
+        scaled = scaled.at[jnp.arange(rows)[:, None], sampling.stop_ids].add(early, mode="drop")
+    noise = jax.vmap(lambda key, p: jax.random.gumbel(jax.random.fold_in(key, p), (vocab,)))(keys, position)
+    noise = jnp.where(greedy, 0.0, noise)
+    ids = None
+    if support:
+        scaled, ids = _truncate(scaled, sampling, min(support, vocab))
+        noise = jnp.take_along_axis(noise, ids, axis=-1)
+    choice = _first_maximum(scaled + noise)[:, None]
+    log_prob = jnp.take_along_axis(jax.nn.log_softmax(scaled, axis=-1), choice, axis=-1)
+    token = choice if ids is None else jnp.take_along_axis(ids, choice, axis=-1)
+    ids = None if ids is None else jnp.where(scaled > -jnp.inf, ids, vocab)
+    return Draw(token[:, 0], jnp.where(greedy, 0.0, log_prob)[:, 0], ids)
+
+
+def _truncate(
+    scaled: Float[Array, "rows vocab"], sampling: Sampling, support: int
+) -> tuple[Float[Array, "rows K"], Int[Array, "rows K"]]:
+    """The K likeliest tokens in descending order: their logits, -inf where they are not kept, and their ids."""
+    top, ids = jax.lax.top_k(scaled, support)
+    k = sampling.top_k[:, None]
+    in_top_k = jnp.where(k > 0, jnp.arange(support) < k, True)
+    # Without top-k the mass is the whole vocabulary's, also of tokens beyond the bound.
+    of_top_k = jax.nn.logsumexp(jnp.where(in_top_k, top, -jnp.inf), axis=-1, keepdims=True)
+    normaliser = jnp.where(k > 0, of_top_k, jax.nn.logsumexp(scaled, axis=-1, keepdims=True))
+    probability = jnp.where(in_top_k, jnp.exp(top - normaliser), 0.0)
+    before = jnp.cumsum(probability, axis=-1) - probability  # what the more likely tokens hold already
+    p = sampling.top_p[:, None]
+    in_top_p = (before < p) | (p >= 1)  # all of it is all of it, however the sum was rounded
+    kept = in_top_k & in_top_p & (top - top[:, :1] >= jnp.log(sampling.min_p)[:, None])
+    return jnp.where(kept | (jnp.arange(support) == 0), top, -jnp.inf), ids
+
+
+def _first_maximum(x: Float[Array, "rows n"]) -> Int[Array, "rows"]:
+    """argmax over the last axis. XLA's CPU compiler can take minutes over `jnp.argmax` of a small axis in a loop."""
+    index = jnp.where(x == x.max(-1, keepdims=True), jnp.arange(x.shape[-1]), x.shape[-1] - 1)
+    return index.min(-1)
+
+
+def check_prompts(
+    prompts: Int[ArrayLike, "prompts prompt_length"],
+    prompt_mask: Bool[ArrayLike, "prompts prompt_length"],
+    vocab_size: int,
+) -> None:
+    """Raises UserError for an empty prompt, a token id outside the vocabulary, or shapes that differ; tracers pass."""
+    if isinstance(prompts, jax.core.Tracer) or isinstance(prompt_mask, jax.core.Tracer):
+        return
+    tokens, mask = np.asarray(prompts), np.asarray(prompt_mask, bool)
+    if tokens.ndim != 2 or tokens.shape != mask.shape:
+        raise UserError(f"prompts {tokens.shape} and prompt_mask {mask.shape}: expected both [prompts, prompt_length]")
+    if not mask.any(1).all():
+        raise UserError(f"prompt {int(np.argmin(mask.any(1)))} is empty: give each prompt at least one token")
+    outside = mask & ((tokens < 0) | (tokens >= vocab_size))
+    if outside.any():
+        row, column = np.argwhere(outside)[0]
+        raise UserError(
+            f"prompt {row}, column {column}: token id {tokens[row, column]}, expected ids from 0 to {vocab_size - 1}: "
+            "does the tokeniser belong to this model?"
+        )
