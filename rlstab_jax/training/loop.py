@@ -121,7 +121,7 @@ def sample_responses(engines: Engines, params: dict, prompts: list[Prompt], step
     tokens, mask = encode_prompts(prompts, engines.task.tokenizer, config.rollout.prompt_length)
     return sample(
         engines.inference,
-        engines.settle(prepare(params, config.rollout.precision)),
+        engines.settle(prepare(params, config.rollout.precision, engines.mesh)),
         engines.place_rows(tokens),
         engines.place_rows(mask),
         sample_keys(jax.random.key(config.seed), step, [prompt.id for prompt in prompts], config.samples_per_prompt),
