@@ -18,7 +18,7 @@ from rlstab_jax.models import experts as expert_kernels
 from rlstab_jax.models.attention import ATTENTION
 from rlstab_jax.models.config import Kernels, ModelConfig
 from rlstab_jax.models.experts import ExpertWeights
-from rlstab_jax.models.precision import Precision, Stored, matmul, saturating, store, take
+from rlstab_jax.models.precision import Precision, Stored, as_bytes, from_bytes, matmul, saturating, store, take
 from rlstab_jax.types import Routes, route_dtype
 
 # Quantised weights travel as two collections: "params" holds the stored values, SCALE their scales, by the same names.
@@ -27,7 +27,7 @@ SCALE = "weight_scale"
 
 @struct.dataclass
 class KeyValues:
-    """Keys and values of one layer as they are stored: [batch, kv_head, time, head_dim]."""
+    """Keys and values of one layer as they are stored, `as_bytes`: [batch, kv_head, time, head_dim]."""
 
     k: Stored
     v: Stored
@@ -125,11 +125,13 @@ class Attention(nn.Module):
         v = project("v", cfg.num_kv_heads).swapaxes(1, 2)
         q, k = rotate(q, positions, cfg.rope_theta), rotate(k, positions, cfg.rope_theta)
         # Attention reads what a cache would hold, with or without one: prefill, decode and scoring see equal numbers.
-        kv = KeyValues(store(k, self.precision.kv_cache), store(v, self.precision.kv_cache))
+        narrow = self.precision.kv_cache
+        kv = KeyValues(as_bytes(store(k, narrow)), as_bytes(store(v, narrow)))
         if cache is not None and column is not None:
             kv = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, column, 2), cache, kv)
         attend = ATTENTION[self.kernels.attention]
-        y = attend(q, kv.k.load(self.precision.dtype), kv.v.load(self.precision.dtype), mask)
+        read_k, read_v = (from_bytes(a, narrow).load(self.precision.dtype) for a in (kv.k, kv.v))
+        y = attend(q, read_k, read_v, mask)
         y = y.swapaxes(1, 2).reshape(batch * time, cfg.num_heads * cfg.head_dim)
         return Linear(d, self.precision, name="o")(y).reshape(batch, time, d), kv
 
