@@ -20,7 +20,7 @@ from rlstab_jax.models import experts as expert_kernels
 from rlstab_jax.models.attention import ATTENTION, DECODE_ATTENTION
 from rlstab_jax.models.config import Kernels, ModelConfig
 from rlstab_jax.models.experts import ExpertWeights
-from rlstab_jax.models.precision import Precision, Stored, matmul, store
+from rlstab_jax.models.precision import Precision, Stored, as_bytes, from_bytes, matmul, saturating, store, take
 from rlstab_jax.types import Routes, route_dtype
 
 # Quantised weights travel as two collections: "params" holds the stored values, SCALE their scales, by the same names.
@@ -29,7 +29,7 @@ SCALE = "weight_scale"
 
 @struct.dataclass
 class KeyValues:
-    """Keys and values of one layer as a cache stores them.
+    """Keys and values of one layer as a cache stores them, `as_bytes`.
 
     ``k`` is [batch, kv_head, head_dim, time], a decode step's product with it then reads along time (twice as fast on
     CPU); ``v`` is [batch, kv_head, time, head_dim].
@@ -156,25 +156,23 @@ class Attention(nn.Module):
         v = project("v", cfg.num_kv_heads).swapaxes(1, 2)
         q, k = rotate(q, positions, cfg.rope_theta), rotate(k, positions, cfg.rope_theta)
         # Attention reads what a cache would hold, with or without one: prefill, decode and scoring see equal numbers.
-        stored_k, stored_v = store(k, self.precision.kv_cache), store(v, self.precision.kv_cache)
-        kv = KeyValues(jax.tree.map(lambda a: a.swapaxes(2, 3), stored_k), stored_v)
+        stored_k, stored_v = (store(x, self.precision.kv_cache) for x in (k, v))
+        kv = KeyValues(as_bytes(jax.tree.map(lambda a: a.swapaxes(2, 3), stored_k)), as_bytes(stored_v))
         if past is None:
-            y = ATTENTION[self.kernels.attention](q, self._load(stored_k), self._load(stored_v), fed)
+            y = ATTENTION[self.kernels.attention](
+                q, stored_k.load(self.precision.dtype), stored_v.load(self.precision.dtype), fed
+            )
         else:
-            write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=past.column)
-            kv = past.response.over_time(write, kv)
+            kv = past.response.over_time(partial(jax.lax.dynamic_update_slice_in_dim, start_index=past.column), kv)
             y = DECODE_ATTENTION[self.kernels.decode_attention](
-                q,
-                (self._load(past.prompt.k), self._load(past.prompt.v)),
-                (self._load(kv.k), self._load(kv.v)),
-                past.prompt_mask,
-                past.response_mask,
+                q, self._read(past.prompt), self._read(kv), past.prompt_mask, past.response_mask
             )
         y = y.swapaxes(1, 2).reshape(batch * time, cfg.num_heads * cfg.head_dim)
         return Linear(d, self.precision, name="o")(y).reshape(batch, time, d), kv
 
-    def _load(self, stored: Stored) -> Array:
-        return stored.load(self.precision.dtype)
+    def _read(self, kv: KeyValues) -> tuple[Array, Array]:
+        k, v = (from_bytes(a, self.precision.kv_cache).load(self.precision.dtype) for a in (kv.k, kv.v))
+        return k, v
 
 
 def route(
@@ -274,8 +272,8 @@ class Dense(nn.Module):
     def __call__(self, x: Float[Array, "batch time d"]) -> Float[Array, "batch time d"]:
         batch, time, d = x.shape
         flat = x.reshape(batch * time, d)
-        hidden = jax.nn.silu(Linear(self.config.mlp_dim, self.precision, name="gate")(flat))
-        hidden = hidden * Linear(self.config.mlp_dim, self.precision, name="up")(flat)
+        gate = jax.nn.silu(Linear(self.config.mlp_dim, self.precision, name="gate")(flat))
+        hidden = saturating(jnp.multiply, gate, Linear(self.config.mlp_dim, self.precision, name="up")(flat))
         return Linear(d, self.precision, name="down")(hidden).reshape(batch, time, d)
 
 
@@ -301,15 +299,15 @@ class Block(nn.Module):
             y, kv = Attention(cfg, self.precision, self.kernels, name="attention")(
                 RMSNorm(cfg.norm_eps, name="attention_norm")(x), positions, fed, past
             )
-        x = x + y
+        x = saturating(jnp.add, x, y)
         y = RMSNorm(cfg.norm_eps, name="mlp_norm")(x)
         if not self.moe:
             with jax.named_scope("mlp"):
-                return x + Dense(cfg, self.precision, name="mlp")(y), kv, None
+                return saturating(jnp.add, x, Dense(cfg, self.precision, name="mlp")(y)), kv, None
         with jax.named_scope("moe"):
             kernel = self.kernels.experts if past is None else self.kernels.decode_experts
             y, routing = MoE(cfg, self.precision, kernel, name="moe")(y, fed, routes)
-        return x + y, kv, routing
+        return saturating(jnp.add, x, y), kv, routing
 
 
 class Period(nn.Module):
@@ -402,8 +400,7 @@ class Transformer(nn.Module):
     def embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch d"]:
         """Token embeddings in the engine's dtype."""
         scale: Array | None = self.get_variable(SCALE, "embedding")
-        rows = Stored(self.embedding[tokens], None if scale is None else scale[tokens])
-        return rows.load(self.precision.dtype)
+        return take(Stored(self.embedding, scale), tokens, self.precision)
 
     def finish(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         """The final norm, for a decode step that has applied the blocks itself."""
