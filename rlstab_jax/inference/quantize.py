@@ -1,42 +1,72 @@
 """From the training engine's float32 parameters to the stored weights of an inference engine, once per rollout."""
 
+import math
 from functools import partial
 
 import jax
 from flax import traverse_util
+from jax.sharding import Mesh
 
-from rlstab_jax.models.precision import Precision, store
+from rlstab_jax.models.precision import Precision, saturate, store_weight
+from rlstab_jax.models.sharding import logical_axes
 from rlstab_jax.models.transformer import SCALE
+from rlstab_jax.parallel.sharding import INFERENCE, TRAINING, constrain, partition_spec
 
 
-@partial(jax.jit, static_argnames="precision")
-def prepare(params: dict, precision: Precision) -> dict:
-    """Casts and quantises parameters for an engine.
+@partial(jax.jit, static_argnames=("precision", "mesh"))
+def prepare(params: dict, precision: Precision, mesh: Mesh | None = None) -> dict:
+    """Casts, quantises and lays out parameters for an engine, in one compiled call.
 
-    Linear layers and experts are stored in ``precision.weights`` with one scale per output channel; router and LM head
-    as the precision says (a tied embedding is stored as the LM head is, one scale per token). The rest is cast to
-    ``precision.dtype``; norms and an unquantised router stay float32.
+    Linear layers and experts are stored in ``precision.weights``; router and LM head as the precision says (a tied
+    embedding is stored as the LM head is, by channel one scale per token). The rest is cast to ``precision.dtype``;
+    norms and an unquantised router stay float32.
 
     Args:
       params: the "params" collection of `Transformer`, float32.
+      precision: the engine's.
+      mesh: where there are several devices, the result is laid out by the table `INFERENCE`. A scale lies with its
+        values; it is whole on each device where a block of values is not.
 
     Returns:
       Variables to apply the model with: {"params": ..., "weight_scale": ...}.
     """
     flat = traverse_util.flatten_dict(params)
+    names = traverse_util.flatten_dict(logical_axes(params))
     tied = ("lm_head", "kernel") not in flat
     values, scales = {}, {}
     for path, leaf in flat.items():
         router, head = "router" in path, path[0] == ("embedding" if tied else "lm_head")
-        if path[-1] == "gain":
-            values[path] = leaf
-            continue
         exempt = (router and not precision.quantise_router) or (head and not precision.quantise_lm_head)
         exempt |= path[0] == "embedding" and not tied
-        if precision.weights == "none" or exempt:
-            values[path] = leaf if router else leaf.astype(precision.dtype)
-            continue
-        # Kernels are [.., in, out]; the embedding is [vocab, d], the transpose of the head's kernel.
-        stored = store(leaf, precision.weights, axis=-1 if path[0] == "embedding" else -2)
-        values[path], scales[path] = stored.values, stored.scale
+        if path[-1] == "gain":
+            value, scale = leaf, None
+        elif precision.weights == "none" or exempt:
+            value, scale = leaf if router else saturate(leaf, precision.dtype), None
+        else:
+            # Kernels are [.., in, out]; the embedding is [vocab, d], the transpose of the head's kernel.
+            stored = store_weight(leaf, precision, transposed=path[0] == "embedding")
+            value, scale = stored.values, stored.scale
+        if mesh is not None and mesh.size > 1:
+            # First the layout of the parameters: what moves between devices is then the narrow values.
+            value = constrain(constrain(value, names[path], mesh, TRAINING), names[path], mesh, INFERENCE)
+            if scale is not None:
+                scale = constrain(scale, scale_axes(names[path], leaf, scale, precision, mesh), mesh, INFERENCE)
+        values[path] = value
+        if scale is not None:
+            scales[path] = scale
     return {"params": traverse_util.unflatten_dict(values), SCALE: traverse_util.unflatten_dict(scales)}
+
+
+def scale_axes(
+    names: tuple[str, ...], weight: jax.Array, scale: jax.Array, precision: Precision, mesh: Mesh
+) -> tuple[str | None, ...]:
+    """Logical names of a scale's dimensions: its weight's where each device's values have scales of their own."""
+
+    def own(name: str, size: int, scales: int) -> bool:
+        axes = partition_spec((name,), INFERENCE)[0]
+        axes = (axes,) if isinstance(axes, str) else axes or ()
+        parts = math.prod(mesh.shape[axis] for axis in axes)
+        return scales == size or size % (parts * precision.block) == 0
+
+    shapes = zip(names, weight.shape, scale.shape, strict=True)
+    return tuple(name if scales > 1 and own(name, size, scales) else None for name, size, scales in shapes)

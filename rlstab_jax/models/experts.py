@@ -8,6 +8,7 @@ TPU. An expert number equal to ``num_experts`` means "not dispatched": padding n
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from rlstab_jax.models.precision import Precision, Stored, matmul, store
+from rlstab_jax.models.precision import Precision, Stored, matmul, saturate, saturating, scaled_product
 
 
 @struct.dataclass
@@ -38,8 +39,8 @@ Gates = Float[Array, "tokens k"]
 
 def swiglu(x: Array, weights: ExpertWeights, precision: Precision, product: Callable = matmul) -> Array:
     """down(silu(gate x) * up x), with ``product`` as the matrix product."""
-    hidden = jax.nn.silu(product(x, weights.gate, precision, precision.dtype))
-    hidden = hidden * product(x, weights.up, precision, precision.dtype)
+    gate = jax.nn.silu(product(x, weights.gate, precision, precision.dtype))
+    hidden = saturating(jnp.multiply, gate, product(x, weights.up, precision, precision.dtype))
     return product(hidden, weights.down, precision, precision.dtype)
 
 
@@ -49,7 +50,8 @@ def dense(x: Tokens, experts: Experts, gates: Gates, weights: ExpertWeights, pre
     combine = jnp.einsum("tk,tke->et", gates, chosen)
     y = swiglu(jnp.broadcast_to(x, (weights.num_experts, *x.shape)), weights, precision)
     y = jnp.where((chosen.sum(1) > 0).T[..., None], y, 0.0)  # what was not chosen is never read, were it infinite
-    return jnp.einsum("et,etd->td", combine, y.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST).astype(x.dtype)
+    y = jnp.einsum("et,etd->td", combine, y.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    return saturate(y, x.dtype)
 
 
 def tile_size(assignments: int, num_experts: int) -> int:
@@ -86,14 +88,14 @@ def tiles(x: Tokens, experts: Experts, gates: Gates, weights: ExpertWeights, pre
 
     tiled = _dispatch(x, source, slot).reshape(num_tiles, tile, -1)
     y = swiglu(tiled, weights, precision, partial(_tile_product, owner=owner))
-    return _combine(y.reshape(num_tiles * tile, -1), gates, source, slot).astype(x.dtype)
+    return saturate(_combine(y.reshape(num_tiles * tile, -1), gates, source, slot), x.dtype)
 
 
 def _tile_product(x: Array, weight: Stored, precision: Precision, out: str, owner: Array) -> Array:
     scale = None if weight.scale is None else weight.scale[owner]
     values = weight.values
-    if values.dtype.itemsize > 1:
-        values = values.astype(precision.dtype)
+    if weight.scale is None:  # cast before the gather: fewer numbers
+        values = saturate(values, precision.dtype)
     return matmul(x, Stored(_owned(values, owner), scale), precision, out)
 
 
@@ -201,24 +203,17 @@ def ragged(x: Tokens, experts: Experts, gates: Gates, weights: ExpertWeights, pr
     product = partial(_ragged_product, sizes=sizes, experts=sorted_experts, used=used)
     y = swiglu(x[order // k], weights, precision, product).astype(jnp.float32)
     y = jnp.zeros_like(y).at[order].set(y).reshape(num_tokens, k, -1)
-    return jnp.einsum("tk,tkd->td", gates, y).astype(x.dtype)
+    return saturate(jnp.einsum("tk,tkd->td", gates, y), x.dtype)
 
 
 def _ragged_product(
     x: Array, weight: Stored, precision: Precision, out: str, sizes: Array, experts: Array, used: Array
 ) -> Array:
-    quantised = precision.activations != "none" or weight.scale is not None
-    dtype = "float32" if quantised else precision.dtype
-    stored = store(x, precision.activations)
-    exact = jax.lax.Precision.HIGHEST if dtype == "float32" else None
-    y = jax.lax.ragged_dot(
-        stored.values.astype(dtype), weight.values.astype(dtype), sizes, precision=exact,
-        preferred_element_type=jnp.float32,
-    )  # fmt: skip
-    y = jnp.where(used, y, 0.0)
-    y = y if stored.scale is None else y * stored.scale
-    y = y if weight.scale is None else y * weight.scale[experts, 0]
-    return y.astype(out)
+    def dot(x: Array, weight: Array, **how: Any) -> Array:
+        return jnp.where(used, jax.lax.ragged_dot(x, weight, sizes, **how), 0)
+
+    scale = None if weight.scale is None else jnp.moveaxis(weight.scale[experts], 1, 0)
+    return scaled_product(x, weight.values, scale, precision, out, dot)
 
 
 KERNELS: dict[str, Callable[[Array, Array, Array, ExpertWeights, Precision], Array]] = {

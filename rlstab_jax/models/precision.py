@@ -1,35 +1,54 @@
 """Number formats of an engine, and the one matrix product that honours them.
 
 Quantised tensors are *stored*: values in a narrow format and float32 scales, `amax * (1 / largest finite value)` over
-the contracted axis (weights: one scale per output channel; activations: one per token). A product multiplies stored
-values in float32, which is exact, accumulates in float32 and applies both scales, so that hardware without the type
-computes what hardware with it would, up to the order of the sum.
+what shares the scale. By channel that is the contracted axis (one scale per output channel of a weight, one per token
+of an activation); by block it is a square of a weight, and as many contracted numbers of one token. A product
+multiplies stored values exactly, accumulates in float32 (int8: in int32, so the sum is exact too) and applies both
+scales, so that hardware without the type computes what hardware with it would, up to the order of the sum.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-Format = Literal["none", "float8_e4m3fn", "float8_e5m2"]
+from rlstab_jax.models.config import ModelConfig
+from rlstab_jax.types import UserError
+
+Format = Literal["none", "int8", "float8_e4m3fn", "float8_e5m2", "float4_e2m1fn"]
+# The largest number of each format that is stored; int8 is symmetric, and e5m2's infinity is never used.
+LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0, "float4_e2m1fn": 6.0}
+# Some processors take smaller float32 numbers for 0, others do not: here they are 0 on all.
+TINY = np.finfo(np.float32).tiny
+# An int32 holds the sum of so many products of two int8 numbers.
+INT8_TERMS = (2**31 - 1) // 127**2
 
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
     """Number formats of one engine. Router, softmax, logsumexp and the LM head's output are float32 in each of them."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Activations, KV cache and weights that are not quantised."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Activations, KV cache and weights that are not quantised. float16 saturates at 65504."""
     weights: Format = "none"
-    """Stored weights of linear layers and experts, scaled by output channel."""
+    """Stored weights of linear layers and experts."""
     activations: Format = "none"
-    """Inputs of linear layers and experts, scaled by token."""
+    """Inputs of linear layers and experts."""
     kv_cache: Format = "none"
     """Keys and values, scaled by token and head."""
+    scales: Literal["channel", "block"] = "channel"
+    """What shares a scale. channel: an output channel of a weight, a token; block: block x block numbers of a weight,
+    block numbers of a token."""
+    block: int = 128
+    """Side of a block; the last block of a size that it does not divide is shorter. Only scales = block uses it."""
+    products: Literal["emulated", "native"] = "emulated"
+    """emulated: narrow floats are multiplied in float32; native: handed to the hardware's matrix units as they are,
+    4-bit ones as float8_e4m3fn, which holds them exactly. int8 is multiplied natively in both."""
     quantise_router: bool = True
     """Whether the router's weights and inputs are quantised as well."""
     quantise_lm_head: bool = True
@@ -39,56 +58,230 @@ class Precision:
         """The precision of a layer that is exempt from quantisation."""
         return dataclasses.replace(self, weights="none", activations="none")
 
+    def validate(self, model: ModelConfig, name: str = "precision") -> None:
+        """Raises UserError where the formats contradict each other or the model's sizes; ``name`` is the field's."""
+        quantised = {self.weights, self.activations} - {"none"}
+        if self.block < 1:
+            raise UserError(f"{name}.block = {self.block}: expected at least 1; 128 is usual")
+        if self.scales == "block" and not quantised:
+            raise UserError(
+                f"{name}.scales = 'block', but neither weights nor activations are quantised: choose a format for one "
+                "of them, or scales = 'channel'"
+            )
+        if self.products == "native" and not _multipliable(self.weights, self.activations):
+            raise UserError(
+                f"{name}.products = 'native' with weights in {self.weights} and activations in {self.activations}: "
+                "matrix units multiply int8 with int8, or two narrow floats; choose such formats, or 'emulated'"
+            )
+        terms = self.block if self.scales == "block" else max(_contracted(model).values())
+        if quantised == {"int8"} and "none" not in (self.weights, self.activations) and terms > INT8_TERMS:
+            field = max(_contracted(model), key=lambda field: _contracted(model)[field])
+            at_fault = f"{name}.block" if self.scales == "block" else f"model.{field}"
+            raise UserError(
+                f"{at_fault} = {terms}: an int32 holds the sum of {INT8_TERMS} products of int8 numbers; "
+                f"use {name}.scales = 'block' with blocks of at most that, or another format"
+            )
 
-def fp8(format: Format = "float8_e4m3fn", **overrides: object) -> Precision:
-    """Weights, activations and KV cache in one fp8 format; keyword arguments override fields of `Precision`."""
+
+def _contracted(model: ModelConfig) -> dict[str, int]:
+    """The sizes that products sum over, by the field that sets them."""
+    sizes = {"embed_dim": model.embed_dim, "num_heads * head_dim": model.num_heads * model.head_dim}
+    if any(model.kinds):
+        sizes["expert_dim"] = model.expert_dim
+    if not all(model.kinds):
+        sizes["mlp_dim"] = model.mlp_dim
+    return sizes
+
+
+def _multipliable(weights: str, activations: str) -> bool:
+    """Whether matrix units exist that multiply the two formats."""
+    pair = {weights, activations}
+    return pair == {"int8"} or not pair & {"none", "int8"}
+
+
+def quantised(format: Format, **overrides: object) -> Precision:
+    """Weights, activations and KV cache in one format; keyword arguments override fields of `Precision`."""
     values: dict = {"weights": format, "activations": format, "kv_cache": format} | overrides
     return Precision(**values)
 
 
+def fp8(format: Literal["float8_e4m3fn", "float8_e5m2"] = "float8_e4m3fn", **overrides: object) -> Precision:
+    """`quantised` in an fp8 format."""
+    return quantised(format, **overrides)
+
+
+def saturate(x: Float[Array, "*shape"], dtype: jnp.dtype | str) -> Float[Array, "*shape"]:
+    """``x`` in a float ``dtype``. Finite numbers stay finite, infinity and NaN show: in float16 what is above 65504 is
+    65504. bfloat16 has the range of float32."""
+    if jnp.finfo(x.dtype).maxexp > jnp.finfo(dtype).maxexp:
+        largest = float(jnp.finfo(dtype).max)
+        x = jnp.where(jnp.isinf(x), x, jnp.clip(x, -largest, largest))
+    return x.astype(dtype)
+
+
+def saturating(op: Callable[[Array, Array], Array], x: Array, y: Array) -> Array:
+    """``op(x, y)`` of two arrays of one dtype; float16 saturates where it would overflow."""
+    if x.dtype != jnp.float16:
+        return op(x, y)
+    return saturate(op(x.astype(jnp.float32), y.astype(jnp.float32)), x.dtype)
+
+
 @struct.dataclass
 class Stored:
-    """A tensor at rest: ``values`` and, if quantised, float32 ``scale`` broadcastable to them."""
+    """A tensor at rest: ``values`` and, if quantised, a float32 ``scale`` of equal rank.
+
+    In each axis there are as many scales as values, or one for all of them, or one for each block of them.
+    """
 
     values: Array
     scale: Float[Array, "..."] | None = None
 
-    def load(self, dtype: jnp.dtype | str = jnp.float32) -> Array:
-        """The numbers that the stored values stand for, in ``dtype``."""
+    def load(self, dtype: jnp.dtype | str = jnp.float32, block: int = 1) -> Array:
+        """The numbers that the stored values stand for, in ``dtype``. ``block`` is the side of a block, if any."""
         if self.scale is None:
-            return self.values.astype(dtype)
-        return (self.values.astype(jnp.float32) * self.scale).astype(dtype)
+            return saturate(self.values, dtype)
+        return saturate(self.values.astype(jnp.float32) * spread(self.scale, self.values.shape, block), dtype)
+
+
+def spread(scale: Float[Array, "..."], shape: tuple[int, ...], block: int) -> Float[Array, "..."]:
+    """``scale`` with the scales of blocks repeated over their block, so that it broadcasts to ``shape``."""
+    for axis, (scales, size) in enumerate(zip(scale.shape, shape, strict=True)):
+        if scales not in (1, size):
+            scale = jax.lax.slice_in_dim(jnp.repeat(scale, block, axis), 0, size, axis=axis)
+    return scale
 
 
 def store(x: Float[Array, "..."], format: Format, axis: int = -1) -> Stored:
-    """Quantises with one scale per slice along ``axis``. The cast saturates: fp8 casts of JAX overflow to NaN."""
+    """Quantises with one scale per slice along ``axis``."""
     if format == "none":
         return Stored(x)
-    largest = np.float32(jnp.finfo(format).max)
+    x = _normal(x)
+    scale = _scale(jnp.max(jnp.abs(x), axis=axis, keepdims=True), format)
+    return Stored(_narrow(x / scale, format), scale)
+
+
+def store_blocks(x: Float[Array, "*batch rows columns"], format: Format, height: int, width: int) -> Stored:
+    """Quantises with one scale per block of ``height`` x ``width`` numbers; blocks at the end may be smaller."""
+    if format == "none":
+        return Stored(x)
+    x = _normal(x)
+    *batch, rows, columns = x.shape
+    down, across = -(-rows // height), -(-columns // width)
+    padding = [(0, 0)] * len(batch) + [(0, down * height - rows), (0, across * width - columns)]
+    blocks = jnp.pad(jnp.abs(x), padding).reshape(*batch, down, height, across, width)
+    scale = _scale(blocks.max((-3, -1)), format)
+    tall = jnp.repeat(scale, height, -2)[..., :rows, :]
+    return Stored(_narrow(x / jnp.repeat(tall, width, -1)[..., :columns], format), scale)
+
+
+def store_weight(weight: Float[Array, "..."], precision: Precision, transposed: bool = False) -> Stored:
+    """A weight [.., in, out], or [.., out, in] if ``transposed``, as an engine stores it."""
+    if precision.scales == "block":
+        return store_blocks(weight, precision.weights, precision.block, precision.block)
+    return store(weight, precision.weights, axis=-1 if transposed else -2)
+
+
+def store_activations(x: Float[Array, "*batch tokens in"], precision: Precision) -> Stored:
+    """The inputs of a product as an engine stores them."""
+    if precision.scales == "block":
+        return store_blocks(x, precision.activations, 1, precision.block)
+    return store(x, precision.activations)
+
+
+def take(weight: Stored, rows: Int[Array, "*batch"], precision: Precision) -> Float[Array, "*batch columns"]:
+    """Rows of a stored matrix, in the engine's dtype."""
+    scale = weight.scale
+    if scale is not None:
+        blocked = scale.shape[-2] != weight.values.shape[-2]
+        scale = scale[rows // precision.block if blocked else rows]
+    return Stored(weight.values[rows], scale).load(precision.dtype, precision.block)
+
+
+def _normal(x: Float[Array, "..."]) -> Float[Array, "..."]:
     x = x.astype(jnp.float32)
-    amax = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
+    return jnp.where(jnp.abs(x) < TINY, 0.0, x)
+
+
+def _scale(amax: Float[Array, "..."], format: Format) -> Float[Array, "..."]:
+    """Largest absolute values to scales. NaN and infinity stay: not every format could show them."""
     # A product, since compilers turn the division by a constant into one, or not: the scale would depend on them.
-    scale = jnp.where(amax > 0, amax * (1 / largest), 1.0)
-    return Stored(jnp.clip(x / scale, -largest, largest).astype(format), scale)
+    return jnp.where(amax == 0, 1.0, jnp.maximum(amax * (1 / np.float32(LARGEST[format])), TINY))
+
+
+def _narrow(x: Float[Array, "..."], format: Format) -> Array:
+    """Rounds to nearest, ties to even, and saturates: x / scale can round up past the largest value."""
+    largest = LARGEST[format]
+    x = jnp.clip(x, -largest, largest)
+    return (jnp.round(x) if format == "int8" else x).astype(format)
 
 
 def matmul(x: Float[Array, "*batch rows in"], weight: Stored, precision: Precision, out: str) -> Array:
     """``x @ weight`` in an engine's precision, in dtype ``out``. Leading axes are batch axes of both.
 
-    Rows are tokens; ``weight.scale`` is [..., 1, out] or None.
+    Rows are tokens; ``weight.scale`` is [..., 1 or blocks of in, out or blocks of out] or None.
     """
-    if precision.activations == "none" and weight.scale is None:
+    scale = None if weight.scale is None else jnp.moveaxis(weight.scale, -2, 0)[..., None, :]
+    return scaled_product(x, weight.values, scale, precision, out, jnp.matmul)
+
+
+def scaled_product(
+    x: Float[Array, "*batch rows in"],
+    weight: Array,
+    scale: Float[Array, "blocks ..."] | None,
+    precision: Precision,
+    out: str,
+    dot: Callable[..., Array],
+) -> Array:
+    """``dot(x, weight)`` in an engine's precision, in dtype ``out``.
+
+    Args:
+      x: tokens, which are stored first if the engine quantises activations.
+      weight: stored values [..., in, out].
+      scale: their scales, the blocks of ``in`` in front (1 by channel), which broadcast to the result once they are
+        spread over its columns.
+      dot: `jnp.matmul` or one with its keywords ``precision`` and ``preferred_element_type``.
+    """
+    if precision.activations == "none" and scale is None:
         # float32 means float32: accelerators would otherwise round the operands of a product to bf16 or tf32.
         exact = jax.lax.Precision.HIGHEST if precision.dtype == "float32" else None
-        values = weight.values.astype(precision.dtype)
-        return jnp.matmul(x.astype(precision.dtype), values, precision=exact, preferred_element_type=jnp.dtype(out))
-    stored = store(x, precision.activations)
-    product = jnp.matmul(
-        stored.values.astype(jnp.float32),
-        weight.values.astype(jnp.float32),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
-    for scale in (stored.scale, weight.scale):
-        product = product if scale is None else product * scale
-    return product.astype(out)
+        # A sum is rounded to its type by the product itself, which does not saturate.
+        total = "float32" if out == "float16" else out
+        x, weight = saturate(x, precision.dtype), saturate(weight, precision.dtype)
+        return saturate(dot(x, weight, precision=exact, preferred_element_type=jnp.dtype(total)), out)
+    stored = store_activations(x, precision)
+    size, columns = weight.shape[-2:]
+    width = precision.block if precision.scales == "block" else size
+
+    def part(number: Int[Array, ""] | int, width: int) -> Float[Array, "*batch rows out"]:
+        """The product of one block of the contracted axis, scaled."""
+        start = number * precision.block
+        left = jax.lax.dynamic_slice_in_dim(stored.values, start, width, -1)
+        right = jax.lax.dynamic_slice_in_dim(weight, start, width, -2)
+        total = _narrow_dot(left, right, precision, dot)
+        if stored.scale is not None:
+            total = total * jax.lax.dynamic_slice_in_dim(stored.scale, number, 1, -1)
+        if scale is not None:
+            columnwise = jax.lax.dynamic_index_in_dim(scale, number, 0, keepdims=False)
+            total = total * spread(columnwise, (*columnwise.shape[:-1], columns), precision.block)
+        return total
+
+    whole, rest = divmod(size, width)
+    parts = [part(0, width)] if whole else []
+    total = parts[0] if parts else None
+    if whole > 1:
+        total = jax.lax.fori_loop(1, whole, lambda number, total: total + part(number, width), total, unroll=whole <= 8)
+    if rest:
+        total = part(whole, rest) if total is None else total + part(whole, rest)
+    return saturate(total, out)
+
+
+def _narrow_dot(x: Array, weight: Array, precision: Precision, dot: Callable[..., Array]) -> Float[Array, "..."]:
+    """The product of stored values in float32."""
+    if x.dtype == weight.dtype == jnp.int8:
+        return dot(x, weight, preferred_element_type=jnp.int32).astype(jnp.float32)
+    if precision.products == "native":
+        x, weight = (a.astype(jnp.float8_e4m3fn) if a.dtype == jnp.float4_e2m1fn else a for a in (x, weight))
+        return dot(x, weight, preferred_element_type=jnp.float32)
+    # Compilers know the pattern of a product of converted fp8 numbers and may put a native one in its place.
+    x, weight = jax.lax.optimization_barrier((x.astype(jnp.float32), weight.astype(jnp.float32)))
+    return dot(x, weight, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)

@@ -20,7 +20,7 @@ from rlstab_jax.models import experts as expert_kernels
 from rlstab_jax.models.attention import ATTENTION, DECODE_ATTENTION
 from rlstab_jax.models.config import Kernels, ModelConfig
 from rlstab_jax.models.experts import ExpertWeights
-from rlstab_jax.models.precision import Precision, Stored, matmul, store
+from rlstab_jax.models.precision import Precision, Stored, matmul, saturating, store, take
 from rlstab_jax.types import Routes, route_dtype
 
 # Quantised weights travel as two collections: "params" holds the stored values, SCALE their scales, by the same names.
@@ -274,8 +274,8 @@ class Dense(nn.Module):
     def __call__(self, x: Float[Array, "batch time d"]) -> Float[Array, "batch time d"]:
         batch, time, d = x.shape
         flat = x.reshape(batch * time, d)
-        hidden = jax.nn.silu(Linear(self.config.mlp_dim, self.precision, name="gate")(flat))
-        hidden = hidden * Linear(self.config.mlp_dim, self.precision, name="up")(flat)
+        gate = jax.nn.silu(Linear(self.config.mlp_dim, self.precision, name="gate")(flat))
+        hidden = saturating(jnp.multiply, gate, Linear(self.config.mlp_dim, self.precision, name="up")(flat))
         return Linear(d, self.precision, name="down")(hidden).reshape(batch, time, d)
 
 
@@ -301,15 +301,15 @@ class Block(nn.Module):
             y, kv = Attention(cfg, self.precision, self.kernels, name="attention")(
                 RMSNorm(cfg.norm_eps, name="attention_norm")(x), positions, fed, past
             )
-        x = x + y
+        x = saturating(jnp.add, x, y)
         y = RMSNorm(cfg.norm_eps, name="mlp_norm")(x)
         if not self.moe:
             with jax.named_scope("mlp"):
-                return x + Dense(cfg, self.precision, name="mlp")(y), kv, None
+                return saturating(jnp.add, x, Dense(cfg, self.precision, name="mlp")(y)), kv, None
         with jax.named_scope("moe"):
             kernel = self.kernels.experts if past is None else self.kernels.decode_experts
             y, routing = MoE(cfg, self.precision, kernel, name="moe")(y, fed, routes)
-        return x + y, kv, routing
+        return saturating(jnp.add, x, y), kv, routing
 
 
 class Period(nn.Module):
@@ -402,8 +402,7 @@ class Transformer(nn.Module):
     def embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch d"]:
         """Token embeddings in the engine's dtype."""
         scale: Array | None = self.get_variable(SCALE, "embedding")
-        rows = Stored(self.embedding[tokens], None if scale is None else scale[tokens])
-        return rows.load(self.precision.dtype)
+        return take(Stored(self.embedding, scale), tokens, self.precision)
 
     def finish(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         """The final norm, for a decode step that has applied the blocks itself."""

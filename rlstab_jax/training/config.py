@@ -191,7 +191,14 @@ def validate(config: RunConfig) -> None:
             f"learner.precision: the training engine is not quantised, but its formats are {', '.join(formats)}: "
             "set them to none and choose learner.precision.dtype"
         )
+    if learner.precision.dtype == "float16":
+        raise UserError(
+            "learner.precision.dtype = 'float16': gradients below 6e-8 would vanish, since the loss is not scaled; "
+            "choose float32 or bfloat16 (float16 is for rollout.precision)"
+        )
     config.model.validate()
+    learner.precision.validate(config.model, "learner.precision")
+    rollout.precision.validate(config.model, "rollout.precision")
     validate_monitor(config.monitor)
     minibatch = config.prompts_per_minibatch * config.samples_per_prompt
     require(

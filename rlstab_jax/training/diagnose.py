@@ -226,7 +226,7 @@ def _responses(engines: Engines, params: dict, asked: list[Prompt], precision: P
     tokens, mask = encode_prompts(asked, engines.task.tokenizer, config.rollout.prompt_length)
     return sample(
         Transformer(config.model, precision, config.kernels),
-        prepare(params, precision),
+        prepare(params, precision, engines.mesh),
         engines.place_rows(tokens),
         engines.place_rows(mask),
         sample_keys(jax.random.key(config.seed), 0, [prompt.id for prompt in asked], config.samples_per_prompt),

@@ -33,7 +33,7 @@ def accuracy(
     tokens, mask = encode_prompts(asked, engines.task.tokenizer, rollout_config.prompt_length)
     rollout = sample(
         model,
-        engines.settle(prepare(params, model.precision)),
+        engines.settle(prepare(params, model.precision, engines.mesh)),
         tokens,
         mask,
         sample_keys(key, 0, [prompt.id for prompt in asked], samples),

@@ -124,7 +124,7 @@ def sample_responses(engines: Engines, params: dict, prompts: list[Prompt], step
     sampler = partial(sample_continuously, slots=config.rollout.slots) if config.rollout.slots else sample
     return sampler(
         engines.inference,
-        engines.settle(prepare(params, config.rollout.precision)),
+        engines.settle(prepare(params, config.rollout.precision, engines.mesh)),
         engines.place_rows(tokens),
         engines.place_rows(mask),
         sample_keys(jax.random.key(config.seed), step, [prompt.id for prompt in prompts], config.samples_per_prompt),
