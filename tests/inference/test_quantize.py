@@ -1,7 +1,14 @@
-"""Which parameters an engine stores in fp8, and along which axis their scales lie."""
+"""Which parameters an engine stores narrow, how their scales lie, and what its log-probs make of it."""
 
 import dataclasses
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,14 +16,14 @@ import tiny
 from flax import traverse_util
 
 from rlstab_jax.inference import prepare
-from rlstab_jax.models import Precision, fp8
-from rlstab_jax.models.transformer import SCALE
+from rlstab_jax.models import Precision, fp8, quantised
+from rlstab_jax.models.transformer import SCALE, forward, logits_of
 
 UNTIED = dataclasses.replace(tiny.MIXED, tie_embeddings=False)
 LINEAR = {"q", "k", "v", "o", "gate", "up", "down"}
 
 
-def quantised(config: object, precision: Precision) -> set[str]:
+def with_scales(config: object, precision: Precision) -> set[str]:
     """Names of the parameters that have scales: the module's or, for experts, the parameter's own."""
     flat = traverse_util.flatten_dict(prepare(tiny.parameters(config), precision)[SCALE])
     return {path[-2] if path[-1] == "kernel" else path[-1] for path in flat}
@@ -32,8 +39,8 @@ def quantised(config: object, precision: Precision) -> set[str]:
     ],
 )
 def test_exemptions(changes: dict, tied: set[str], untied: set[str]) -> None:
-    assert quantised(tiny.MIXED, fp8(**changes)) == tied
-    assert quantised(UNTIED, fp8(**changes)) == untied
+    assert with_scales(tiny.MIXED, fp8(**changes)) == tied
+    assert with_scales(UNTIED, fp8(**changes)) == untied
 
 
 def test_stored_values_and_scales() -> None:
@@ -61,8 +68,96 @@ def test_stored_values_and_scales() -> None:
 
 
 def test_plain_engines() -> None:
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("float32", "bfloat16", "float16"):
         flat = traverse_util.flatten_dict(prepare(tiny.parameters(UNTIED), Precision(dtype))["params"])
         for path, leaf in flat.items():
             kept = path[-1] == "gain" or "router" in path
             assert leaf.dtype == (jnp.float32 if kept else jnp.dtype(dtype)), path
+
+
+def test_float16_weights_saturate() -> None:
+    params = jax.tree.map(lambda a: a * np.float32(1e6), tiny.parameters(UNTIED))
+    flat = traverse_util.flatten_dict(prepare(params, Precision("float16"))["params"])
+    largest = {path: np.abs(np.asarray(leaf, np.float32)).max() for path, leaf in flat.items()}
+    assert {largest[path] for path, leaf in flat.items() if leaf.dtype == jnp.float16} == {65504.0}
+
+
+def test_scales_by_block() -> None:
+    """Squares of 8 over input and output, per expert and layer; a tied embedding has the blocks of its transpose."""
+    params = tiny.parameters()
+    scales = traverse_util.flatten_dict(prepare(params, fp8(scales="block", block=8))[SCALE])
+    assert scales["embedding",].shape == (3, 4)  # 17 tokens, width 32
+    up = "segment_0", "block_0", "moe", "up"
+    assert scales[up].shape == (2, 8, 4, 2)
+    weight = np.asarray(traverse_util.flatten_dict(params)[up])
+    largest = np.abs(weight.reshape(2, 8, 4, 8, 2, 8)).max((3, 5))
+    np.testing.assert_array_equal(scales[up], largest * (1 / np.float32(448)))
+
+
+SHALLOW = dataclasses.replace(tiny.MIXED, num_layers=1, dense_layers=())
+PRECISIONS = {
+    "float16": Precision("float16"),
+    "bfloat16": Precision("bfloat16"),
+    "int8": quantised("int8"),
+    "e4m3": fp8(),
+    "e4m3 native": fp8(products="native"),
+    "e5m2 by block": fp8("float8_e5m2", scales="block", block=8),
+    "4 bits": quantised("float4_e2m1fn"),
+}
+
+
+@functools.cache
+def log_probs(precision: Precision, replay: bool = True) -> tuple[np.ndarray, Any]:
+    """Log-probs [row, vocab] of a model of one layer on random tokens, and its routes; those of float32 if replayed."""
+    model = tiny.model(SHALLOW, precision)
+    tokens = np.random.default_rng(0).integers(0, SHALLOW.vocab_size, (4, 16))
+    routes = log_probs(tiny.FLOAT32, replay=False)[1] if replay else None
+
+    @jax.jit
+    def run(variables: dict, routes: Any) -> tuple[jax.Array, jax.Array]:
+        output = forward(model, variables, tokens, np.ones(tokens.shape, bool), routes)
+        logits = logits_of(model, variables, output.hidden.reshape(-1, SHALLOW.embed_dim))
+        return jax.nn.log_softmax(logits), output.routing.used
+
+    return run(prepare(tiny.parameters(SHALLOW), precision), routes)
+
+
+def error(name: str) -> float:
+    """Median |d log-prob| against float32 with equal routes."""
+    exact, _ = log_probs(tiny.FLOAT32, replay=False)
+    return float(np.median(np.abs(log_probs(PRECISIONS[name])[0] - exact)))
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_error_has_the_size_of_the_format(name: str) -> None:
+    """Rounding errors are half a unit in the last place: 2^-12 in float16, 2^-9 in bfloat16, 2^-5 in e4m3, 2^-4 in
+    e5m2, 2^-3 in 4 bits, each relative, and 1/254 of a row's largest in int8. They add up as noise does."""
+    low, high = {
+        "float16": (1e-5, 2e-3),
+        "bfloat16": (1e-4, 2e-2),
+        "int8": (1e-3, 5e-2),
+        "e4m3": (5e-3, 2e-1),
+        "e5m2": (1e-2, 4e-1),
+        "4 bits": (5e-2, 1.5),
+    }[name.removesuffix(" by block").removesuffix(" native")]
+    assert low < error(name) < high
+
+
+def test_errors_are_ordered_as_the_formats_are() -> None:
+    ordered = [error(name) for name in ("float16", "bfloat16", "int8", "e4m3", "e5m2 by block", "4 bits")]
+    assert ordered == sorted(ordered)
+    native, emulated = (log_probs(PRECISIONS[name])[0] for name in ("e4m3 native", "e4m3"))
+    assert np.median(np.abs(native - emulated)) < 1e-5
+
+
+def test_laid_out_on_meshes() -> None:
+    root = Path(__file__).parents[2]
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(root),
+    }
+    script = Path(__file__).with_name("prepared_on_meshes.py")
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("equal on") == 2

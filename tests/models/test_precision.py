@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import hypothesis
 import hypothesis.extra.numpy as arrays
@@ -113,7 +114,7 @@ NUMBERS = st.one_of(
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@hypothesis.settings(max_examples=60, deadline=None, database=None)
+@hypothesis.settings(max_examples=40, deadline=None, database=None)
 @hypothesis.given(x=arrays.arrays(np.float32, SHAPE, elements=NUMBERS, fill=st.just(np.float32(0))))
 def test_every_number_is_stored_as_ml_dtypes_would(name: str, x: np.ndarray) -> None:
     values, scale = by_numpy(x, name, along(x, -1))
@@ -189,9 +190,19 @@ def expected_product(x: np.ndarray, w: np.ndarray, precision: Precision) -> np.n
 
 
 @pytest.mark.parametrize("scales", ["channel", "block"])
-@pytest.mark.parametrize("activations", ["none", "int8", "float8_e4m3fn", "float4_e2m1fn"])
-@pytest.mark.parametrize("weights", ["none", "int8", "float8_e5m2", "float4_e2m1fn"])
-def test_product_of_stored_values(activations: str, weights: str, scales: str) -> None:
+@pytest.mark.parametrize(
+    ("weights", "activations"),
+    [
+        ("int8", "none"),
+        ("none", "int8"),
+        ("int8", "int8"),
+        ("int8", "float8_e4m3fn"),
+        ("float8_e5m2", "float8_e4m3fn"),
+        ("float4_e2m1fn", "float8_e4m3fn"),
+        ("float4_e2m1fn", "float4_e2m1fn"),
+    ],
+)
+def test_product_of_stored_values(weights: str, activations: str, scales: str) -> None:
     """Also of mixed formats. Blocks of very different size would show a scale that is applied to another block."""
     x, w = random(2, 6, CONTRACTED), random(3, CONTRACTED, COLUMNS)
     x[:, :BLOCK] *= 100
@@ -201,7 +212,7 @@ def test_product_of_stored_values(activations: str, weights: str, scales: str) -
     np.testing.assert_allclose(multiply(x, w, precision), want, rtol=2e-6, atol=2e-6 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("block", [1, 3, 8, 40, 128])
+@pytest.mark.parametrize("block", [1, 3, 8, 128])
 def test_blocks_of_every_length(block: int) -> None:
     """One number to a block, more blocks than are unrolled, a whole number of blocks, and one block larger than all."""
     x, w = random(4, 6, CONTRACTED), random(5, CONTRACTED, COLUMNS)
@@ -267,10 +278,8 @@ def test_native_products(weights: str, activations: str, scales: str) -> None:
     x, w = random(12, 6, CONTRACTED), random(13, CONTRACTED, COLUMNS)
     want = multiply(x, w, emulated)
     np.testing.assert_allclose(multiply(x, w, native), want, rtol=1e-6, atol=1e-6 * np.abs(want).max())
-    # Largest value times powers of two, so scales are powers of two and sums of few bits.
-    signs = np.sign(random(14, 46, CONTRACTED))
-    for a, name in ((signs[:6] * FORMATS[activations][1], "x"), (signs[6:].T[:, :COLUMNS] * FORMATS[weights][1], "w")):
-        x, w = (a, w) if name == "x" else (x, a)
+    # Where every number is the largest of its format, scales are 1 and no sum is rounded.
+    x, w = np.sign(x) * FORMATS[activations][1], np.sign(w) * FORMATS[weights][1]
     np.testing.assert_array_equal(multiply(x, w, native), x.astype(np.float64) @ w)
     np.testing.assert_array_equal(multiply(x, w, emulated), x.astype(np.float64) @ w)
 
@@ -281,7 +290,7 @@ def dots(precision: Precision) -> list[tuple[str, str]]:
     jaxpr = jax.make_jaxpr(lambda x, w: matmul(x, w, precision, "float32"))(x, w)
     found = []
 
-    def walk(jaxpr: jax.extend.core.Jaxpr) -> None:
+    def walk(jaxpr: Any) -> None:
         for equation in jaxpr.eqns:
             if equation.primitive.name == "dot_general":
                 found.append(tuple(str(v.aval.dtype) for v in equation.invars))
@@ -306,12 +315,12 @@ def test_which_types_are_multiplied() -> None:
     assert blocks == [("int8", "int8")] * 3
 
 
-@pytest.mark.parametrize("name", ["none", *FORMATS])
-@pytest.mark.parametrize("scales", ["channel", "block"])
+@pytest.mark.parametrize(
+    ("name", "scales"),
+    [("none", "channel"), ("float8_e4m3fn", "channel"), ("float4_e2m1fn", "block"), ("int8", "block")],
+)
 def test_rows_of_a_stored_matrix(name: str, scales: str) -> None:
     """A tied embedding is looked up by row, with the scales that it has as the transposed head."""
-    if name == "none" and scales == "block":
-        pytest.skip("there are no scales")
     table = random(15, 37, 24)
     precision = Precision(weights=name, scales=scales, block=BLOCK)
     rows = np.array([[0, 36, 15], [16, 31, 32]])

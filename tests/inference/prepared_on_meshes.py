@@ -1,0 +1,99 @@
+"""Run by test_quantize.py with 8 virtual devices: stored weights lie by the table and equal those of one device."""
+
+import re
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import traverse_util
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import tiny
+
+from rlstab_jax.inference import prepare
+from rlstab_jax.models import ModelConfig, Precision, fp8, quantised
+from rlstab_jax.models.sharding import logical_axes
+from rlstab_jax.models.transformer import SCALE
+from rlstab_jax.parallel.mesh import MeshConfig, make_mesh
+from rlstab_jax.parallel.sharding import INFERENCE, TRAINING, shardings
+
+CONFIG = ModelConfig(
+    vocab_size=16, embed_dim=32, num_heads=4, num_kv_heads=2, head_dim=8, num_experts=8, experts_per_token=2,
+    expert_dim=16, mlp_dim=40, dense_layers=(1,),
+)  # fmt: skip
+PRECISIONS = {
+    "float16": Precision("float16"),
+    "e4m3": fp8(),
+    "int8 by block": quantised("int8", scales="block", block=8),
+    "4 bits by block, router exempt": quantised("float4_e2m1fn", scales="block", block=32, quantise_router=False),
+}
+UP, DOWN, DENSE = (
+    ("segment_0", "block_0", "moe", "up"),
+    ("segment_0", "block_0", "moe", "down"),
+    ("segment_1", "block_0", "mlp", "up", "kernel"),
+)
+LM_HEAD = ("lm_head", "kernel")
+# Where scales lie on the mesh 1 x 2 x 2 x 2. The contracted axis of `down` and the columns of `up` are split in 2 x 8.
+SCALES = {
+    "e4m3": {
+        UP: P(None, "expert", None, "tensor"),
+        DOWN: P(None, "expert", None, None),
+        LM_HEAD: P(None, "tensor"),
+        DENSE: P(None, None, "tensor"),
+    },
+    "int8 by block": {
+        UP: P(None, "expert", None, "tensor"),
+        DOWN: P(None, "expert", "tensor", None),
+        LM_HEAD: P(None, "tensor"),
+        DENSE: P(None, None, None),  # 40 columns in two parts of 20, which no blocks of 8 fill
+    },
+    "4 bits by block, router exempt": {
+        UP: P(None, "expert", None, None),  # one block of 32 holds both parts
+        DOWN: P(None, "expert", None, None),
+        LM_HEAD: P(None, None),
+        DENSE: P(None, None, None),
+    },
+}
+
+
+def check(mesh_config: MeshConfig, name: str) -> None:
+    mesh, precision = make_mesh(mesh_config), PRECISIONS[name]
+    params = tiny.parameters(CONFIG)
+    axes = logical_axes(params)
+    placed = jax.device_put(params, shardings(mesh, axes, TRAINING))
+    got, want = prepare(placed, precision, mesh), prepare(params, precision)
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
+    by_table = shardings(mesh, axes, INFERENCE)
+    assert jax.tree.all(jax.tree.map(lambda a, s: a.sharding.is_equivalent_to(s, a.ndim), got["params"], by_table))
+    scales = traverse_util.flatten_dict(got[SCALE])
+    assert bool(scales) == (precision.weights != "none")
+    if mesh_config.fsdp > 1:
+        for path, spec in SCALES.get(name, {}).items():
+            scale = scales[path]
+            assert scale.sharding.is_equivalent_to(NamedSharding(mesh, spec), scale.ndim), (path, scale.sharding)
+        check_traffic(partial(prepare.lower, placed, precision, mesh))
+
+
+def check_traffic(lower: callable) -> None:
+    """Parameters are gathered over fsdp once they are narrow: of float32 arrays none larger than a router travels,
+    but for those whose 40 hidden units leave a block on two devices."""
+    gathered = re.findall(r"= \(?(\w+)\[([\d,]+)\].* all-gather\(", lower().compile().as_text())
+    assert gathered
+    for dtype, shape in gathered:
+        sizes = [int(n) for n in shape.split(",")]
+        assert dtype != "f32" or np.prod(sizes) <= 32 * 8 or CONFIG.mlp_dim in sizes, (dtype, shape)
+
+
+if __name__ == "__main__":
+    assert jax.device_count() == 8
+    for config, names in ((MeshConfig(1, 2, 2, 2), PRECISIONS), (MeshConfig(8, 1, 1, 1), ["e4m3"])):
+        for name in names:
+            check(config, name)
+        print("equal on", config, flush=True)
