@@ -8,10 +8,18 @@ import numpy as np
 import pytest
 
 from rlstab_jax.models.experts import KERNELS, ExpertWeights
-from rlstab_jax.models.precision import Precision, Stored, fp8, store
+from rlstab_jax.models.precision import Precision, Stored, fp8, quantised, store, store_activations, store_weight
 
 D, F = 8, 6
 PRECISIONS = {"float32": Precision(), "e4m3": fp8(), "e4m3 weights": fp8(activations="none")}
+OTHERS = {
+    "float16": Precision("float16"),
+    "bfloat16": Precision("bfloat16"),
+    "int8": quantised("int8"),
+    "int8 by block": quantised("int8", scales="block", block=4),
+    "e4m3 by block, native": fp8(scales="block", block=4, products="native"),
+    "4-bit weights by block": Precision(weights="float4_e2m1fn", scales="block", block=4),
+}
 
 
 def distinct(generator: np.random.Generator, tokens: int, k: int, num_experts: int) -> np.ndarray:
@@ -53,7 +61,7 @@ def arrays(name: str) -> tuple[dict[str, np.ndarray], np.ndarray, int]:
 
 @partial(jax.jit, static_argnames=("kernel", "precision"))
 def run(kernel: str, values: dict, experts: np.ndarray, precision: Precision) -> jax.Array:
-    stored = {name: store(values[name], precision.weights, -2) for name in ("gate", "up", "down")}
+    stored = {name: store_weight(values[name], precision) for name in ("gate", "up", "down")}
     return KERNELS[kernel](values["x"], experts, values["gates"], ExpertWeights(**stored), precision)
 
 
@@ -71,10 +79,11 @@ def gradients(values: dict, kernel: str, experts: np.ndarray, direction: np.ndar
 
 def oracle(values: dict, experts: np.ndarray, precision: Precision) -> np.ndarray:
     def activation(x: np.ndarray) -> np.ndarray:
-        return np.asarray(store(jnp.asarray(x, jnp.float32), precision.activations).load(), np.float64)
+        stored = store_activations(jnp.asarray(x, jnp.float32)[None], precision)
+        return np.asarray(stored.load(block=precision.block), np.float64)[0]
 
     def weight(name: str) -> np.ndarray:
-        return np.asarray(store(jnp.asarray(values[name]), precision.weights, -2).load(), np.float64)
+        return np.asarray(store_weight(jnp.asarray(values[name]), precision).load(block=precision.block), np.float64)
 
     gate, up, down = (weight(name) for name in ("gate", "up", "down"))
     out = np.zeros(values["x"].shape)
@@ -99,6 +108,33 @@ def test_values(kernel: str, case: str) -> None:
         tolerance = 2e-5 * max(1.0, np.abs(want).max())
         share = 0.05 if precision.activations != "none" else 0.0
         assert (error > tolerance).mean() <= share, (name, np.sort(error)[-3:])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", OTHERS)
+def test_values_in_other_precisions(kernel: str, name: str) -> None:
+    """As above; float16 and bfloat16 round each product, and the gated product, to 11 and 8 bits."""
+    precision = OTHERS[name]
+    values, experts, _ = arrays("some dispatched")
+    want = oracle(values, experts, precision)
+    if precision.weights == "none":
+        values["x"] = values["x"].astype(precision.dtype)
+    got = run(kernel, values, experts, precision)
+    assert got.dtype == (precision.dtype if precision.weights == "none" else jnp.float32)
+    error = np.abs(np.asarray(got, np.float64) - want).max(1)
+    digits = {"float16": 2**-11, "bfloat16": 2**-8}.get(precision.dtype, 2e-6)
+    share = 0.05 if precision.activations != "none" else 0.0
+    assert (error > 10 * digits * max(1.0, np.abs(want).max())).mean() <= share, np.sort(error)[-3:]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_float16_expert_saturates(kernel: str) -> None:
+    """silu(gate) * up overflows first: 300 * 300 is 65504 there, times 1 / 65504 down to about 1."""
+    values, experts, _ = arrays("random")
+    values = {name: np.full_like(value, 300 / D) for name, value in values.items()}
+    values |= {"x": values["x"] * 0 + 1, "down": values["down"] * 0 + 1 / 65504, "gates": values["gates"] * 0 + 0.5}
+    got = np.asarray(run(kernel, jax.tree.map(lambda a: a.astype(np.float16), values), experts, Precision("float16")))
+    np.testing.assert_allclose(got.astype(np.float32), F, rtol=0.05)
 
 
 @pytest.mark.parametrize("kernel", ["tiles", "ragged_dot"])
