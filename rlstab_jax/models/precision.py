@@ -245,9 +245,9 @@ def scaled_product(
         # float32 means float32: accelerators would otherwise round the operands of a product to bf16 or tf32.
         exact = jax.lax.Precision.HIGHEST if precision.dtype == "float32" else None
         # A sum is rounded to its type by the product itself, which does not saturate.
-        total = "float32" if out == "float16" else out
+        sums = "float32" if out == "float16" else out
         x, weight = saturate(x, precision.dtype), saturate(weight, precision.dtype)
-        return saturate(dot(x, weight, precision=exact, preferred_element_type=jnp.dtype(total)), out)
+        return saturate(dot(x, weight, precision=exact, preferred_element_type=jnp.dtype(sums)), out)
     stored = store_activations(x, precision)
     size, columns = weight.shape[-2:]
     width = precision.block if precision.scales == "block" else size
@@ -266,12 +266,12 @@ def scaled_product(
         return total
 
     whole, rest = divmod(size, width)
-    parts = [part(0, width)] if whole else []
-    total = parts[0] if parts else None
+    total = part(0, width if whole else rest)
     if whole > 1:
-        total = jax.lax.fori_loop(1, whole, lambda number, total: total + part(number, width), total, unroll=whole <= 8)
-    if rest:
-        total = part(whole, rest) if total is None else total + part(whole, rest)
+        # A loop of many blocks keeps the program, and what it holds at once, as small as one of them.
+        total = jax.lax.fori_loop(1, whole, lambda number, sum: sum + part(number, width), total, unroll=whole <= 8)
+    if whole and rest:
+        total = total + part(whole, rest)
     return saturate(total, out)
 
 

@@ -109,7 +109,9 @@ def test_store_blocks_equals_ml_dtypes(name: str, block: tuple[int, int]) -> Non
 NUMBERS = st.one_of(
     st.floats(width=32, allow_nan=False, allow_infinity=False),
     st.sampled_from([0.0, -0.0, 1e-45, -1e-39, float(TINY), 3.4028234663852886e38, -3.4e38]),
-    st.sampled_from([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, 448.0, 57344.0, 127.0, 63.5, 0.5, -2.5, 2**-9, 2**-16]),
+    st.sampled_from(
+        [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, 448.0, 57344.0, 127.0, 63.5, 0.5, -2.5, 2**-9, 2**-16]
+    ),
 )
 
 
@@ -367,7 +369,10 @@ def test_activations_by_block_are_stored_by_token() -> None:
         (Precision(scales="block", kv_cache="int8"), r"rollout.precision.scales = 'block', but neither"),
         (Precision(products="native"), r"products = 'native' with weights in none and activations in none"),
         (Precision(weights="int8", products="native"), r"'native' with weights in int8 and activations in none"),
-        (quantised("int8", weights="float8_e5m2", products="native"), r"weights in float8_e5m2 and activations in int8"),
+        (
+            quantised("int8", weights="float8_e5m2", products="native"),
+            r"weights in float8_e5m2 and activations in int8",
+        ),
         (quantised("int8", scales="block", block=200_000), r"precision.block = 200000: an int32 holds .* 133144"),
     ],
 )
