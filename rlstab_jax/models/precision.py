@@ -143,6 +143,26 @@ class Stored:
         return saturate(self.values.astype(jnp.float32) * spread(self.scale, self.values.shape, block), dtype)
 
 
+def as_bytes(stored: Stored) -> Stored:
+    """Narrow floats as their codes, one to a byte: to move them about, as a cache does, compilers for processors
+    without the type would widen all of them and narrow them again."""
+    values = stored.values
+    if values.dtype == jnp.float4_e2m1fn:
+        values = jax.lax.bitcast_convert_type(values, jnp.uint4).astype(jnp.uint8)
+    elif values.dtype.itemsize == 1 and jnp.issubdtype(values.dtype, jnp.floating):
+        values = jax.lax.bitcast_convert_type(values, jnp.uint8)
+    return Stored(values, stored.scale)
+
+
+def from_bytes(stored: Stored, format: Format) -> Stored:
+    """What `as_bytes` was given."""
+    values = stored.values
+    if values.dtype == jnp.uint8:
+        values = values.astype(jnp.uint4) if format == "float4_e2m1fn" else values
+        values = jax.lax.bitcast_convert_type(values, format)
+    return Stored(values, stored.scale)
+
+
 def spread(scale: Float[Array, "..."], shape: tuple[int, ...], block: int) -> Float[Array, "..."]:
     """``scale`` with the scales of blocks repeated over their block, so that it broadcasts to ``shape``."""
     for axis, (scales, size) in enumerate(zip(scale.shape, shape, strict=True)):

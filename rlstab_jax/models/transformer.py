@@ -20,7 +20,7 @@ from rlstab_jax.models import experts as expert_kernels
 from rlstab_jax.models.attention import ATTENTION, DECODE_ATTENTION
 from rlstab_jax.models.config import Kernels, ModelConfig
 from rlstab_jax.models.experts import ExpertWeights
-from rlstab_jax.models.precision import Precision, Stored, matmul, saturating, store, take
+from rlstab_jax.models.precision import Precision, Stored, as_bytes, from_bytes, matmul, saturating, store, take
 from rlstab_jax.types import Routes, route_dtype
 
 # Quantised weights travel as two collections: "params" holds the stored values, SCALE their scales, by the same names.
@@ -29,7 +29,7 @@ SCALE = "weight_scale"
 
 @struct.dataclass
 class KeyValues:
-    """Keys and values of one layer as a cache stores them.
+    """Keys and values of one layer as a cache stores them, `as_bytes`.
 
     ``k`` is [batch, kv_head, head_dim, time], a decode step's product with it then reads along time (twice as fast on
     CPU); ``v`` is [batch, kv_head, time, head_dim].
@@ -156,7 +156,7 @@ class Attention(nn.Module):
         v = project("v", cfg.num_kv_heads).swapaxes(1, 2)
         q, k = rotate(q, positions, cfg.rope_theta), rotate(k, positions, cfg.rope_theta)
         # Attention reads what a cache would hold, with or without one: prefill, decode and scoring see equal numbers.
-        stored_k, stored_v = store(k, self.precision.kv_cache), store(v, self.precision.kv_cache)
+        stored_k, stored_v = (as_bytes(store(a, self.precision.kv_cache)) for a in (k, v))
         kv = KeyValues(jax.tree.map(lambda a: a.swapaxes(2, 3), stored_k), stored_v)
         if past is None:
             y = ATTENTION[self.kernels.attention](q, self._load(stored_k), self._load(stored_v), fed)
@@ -174,7 +174,7 @@ class Attention(nn.Module):
         return Linear(d, self.precision, name="o")(y).reshape(batch, time, d), kv
 
     def _load(self, stored: Stored) -> Array:
-        return stored.load(self.precision.dtype)
+        return from_bytes(stored, self.precision.kv_cache).load(self.precision.dtype)
 
 
 def route(

@@ -17,7 +17,9 @@ import tiny
 from rlstab_jax.models.precision import (
     Precision,
     Stored,
+    as_bytes,
     fp8,
+    from_bytes,
     matmul,
     quantised,
     saturate,
@@ -331,27 +333,42 @@ def test_rows_of_a_stored_matrix(name: str, scales: str) -> None:
     np.testing.assert_array_equal(got, loaded(table, name, amax)[rows].astype(np.float32))
 
 
-def test_a_4_bit_cache_is_read_and_written() -> None:
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_cache_is_read_and_written(name: str) -> None:
     """What decoding does with stored keys and values: pad, repeat, write a column in a loop, gather rows, load."""
     x, new = random(16, 2, 3, 4, 8), random(17, 4, 3, 1, 8)
 
     @jax.jit
     def run(stored: Stored, column: Stored) -> tuple[Stored, jax.Array]:
+        stored, column = as_bytes(stored), as_bytes(column)
         cache = jax.tree.map(lambda a: jnp.repeat(jnp.pad(a, ((0, 0), (0, 0), (0, 3), (0, 0))), 2, axis=0), stored)
 
         def write(i: jax.Array, cache: Stored) -> Stored:
             return jax.tree.map(partial(jax.lax.dynamic_update_slice_in_dim, start_index=4 + i, axis=2), cache, column)
 
         cache = jax.lax.fori_loop(0, 2, write, cache)
-        return cache, jax.tree.map(lambda a: a[jnp.array([3, 0])], cache).load()
+        return cache, from_bytes(jax.tree.map(lambda a: a[jnp.array([3, 0])], cache), name).load()
 
-    cache, picked = run(store(jnp.asarray(x), "float4_e2m1fn"), store(jnp.asarray(new), "float4_e2m1fn"))
-    assert cache.values.dtype == jnp.float4_e2m1fn
+    cache, picked = run(store(jnp.asarray(x), name), store(jnp.asarray(new), name))
+    assert cache.values.dtype == ("int8" if name == "int8" else "uint8")
     want = np.zeros((4, 3, 7, 8), np.float32)
-    want[:, :, :4] = np.repeat(loaded(x, "float4_e2m1fn", along(x, -1)), 2, axis=0)
-    want[:, :, 4:6] = loaded(new, "float4_e2m1fn", along(new, -1))
-    np.testing.assert_array_equal(cache.load(), want)
+    want[:, :, :4] = np.repeat(loaded(x, name, along(x, -1)), 2, axis=0)
+    want[:, :, 4:6] = loaded(new, name, along(new, -1))
+    assert from_bytes(cache, name).values.dtype == name
+    np.testing.assert_array_equal(from_bytes(cache, name).load(), want)
     np.testing.assert_array_equal(picked, want[[3, 0]])
+
+
+def test_every_code_survives_as_a_byte() -> None:
+    for name in ("float8_e4m3fn", "float8_e5m2", "float4_e2m1fn"):
+        codes = np.arange(16 if name == "float4_e2m1fn" else 256, dtype=np.uint8)
+        values = jnp.asarray(codes.view(FORMATS[name][0]))
+        moved = as_bytes(Stored(values))
+        np.testing.assert_array_equal(moved.values, codes)
+        back = np.asarray(from_bytes(moved, name).values)
+        np.testing.assert_array_equal(back.view(np.uint8), codes)
+    for unchanged in (jnp.ones(3), jnp.ones(3, jnp.float16), jnp.ones(3, jnp.int8)):
+        assert as_bytes(Stored(unchanged)).values is unchanged
 
 
 def test_activations_by_block_are_stored_by_token() -> None:
