@@ -72,6 +72,12 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         ("--kernels.attention cudnn", "kernels.attention = 'cudnn' needs an NVIDIA GPU, but this is 'cpu'"),
         ("--learner.precision.weights float8_e4m3fn", "learner.precision: the training engine is not quantised"),
+        ("--learner.precision.dtype float16", "learner.precision.dtype = 'float16': gradients below 6e-8 would vanish"),
+        ("--rollout.precision.block 0", "rollout.precision.block = 0: expected at least 1"),
+        (
+            "--rollout.precision.products native --rollout.precision.activations none",
+            "rollout.precision.products = 'native' with weights in float8_e4m3fn and activations in none",
+        ),
         ("--objective.delta 0.1", "objective.delta: minirl has no such number; it takes:"),
         ("--objective.name nonesuch", "invalid choice 'nonesuch'"),
         ("--task.modulus 99", "modulus = 99: expected at most base ** digits = 16"),
