@@ -73,13 +73,13 @@ class Precision:
                 f"{name}.products = 'native' with weights in {self.weights} and activations in {self.activations}: "
                 "matrix units multiply int8 with int8, or two narrow floats; choose such formats, or 'emulated'"
             )
-        terms = self.block if self.scales == "block" else max(_contracted(model).values())
-        if quantised == {"int8"} and "none" not in (self.weights, self.activations) and terms > INT8_TERMS:
-            field = max(_contracted(model), key=lambda field: _contracted(model)[field])
-            at_fault = f"{name}.block" if self.scales == "block" else f"model.{field}"
+        sizes = _contracted(model)
+        field = max(sizes, key=lambda name: sizes[name])
+        terms = min(sizes[field], self.block) if self.scales == "block" else sizes[field]
+        if self.weights == self.activations == "int8" and terms > INT8_TERMS:
             raise UserError(
-                f"{at_fault} = {terms}: an int32 holds the sum of {INT8_TERMS} products of int8 numbers; "
-                f"use {name}.scales = 'block' with blocks of at most that, or another format"
+                f"model.{field} = {sizes[field]}: an int32 holds the sum of {INT8_TERMS} products of int8 numbers; use "
+                f"{name}.scales = 'block' with {name}.block at most that, or another format"
             )
 
 
@@ -218,6 +218,7 @@ def take(weight: Stored, rows: Int[Array, "*batch"], precision: Precision) -> Fl
 
 
 def _normal(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """``x`` in float32, without numbers that some processors would take for 0."""
     x = x.astype(jnp.float32)
     return jnp.where(jnp.abs(x) < TINY, 0.0, x)
 

@@ -160,4 +160,4 @@ def test_laid_out_on_meshes() -> None:
     script = Path(__file__).with_name("prepared_on_meshes.py")
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("equal on") == 2
+    assert done.stdout.count("equal in") == 4
