@@ -185,7 +185,7 @@ def grouped(x: Tokens, experts: Experts, gates: Gates, weights: ExpertWeights, p
         source = jnp.full(slots, num_tokens, jnp.int32)
         source = source.at[slot].set(jnp.arange(num_tokens * k, dtype=jnp.int32) // k, mode="drop")
         y = swiglu(_dispatch(x, source, slot.reshape(num_tokens, k)).reshape(num_experts, size, -1), weights, precision)
-        return _combine(y.reshape(slots, -1), gates, source, slot.reshape(num_tokens, k)).astype(x.dtype)
+        return saturate(_combine(y.reshape(slots, -1), gates, source, slot.reshape(num_tokens, k)), x.dtype)
 
     fits = (largest > jnp.array(sizes)).sum()
     return jax.lax.switch(fits, [partial(with_size, size) for size in sizes])

@@ -156,23 +156,25 @@ class Attention(nn.Module):
         v = project("v", cfg.num_kv_heads).swapaxes(1, 2)
         q, k = rotate(q, positions, cfg.rope_theta), rotate(k, positions, cfg.rope_theta)
         # Attention reads what a cache would hold, with or without one: prefill, decode and scoring see equal numbers.
-        stored_k, stored_v = (store(x, self.precision.kv_cache) for x in (k, v))
-        kv = KeyValues(as_bytes(jax.tree.map(lambda a: a.swapaxes(2, 3), stored_k)), as_bytes(stored_v))
+        stored_k, stored_v = (as_bytes(store(a, self.precision.kv_cache)) for a in (k, v))
+        kv = KeyValues(jax.tree.map(lambda a: a.swapaxes(2, 3), stored_k), stored_v)
         if past is None:
-            y = ATTENTION[self.kernels.attention](
-                q, stored_k.load(self.precision.dtype), stored_v.load(self.precision.dtype), fed
-            )
+            y = ATTENTION[self.kernels.attention](q, self._load(stored_k), self._load(stored_v), fed)
         else:
-            kv = past.response.over_time(partial(jax.lax.dynamic_update_slice_in_dim, start_index=past.column), kv)
+            write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=past.column)
+            kv = past.response.over_time(write, kv)
             y = DECODE_ATTENTION[self.kernels.decode_attention](
-                q, self._read(past.prompt), self._read(kv), past.prompt_mask, past.response_mask
+                q,
+                (self._load(past.prompt.k), self._load(past.prompt.v)),
+                (self._load(kv.k), self._load(kv.v)),
+                past.prompt_mask,
+                past.response_mask,
             )
         y = y.swapaxes(1, 2).reshape(batch * time, cfg.num_heads * cfg.head_dim)
         return Linear(d, self.precision, name="o")(y).reshape(batch, time, d), kv
 
-    def _read(self, kv: KeyValues) -> tuple[Array, Array]:
-        k, v = (from_bytes(a, self.precision.kv_cache).load(self.precision.dtype) for a in (kv.k, kv.v))
-        return k, v
+    def _load(self, stored: Stored) -> Array:
+        return from_bytes(stored, self.precision.kv_cache).load(self.precision.dtype)
 
 
 def route(
