@@ -1,9 +1,20 @@
 """The inference engine mu: its own precision, a jitted sampler, log-probs and routes of what was really sampled."""
 
 from rlstab_jax.inference.continuous import sample_continuously
+from rlstab_jax.inference.matched import sample_matched, score_matched
 from rlstab_jax.inference.quantize import prepare
 from rlstab_jax.inference.sampler import sample
 from rlstab_jax.inference.sampling import Sampling, sample_keys
 from rlstab_jax.inference.stop_strings import StopStrings, stop_strings
 
-__all__ = ["Sampling", "StopStrings", "prepare", "sample", "sample_continuously", "sample_keys", "stop_strings"]
+__all__ = [
+    "Sampling",
+    "StopStrings",
+    "prepare",
+    "sample",
+    "sample_continuously",
+    "sample_keys",
+    "sample_matched",
+    "score_matched",
+    "stop_strings",
+]

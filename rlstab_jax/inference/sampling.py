@@ -115,23 +115,31 @@ def draw(
     logits: Float[Array, "rows vocab"], keys: Array, position: Int[Array, "rows"], sampling: Sampling, support: int
 ) -> Draw:
     """Draws by Gumbel's maximum. ``sampling`` is per row; ``support`` bounds the tokens kept, 0 truncates nothing."""
+    vocab = logits.shape[-1]
+    scaled, ids = distribution(logits, position, sampling, support)
+    noise = jax.vmap(lambda key, p: jax.random.gumbel(jax.random.fold_in(key, p), (vocab,)))(keys, position)
+    noise = noise if ids is None else jnp.take_along_axis(noise, ids, axis=-1)
+    greedy = sampling.temperature == 0
+    choice = _first_maximum(scaled + jnp.where(greedy[:, None], 0.0, noise))[:, None]
+    log_prob = jnp.take_along_axis(jax.nn.log_softmax(scaled, axis=-1), choice, axis=-1)[:, 0]
+    log_prob = jnp.where(greedy, 0.0, log_prob)
+    if ids is None:
+        return Draw(choice[:, 0], log_prob, None)
+    kept = jnp.where(scaled > -jnp.inf, ids, vocab)
+    return Draw(jnp.take_along_axis(ids, choice, axis=-1)[:, 0], log_prob, kept)
+
+
+def distribution(
+    logits: Float[Array, "rows vocab"], position: Int[Array, "rows"], sampling: Sampling, support: int
+) -> tuple[Float[Array, "rows n"], Int[Array, "rows n"] | None]:
+    """What is drawn from: logits at the temperature, -inf for tokens that are not kept, and their ids (None: all)."""
     rows, vocab = logits.shape
-    greedy = (sampling.temperature == 0)[:, None]
-    scaled = logits / jnp.where(greedy, 1.0, sampling.temperature[:, None])
+    temperature = sampling.temperature[:, None]
+    scaled = logits / jnp.where(temperature == 0, 1.0, temperature)
     if sampling.stop_ids.shape[-1]:
         early = jnp.where(position < sampling.min_new_tokens, -jnp.inf, 0.0)[:, None]
         scaled = scaled.at[jnp.arange(rows)[:, None], sampling.stop_ids].add(early, mode="drop")
-    noise = jax.vmap(lambda key, p: jax.random.gumbel(jax.random.fold_in(key, p), (vocab,)))(keys, position)
-    noise = jnp.where(greedy, 0.0, noise)
-    ids = None
-    if support:
-        scaled, ids = _truncate(scaled, sampling, min(support, vocab))
-        noise = jnp.take_along_axis(noise, ids, axis=-1)
-    choice = _first_maximum(scaled + noise)[:, None]
-    log_prob = jnp.take_along_axis(jax.nn.log_softmax(scaled, axis=-1), choice, axis=-1)
-    token = choice if ids is None else jnp.take_along_axis(ids, choice, axis=-1)
-    ids = None if ids is None else jnp.where(scaled > -jnp.inf, ids, vocab)
-    return Draw(token[:, 0], jnp.where(greedy, 0.0, log_prob)[:, 0], ids)
+    return _truncate(scaled, sampling, min(support, vocab)) if support else (scaled, None)
 
 
 def _truncate(

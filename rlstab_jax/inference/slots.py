@@ -147,11 +147,11 @@ def decode(
             for prompt, response in zip(slots.prompt, slots.response, strict=True)
         ]
         x = embed(model, variables, slots.last)
-        x, pasts, routes = decode_step(model, layers, x, prompt_count + slots.count - 1, slots.active, pasts)
+        x, pasts, routing = decode_step(model, layers, x, prompt_count + slots.count - 1, slots.active, pasts)
         active = slots.active
         slots = replace(slots, response=[past.response for past in pasts], column=slots.column + 1)
         slots, drawn = first_draw(slots, logits_of(model, variables, finish(model, variables, x)), support)
-        return slots, _record(records, i, drawn, active, routes), i + 1
+        return slots, _record(records, i, drawn, active, None if routing is None else routing.used), i + 1
 
     def going(carry: tuple[Slots, Records, Array]) -> Array:
         slots, _, i = carry

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rlstab_jax.models.config import ModelConfig
-from rlstab_jax.models.transformer import Block, Past, Transformer
+from rlstab_jax.models.transformer import Block, Past, Routing, Transformer
 from rlstab_jax.types import Routes
 
 
@@ -40,20 +40,23 @@ def decode_step(
     positions: Int[Array, "rows"],
     fed: Bool[Array, "rows"],
     pasts: list[Past],
-) -> tuple[Float[Array, "rows d"], list[Past], Routes | None]:
+    routes: Routes | None = None,
+) -> tuple[Float[Array, "rows d"], list[Past], Routing | None]:
     """One token a row through all blocks, unrolled over layers: a scan would copy the whole cache at each step.
 
-    Returns the residual stream before the final norm, the pasts with this token at their column, and the routes
-    [layer, rows, 1, k] in use.
+    Returns the residual stream before the final norm, the pasts with this token at their column, and the routing of
+    [layer, rows, 1] tokens. ``routes`` are to be replayed, as in `Transformer.__call__`.
     """
-    extended, routes = [], []
+    extended: list[Past] = []
+    routing: list[Routing] = []
     kinds = [moe for kinds, repeats in model.config.segments for moe in kinds * repeats]
     x = x[:, None]
     for moe, variables, past in zip(kinds, layers, pasts, strict=True):
         block = Block(model.config, moe, model.precision, model.kernels)
-        outputs: Any = block.apply(variables, x, positions[:, None], fed[:, None], None, past)
-        x, response, routing = outputs
+        recorded = routes[len(routing)] if moe and routes is not None else None
+        outputs: Any = block.apply(variables, x, positions[:, None], fed[:, None], recorded, past)
+        x, response, of_layer = outputs
         extended.append(replace(past, response=response))
-        if routing is not None:
-            routes.append(routing.used)
-    return x[:, 0], extended, jnp.stack(routes) if routes else None
+        if moe:
+            routing.append(of_layer)
+    return x[:, 0], extended, jax.tree.map(lambda *layers: jnp.stack(layers), *routing) if routing else None
