@@ -3,6 +3,7 @@
 from rlstab_jax.inference.continuous import sample_continuously
 from rlstab_jax.inference.matched import sample_matched, score_matched
 from rlstab_jax.inference.quantize import prepare
+from rlstab_jax.inference.routes import import_routes
 from rlstab_jax.inference.sampler import sample
 from rlstab_jax.inference.sampling import Sampling, sample_keys
 from rlstab_jax.inference.stop_strings import StopStrings, stop_strings
@@ -10,6 +11,7 @@ from rlstab_jax.inference.stop_strings import StopStrings, stop_strings
 __all__ = [
     "Sampling",
     "StopStrings",
+    "import_routes",
     "prepare",
     "sample",
     "sample_continuously",

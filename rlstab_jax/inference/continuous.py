@@ -23,7 +23,9 @@ from rlstab_jax.inference.slots import (
     empty_responses,
     first_draw,
     prefill,
+    put_back,
     resize,
+    spare_columns,
     windows,
 )
 from rlstab_jax.inference.stop_strings import StopStrings
@@ -67,7 +69,8 @@ def sample_continuously(
     total = len(prompts) * samples_per_prompt
     sampling.validate(total)
     slots = min(slots, total)
-    queue = _Queue(model, variables, prompts, prompt_mask, samples_per_prompt, slots)
+    spare = spare_columns(prompt_mask)
+    queue = _Queue(model, variables, prompts[:, spare:], prompt_mask[:, spare:], samples_per_prompt, slots)
     sampling = sampling.per_row(total)
     lengths = windows(response_length - 1 + max(round_length, response_length // 4))
     state, results = _begin(
@@ -98,7 +101,8 @@ def sample_continuously(
                     ends[rows[slot]], active[slot] = end, False
             state = replace(state, active=jnp.asarray(active))
         rows[~active] = total
-    return results if stop is None else _cut(results, ends, sampling.pad_id, model.config)
+    results = results if stop is None else _cut(results, ends, sampling.pad_id, model.config)
+    return put_back(results, prompts, spare, model.config.num_experts)
 
 
 class _Queue:

@@ -20,7 +20,9 @@ from rlstab_jax.inference.slots import (
     empty_responses,
     first_draw,
     prefill,
+    put_back,
     resize,
+    spare_columns,
     windows,
 )
 from rlstab_jax.models.transformer import Transformer
@@ -45,7 +47,7 @@ def sample(
     Args:
       model: the architecture, with the inference engine's precision and kernels.
       variables: its stored weights, from `quantize.prepare`.
-      prompts: right-aligned.
+      prompts: right-aligned; columns that no prompt of the batch needs cost nothing, to the next half of the length.
       prompt_mask: True on prompt tokens.
       keys: [prompts * samples_per_prompt], from `sample_keys`.
       sampling: temperature, truncation, stop tokens, lengths: for all rows or for each.
@@ -64,11 +66,12 @@ def sample(
     """
     check_prompts(prompts, prompt_mask, model.config.vocab_size)
     sampling.validate(len(prompts) * samples_per_prompt)
-    return sample_batch(
+    spare = spare_columns(prompt_mask)
+    rollout = sample_batch(
         model,
         variables,
-        prompts,
-        prompt_mask,
+        prompts[:, spare:],
+        prompt_mask[:, spare:],
         keys,
         sampling,
         response_length=response_length,
@@ -76,6 +79,7 @@ def sample(
         support=support,
         record_routes=record_routes,
     )
+    return put_back(rollout, prompts, spare, model.config.num_experts)
 
 
 @partial(jax.jit, static_argnames=("model", "response_length", "samples_per_prompt", "support", "record_routes"))

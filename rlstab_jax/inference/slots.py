@@ -5,13 +5,14 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from rlstab_jax.inference.sampling import Draw, Sampling, draw
 from rlstab_jax.models.decode import decode_step, depth_first, layer_variables
 from rlstab_jax.models.transformer import KeyValues, Past, Transformer, embed, finish, forward, logits_of
-from rlstab_jax.types import Routes, masked, route_dtype
+from rlstab_jax.types import Rollout, Routes, masked, route_dtype
 
 
 @struct.dataclass
@@ -197,4 +198,38 @@ def windows(steps: int) -> list[int]:
     return lengths
 
 
-SHORTEST_WINDOW = 128  # below it, a program of its own costs more to compile than attention to read
+def spare_columns(prompt_mask: Bool[np.ndarray | Array, "prompts prompt_length"]) -> int:
+    """Columns at the left that no prompt of the batch needs, so that one of a few lengths is left: each half the last.
+
+    One program is compiled for each length that occurs. A traced mask is not looked at.
+    """
+    length = prompt_mask.shape[1]
+    if isinstance(prompt_mask, jax.core.Tracer):
+        return 0
+    longest = int(np.asarray(prompt_mask).sum(1).max())
+    bucket = length
+    while bucket > SHORTEST_PROMPT and (bucket + 1) // 2 >= longest:
+        bucket = (bucket + 1) // 2
+    return length - bucket
+
+
+def put_back(
+    rollout: Rollout, prompts: Int[Array | np.ndarray, "prompts prompt_length"], spare: int, num_experts: int
+) -> Rollout:
+    """The columns that `spare_columns` took away."""
+    if not spare:
+        return rollout
+    repeats = rollout.tokens.shape[0] // prompts.shape[0]
+    routes = rollout.routes
+    if routes is not None:
+        routes = jnp.pad(routes, ((0, 0), (0, 0), (spare, 0), (0, 0)), constant_values=num_experts)
+    return replace(
+        rollout,
+        tokens=jnp.concatenate([jnp.repeat(prompts[:, :spare], repeats, axis=0), rollout.tokens], axis=1),
+        prompt_mask=jnp.pad(rollout.prompt_mask, ((0, 0), (spare, 0))),
+        routes=routes,
+    )
+
+
+SHORTEST_PROMPT = 64  # below it, and for the windows below, another program costs more to compile than it saves
+SHORTEST_WINDOW = 128

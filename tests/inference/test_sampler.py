@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from rlstab_jax.inference import prepare, sample, sample_keys
+from rlstab_jax.inference import prepare, sample, sample_keys, slots
 from rlstab_jax.inference.sampler import sample_batch
 from rlstab_jax.inference.sampling import draw
 from rlstab_jax.learner import score
@@ -142,6 +142,21 @@ def test_shared_prefill_slot_and_padding_change_nothing() -> None:
         take_rows(rollout, np.arange(8)), tokens=rollout.tokens[:8, 3:], routes=rollout.routes[:, :8, 3:]
     )
     assert_same_rollout(take_rows(shared, order), cut)
+
+
+def test_columns_that_no_prompt_needs_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, mask = tiny.prompts()
+    wide = [np.pad(a, ((0, 0), (17, 0)), constant_values=v) for a, v in ((prompts, 3), (mask, False))]
+    monkeypatch.setattr(slots, "SHORTEST_PROMPT", 4)
+    assert [slots.spare_columns(m) for m in (mask, wide[1], wide[1][:, :20])] == [0, 17, 17]  # 23 -> 12 -> 6
+    rollout = engine(*wide, tiny.keys(), tiny.SAMPLES)
+    narrow = tiny.rollout(tiny.FLOAT32)
+    np.testing.assert_array_equal(rollout.tokens[:, :17], 3)
+    assert not rollout.prompt_mask[:, :17].any()
+    assert (np.asarray(rollout.routes)[:, :, :17] == EXPERTS).all()
+    cut = dataclasses.replace(rollout, tokens=rollout.tokens[:, 17:], routes=rollout.routes[:, :, 17:])
+    assert_same_rollout(narrow, cut)
+    assert rollout.tokens.shape[1] == 17 + narrow.tokens.shape[1]
 
 
 def test_keys_depend_on_seed_step_prompt_sample_and_attempt_alone() -> None:
