@@ -232,4 +232,4 @@ def put_back(
 
 
 SHORTEST_PROMPT = 64  # below it, and for the windows below, another program costs more to compile than it saves
-SHORTEST_WINDOW = 128
+SHORTEST_WINDOW = 32

@@ -161,7 +161,7 @@ _combine.defvjp(_combine_forward, _combine_backward)
 def group_sizes(tokens: int, k: int, num_experts: int) -> list[int]:
     """Sizes that `grouped` is compiled for: from above an expert's mean share to all tokens, in multiples of 8."""
     mean = tokens * k / num_experts
-    sizes = {min(tokens, -(-math.ceil(mean * factor) // 8) * 8) for factor in (1.25, 1.5, 2, 3, 4, 8)}
+    sizes = {min(tokens, -(-math.ceil(mean * factor) // 8) * 8) for factor in (1.125, 1.25, 1.375, 1.5, 2, 3, 8)}
     return sorted(sizes | {tokens})
 
 

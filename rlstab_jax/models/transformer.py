@@ -121,7 +121,8 @@ def rotate(x: Float[Array, "batch head time c"], positions: Int[Array, "batch ti
     """Rotary position embedding, halves paired as in Hugging Face's Qwen3."""
     frequency = theta ** (-jnp.arange(0, x.shape[-1], 2, dtype=jnp.float32) / x.shape[-1])
     angle = positions[:, None, :, None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    # Behind a barrier, or each head computes its own cosines: compilers fuse them into the product.
+    cos, sin = jax.lax.optimization_barrier((jnp.cos(angle), jnp.sin(angle)))
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
