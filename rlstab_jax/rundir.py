@@ -60,12 +60,27 @@ _ROUTING = {
     "load_max": Metric("the busiest expert's load over the mean load", "maximum, MoE layers", "1"),
 }
 
-# In a name, `layer_NN` and `minibatch_NN` stand for every number, from 00 on. "Response tokens" count up to and
-# including the stop token; "fed tokens" are those that the model was fed, prompts included.
+# In a name, `layer_NN` and `minibatch_NN` stand for every number, from 00 on, and `NAME` for a reward's. "Response
+# tokens" count up to and including the stop token; "fed tokens" are those that the model was fed, prompts included.
 METRICS: dict[str, Metric] = {
     "reward/mean": Metric("R(x, y) of the responses sampled in this step", "mean, responses", "1"),
+    "reward/without_signal": Metric("groups whose rewards are all equal", "share of groups sampled", "1"),
+    "reward/component/NAME": Metric(
+        "one reward of those that R is the weighted sum of, unweighted", "mean, responses", "1"
+    ),
+    "reward/verifier_failures": Metric("verdicts that failed; they count as 0", "count", "verdicts"),
+    "reward/verifier_gave_up": Metric(
+        "answers that used up a verifier's time or memory; they count as 0", "count", "verdicts"
+    ),
+    "reward/overlong": Metric("the punishment for length, in addition to R", "mean, responses trained on", "1"),
+    "response/count": Metric("responses sampled in this step, whether trained on or not", "count", "responses"),
     "response/length": Metric("response tokens", "mean, responses", "tokens"),
     "response/truncated": Metric("responses that met the length limit without a stop token", "share of responses", "1"),
+    "dynamic/attempts": Metric("batches sampled for this step", "count", "batches"),
+    "dynamic/unfilled": Metric(
+        "groups trained on without signal, since the attempts were used up", "share of groups trained on", "1"
+    ),
+    "dynamic/unused": Metric("groups with signal that found no place", "count", "groups"),
     **_gap("discrepancy", "pi_old", "mu_old"),
     **_f2("discrepancy"),
     **_gap("discrepancy_live", "pi_old (live routing)", "mu_old"),
@@ -96,6 +111,7 @@ METRICS: dict[str, Metric] = {
     ),
     "learner/learning_rate": Metric("learning rate of the step's last update", "last", "1"),
     "time/sample": Metric("wall-clock time of sampling", "sum", "s"),
+    "time/judge": Metric("wall-clock time of judging the responses", "sum", "s"),
     "time/score": Metric("wall-clock time of the training engine's pass for pi_old", "sum", "s"),
     "time/update": Metric("wall-clock time of the updates", "sum", "s"),
     "throughput/sample_tokens_per_s": Metric("response tokens sampled over time/sample", "ratio of sums", "tokens/s"),
@@ -115,10 +131,15 @@ METRICS: dict[str, Metric] = {
     "progress/tokens": Metric("response tokens sampled so far for training", "count", "tokens"),
 }
 
+# Those that only some runs have: with verifiers of their own, a punishment for length, dynamic sampling.
+_OF_SOME_RUNS = ("reward/component/", "reward/verifier_", "reward/overlong", "dynamic/")
+OPTIONAL = frozenset(name for name in METRICS if name.startswith(_OF_SOME_RUNS))
+
 
 def describe(name: str) -> Metric:
     """The definition of a metric's name, e.g. ``staleness/minibatch_03/k1``. Raises ValueError for an unknown name."""
     pattern = re.sub(r"(?<=/)(layer|minibatch)_\d{2,}(?=/)", r"\1_NN", name)
+    pattern = re.sub(r"(?<=^reward/component/)[a-z0-9_]+$", "NAME", pattern)
     if pattern not in METRICS:
         raise ValueError(f"metric {name!r} is not defined: give it a line in METRICS of rlstab_jax/rundir.py")
     return METRICS[pattern]

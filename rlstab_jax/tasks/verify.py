@@ -12,6 +12,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from types import FunctionType
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -195,10 +196,11 @@ def check_rewards_config(rewards: Sequence[Reward]) -> None:
             )
         if not math.isfinite(reward.weight):
             raise UserError(f"task.rewards: weight {reward.weight} of {reward.name!r}: expected a finite number")
-        if not callable(reward.verifier):
+        plain = isinstance(reward.verifier, FunctionType) or dataclasses.is_dataclass(reward.verifier)
+        if not callable(reward.verifier) or not plain:
             raise UserError(
                 f"task.rewards: the verifier of {reward.name!r} is {reward.verifier!r}, expected a function "
-                "(prompt, response) -> float"
+                "(prompt, response) -> float, or a dataclass that is called like one"
             )
         if isinstance(reward.verifier, MathVerify) and importlib.util.find_spec("math_verify") is None:
             raise UserError("task.rewards: MathVerify needs math-verify: pip install 'rlstab_jax[data]'")

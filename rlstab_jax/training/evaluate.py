@@ -50,7 +50,7 @@ def accuracy(
         record_routes=False,
     )
     _, rewards = judge(engines.task, asked, rollout)
-    return Accuracy(float(rewards.mean()), float(np.asarray(rollout.response_mask).sum(1).mean()))
+    return Accuracy(float(rewards.total.mean()), float(np.asarray(rollout.response_mask).sum(1).mean()))
 
 
 def evaluate(engines: Engines, params: dict, key: jax.Array) -> dict[str, float]:
