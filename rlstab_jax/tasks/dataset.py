@@ -111,9 +111,7 @@ class Dataset:
 
     def read(self, path: str, layout: Layout | None = None) -> list[Prompt]:
         """The prompts of another file, in its order, each once; made and numbered like those of the task."""
-        questions, _ = self._unique([path], layout or self.config.layout)
-        ids = prompt_ids(questions)
-        return [Prompt(ids[text], text, question.answer) for text, question in questions.items()]
+        return numbered(self._unique([path], layout or self.config.layout)[0])
 
     def rewards(self, prompts: Sequence[Prompt], responses: Sequence[tuple[str, bool]]) -> Rewards:
         """See `verify.judge`. No verifier is shown a response that did not stop, unless ``judge_truncated``."""
@@ -182,7 +180,10 @@ class Dataset:
             before = records
             for question in read_questions(path, layout, self.config.fields):
                 records += 1
-                found.setdefault(self._shown(question), question)
+                try:
+                    found.setdefault(self._shown(question), question)
+                except UserError as error:  # of the tokeniser's chat template, too
+                    raise UserError(f"{question.where}: {error}") from None
             if records == before:
                 raise UserError(f"{path}: the data set is empty, expected at least one record")
         return found, records - len(found)
@@ -195,11 +196,14 @@ class Dataset:
         if isinstance(self.tokenizer, ChatTokenizer) and config.chat:
             return self.tokenizer.chat(list(asked))
         if len(asked) > 1:
-            raise UserError(
-                f"{question.where}: the prompt has {len(asked)} messages, which only a chat template joins: "
-                "set task.chat"
-            )
+            raise UserError(f"the prompt has {len(asked)} messages, which only a chat template joins: set task.chat")
         return asked[0]["content"]
+
+
+def numbered(questions: dict[str, Question]) -> list[Prompt]:
+    """Prompts of their texts, in their order."""
+    ids = prompt_ids(questions)
+    return [Prompt(ids[text], text, question.answer) for text, question in questions.items()]
 
 
 def prompt_ids(texts: Iterable[str], bits: int = 31) -> dict[str, int]:

@@ -121,7 +121,7 @@ class Rewards:
 
     Attributes:
       total: what is trained on.
-      components: the rewards that it is the weighted sum of, by name, unweighted; empty where there is only one.
+      components: the rewards that it is the weighted sum of, by name, unweighted; empty where a task has but one.
       failures: verdicts that failed and count as 0.
       gave_up: answers that used up the time or memory of a verifier, and count as 0.
     """

@@ -15,7 +15,7 @@ from rlstab_jax.tasks.verify import Verdict, check_rewards_config, judge, number
 from rlstab_jax.types import UserError
 
 BOX = "\\boxed{%s}"
-MATH = MathVerify(seconds=1.5, workers=2)  # one pool for all tests
+MATH = MathVerify(seconds=1.0, workers=2)  # one pool for all tests
 
 
 def prompt(answer, number=0):
@@ -125,7 +125,7 @@ def test_explosive_answers_cost_their_own_reward():
     verdicts = MATH.judge([prompt("72")] * len(answers), [BOX % answer for answer in answers])
     gave_up = Verdict(0.0, gave_up=True)
     assert verdicts == [gave_up] * 4 + [Verdict(1.0)] + [gave_up] * 4 + [Verdict(0.0)]
-    assert time.monotonic() - started < 30  # equal ones are tried once: 4 of 1.5 s on 2 processes
+    assert time.monotonic() - started < 30  # equal ones are tried once: 4 of 1 s on 2 processes
     assert MATH.judge([prompt("72")], [BOX % "144/2"]) == [Verdict(1.0)]
 
 
