@@ -7,6 +7,7 @@ is part of the keys of its draws. What was drawn from the prompts' iterator is c
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -104,6 +105,17 @@ def collect(
         }
     failed = [row for one in sampled for row in _failed(one)]
     return Batch(prompts, rollout, texts.ravel().tolist(), rewards.ravel(), metrics, failed)
+
+
+def key_ids(prompts: Sequence[Prompt]) -> list[int]:
+    """Numbers that the keys of a batch's draws are derived from: ids, and another one each time that a prompt occurs
+    again, at the border of two epochs or in a small data set. Equal keys would repeat its responses word by word."""
+    seen: Counter[int] = Counter()
+    numbers = []
+    for prompt in prompts:
+        numbers.append(prompt.id + (seen[prompt.id] << 32))
+        seen[prompt.id] += 1
+    return numbers
 
 
 @jax.jit

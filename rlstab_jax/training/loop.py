@@ -20,7 +20,7 @@ from rlstab_jax.inference import prepare, sample, sample_continuously, sample_ke
 from rlstab_jax.learner import Minibatch, PolicyScores, TrainState, score, update
 from rlstab_jax.objectives import Objective, advantages_of
 from rlstab_jax.tasks import Prompt, encode_prompts
-from rlstab_jax.training.collect import Responses, collect, length_punishment, without_truncated
+from rlstab_jax.training.collect import Responses, collect, key_ids, length_punishment, without_truncated
 from rlstab_jax.training.config import truncates
 from rlstab_jax.training.engines import Engines, judge
 from rlstab_jax.training.measure import rollout_metrics, rollout_statistics, update_metrics
@@ -135,7 +135,7 @@ def global_step(
 
 def sample_responses(engines: Engines, params: dict, prompts: list[Prompt], step: int, attempt: int = 0) -> Rollout:
     """Responses of the inference engine to train on: ``samples_per_prompt`` adjacent rows for each prompt."""
-    config, ids = engines.config, [prompt.id for prompt in prompts]
+    config, ids = engines.config, key_ids(prompts)
     tokens, mask = encode_prompts(prompts, engines.task.tokenizer, config.rollout.prompt_length)
     sampler = partial(sample_continuously, slots=config.rollout.slots) if config.rollout.slots else sample
     return sampler(

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlstab_jax.inference import sample
+from rlstab_jax.inference import sample, sample_keys
 from rlstab_jax.learner import score
 from rlstab_jax.rundir import read_metrics
 from rlstab_jax.tasks import Failure, Prompt, Rewards
 from rlstab_jax.training import loop
-from rlstab_jax.training.collect import Responses, collect, length_punishment, without_truncated
+from rlstab_jax.training.collect import Responses, collect, key_ids, length_punishment, without_truncated
 from rlstab_jax.training.engines import build, judge
 from rlstab_jax.training.run import train
 from rlstab_jax.types import Rollout, UserError
@@ -147,6 +147,16 @@ def test_off_and_not_needed() -> None:
     whole = collect(sampler, prompts(0, 2), [prompts(10, 2)], attempts=4)
     assert rows_of(whole) == [0, 1, 2, 3]
     assert whole.metrics["dynamic/attempts"] == 1
+
+
+def test_a_prompt_that_occurs_twice_is_answered_anew() -> None:
+    twice = [*prompts(5, 2), *prompts(5, 1), *prompts(7, 1)]
+    numbers = key_ids(twice)
+    assert [numbers[i] for i in (0, 1, 3)] == [5, 6, 7]
+    keys = jax.random.key_data(sample_keys(jax.random.key(0), 1, numbers, 2))
+    assert len({tuple(key) for key in keys.tolist()}) == 8
+    again = jax.random.key_data(sample_keys(jax.random.key(0), 1, numbers, 2, attempt=1))
+    assert not {tuple(key) for key in keys.tolist()} & {tuple(key) for key in again.tolist()}
 
 
 def test_soft_punishment() -> None:
