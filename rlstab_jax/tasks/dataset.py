@@ -121,7 +121,7 @@ class Dataset:
             config.rewards,
             [prompts[row] for row in shown],
             [responses[row][0] for row in shown],
-            config.max_verifier_failures,
+            config.max_verifier_failures * len(responses),
         )
 
         def spread(values: np.ndarray) -> np.ndarray:

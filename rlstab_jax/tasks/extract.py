@@ -6,7 +6,7 @@ from typing import Literal
 
 Extract = Literal["any", "boxed", "hashes", "phrase", "whole"]
 
-_PHRASE = re.compile(r"(?:final|the) answer(?:\s+is\b\s*:?|\s*:)", re.IGNORECASE)
+_PHRASE = re.compile(r"(?:final|the) answer(?:\s+is\b\s*:?|\s*:)|^\W*answer\s*:", re.IGNORECASE | re.MULTILINE)
 
 
 def last_boxed(text: str) -> str | None:
@@ -35,7 +35,8 @@ def after_hashes(text: str) -> str | None:
 
 
 def after_phrase(text: str) -> str | None:
-    """What follows the last "final answer is" or "the answer:" up to the end of its sentence or line.
+    """What follows the last "final answer is" or "the answer:", or "Answer:" that begins a line, up to the end of its
+    sentence or line; None without one.
 
     >>> after_phrase("So the final answer is $3.5$. I hope it is correct.")
     '3.5'

@@ -202,8 +202,22 @@ def check_rewards_config(rewards: Sequence[Reward]) -> None:
                 f"task.rewards: the verifier of {reward.name!r} is {reward.verifier!r}, expected a function "
                 "(prompt, response) -> float, or a dataclass that is called like one"
             )
-        if isinstance(reward.verifier, MathVerify) and importlib.util.find_spec("math_verify") is None:
-            raise UserError("task.rewards: MathVerify needs math-verify: pip install 'rlstab_jax[data]'")
+        if isinstance(reward.verifier, MathVerify):
+            _check_math_verify(reward.name, reward.verifier)
+
+
+def _check_math_verify(name: str, verifier: MathVerify) -> None:
+    for field, ok, expected in (
+        ("seconds", verifier.seconds > 0, "above 0"),
+        ("workers", verifier.workers >= 0, "0 (a default) or more"),
+        ("memory_gib", verifier.memory_gib >= 0.25, "at least 0.25"),
+    ):
+        if not ok:
+            raise UserError(
+                f"task.rewards: MathVerify of {name!r}: {field} = {getattr(verifier, field)}: expected {expected}"
+            )
+    if importlib.util.find_spec("math_verify") is None:
+        raise UserError("task.rewards: MathVerify needs math-verify: pip install 'rlstab_jax[data]'")
 
 
 def judge(
@@ -211,19 +225,19 @@ def judge(
 ) -> Rewards:
     """Each response's weighted sum of rewards, and each reward by itself.
 
-    Raises UserError where a verifier failed on more than the share ``max_failures`` of the responses: a broken
-    verifier must not train silently. It names the first prompt and what happened.
+    Raises UserError where a verifier failed on more than ``max_failures`` responses: a broken verifier must not train
+    silently. It names the first prompt and what happened.
     """
     total, components, failures, gave_up = np.zeros(len(responses)), {}, [], 0
     for reward in rewards:
         verdicts = _verdicts(reward.verifier, prompts, responses)
         values = np.array([verdict.value for verdict in verdicts])
         failed = [Failure(reward.name, row, v.failure) for row, v in enumerate(verdicts) if v.failure]
-        if len(failed) > max_failures * len(responses):
+        if len(failed) > max_failures:
             first = prompts[failed[0].row]
             raise UserError(
                 f"reward {reward.name!r}: its verifier failed on {len(failed)} of {len(responses)} responses, more "
-                f"than task.max_verifier_failures = {max_failures}; first on prompt {first.id} ({first.text[:60]!r}): "
+                f"than task.max_verifier_failures allows; first on prompt {first.id} ({first.text[:60]!r}): "
                 f"{failed[0].message}. Mend the verifier or the data"
             )
         failures += failed

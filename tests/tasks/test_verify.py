@@ -39,6 +39,9 @@ def prompt(answer, number=0):
         ("phrase", "The answer is 3. No, the final answer is: $4.5$.", "4.5"),
         ("phrase", "Final Answer: The final answer is $17$. I hope it is correct.", "17"),
         ("phrase", "the answer to all is 1; THE ANSWER: **42**", "42"),
+        ("phrase", "Half of 68 is 34.\nAnswer: 34", "34"),
+        ("phrase", "So:\n**Answer:** $\\frac{1}{2}$\n", "\\frac{1}{2}"),
+        ("phrase", "My answer: 34", None),
         ("phrase", "the answer to all", None),
         ("any", "The answer is 1\n#### 2\n\\boxed{3}", "3"),
         ("any", "The answer is 1\n#### 2", "2"),
@@ -186,14 +189,14 @@ def test_a_verifier_that_raises():
     """A failure costs its own reward and is counted; too many of them stop the run, naming the first prompt."""
     prompts, responses = [prompt("a", i) for i in range(4)], ["a", "a!", "a", "a"]
     rewards = (Reward("one", fragile, 2.0), Reward("right", ExactMatch("whole")))
-    judged = judge(rewards, prompts, responses, 0.25)
+    judged = judge(rewards, prompts, responses, max_failures=1)
     np.testing.assert_array_equal(judged.total, [3, 0, 3, 3])
     assert [(f.reward, f.row, f.message) for f in judged.failures] == [("one", 1, "KeyError: \"no '!'\"")]
     responses[3] = "?"
     with pytest.raises(UserError) as error:
-        judge(rewards, prompts, responses, 0.25)
+        judge(rewards, prompts, responses, max_failures=1)
     assert str(error.value) == (
-        "reward 'one': its verifier failed on 2 of 4 responses, more than task.max_verifier_failures = 0.25; first on "
+        "reward 'one': its verifier failed on 2 of 4 responses, more than task.max_verifier_failures allows; first on "
         "prompt 1 ('question 1'): KeyError: \"no '!'\". Mend the verifier or the data"
     )
 
@@ -214,6 +217,9 @@ def test_what_is_no_number_is_a_failure():
         ((Reward("A b", length),), "name 'A b': expected lower-case"),
         ((Reward("a", length), Reward("a", length)), "name 'a': expected .* each name once"),
         ((Reward("a", length, float("nan")),), "weight nan of 'a': expected a finite number"),
+        ((Reward("a", MathVerify(seconds=0)),), "MathVerify of 'a': seconds = 0: expected above 0"),
+        ((Reward("a", MathVerify(workers=-1)),), "workers = -1: expected 0 \\(a default\\) or more"),
+        ((Reward("a", MathVerify(memory_gib=0.1)),), "memory_gib = 0.1: expected at least 0.25"),
         ((Reward("a", "length"),), "the verifier of 'a' is 'length', expected a function"),
     ],
 )

@@ -1,5 +1,6 @@
 """`rlstab eval` on a run that was trained on a file: its numbers, its files, resuming, and what it refuses."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -13,9 +14,10 @@ import jax
 import numpy as np
 import pytest
 
-from rlstab_jax.cli import main
+from rlstab_jax.cli import load_config, main
 from rlstab_jax.rundir import read_manifest, read_metrics
 from rlstab_jax.training import assess as assessing
+from rlstab_jax.training import cold_start
 from rlstab_jax.training.engines import build
 from rlstab_jax.training.statistics import bootstrap, ladder, majority, pass_at_k
 from rlstab_jax.types import UserError
@@ -143,6 +145,24 @@ def test_other_data_under_a_run_is_refused(trained: Path, capsys: pytest.Capture
         finally:
             data.write_bytes(original)
     assert "holds a run on other prompts: what the task's files hold has changed" in capsys.readouterr().err
+
+
+def test_a_cold_start_belongs_to_its_data(trained: Path, tmp_path: Path):
+    """One that is cached is not taken for other files of the same name."""
+    data = tmp_path / "sums.jsonl"
+    prints = []
+    for records in (SUMS, SUMS[:-1], SUMS):
+        config = load_config(Path(CONFIG))
+        task = dataclasses.replace(config.task, train=(str(written(data, records)),))
+        prints.append(cold_start._fingerprint(build(dataclasses.replace(config, task=task))))
+    assert prints[0] == prints[2] != prints[1]
+
+
+def test_what_a_run_says_of_its_data(trained: Path, capsys: pytest.CaptureFixture[str]):
+    assert train("--out", trained / "run", "--task.train", trained / "sums.jsonl", "--seed", 3) == 0
+    said = capsys.readouterr().out
+    task = read_manifest(trained / "run")["resolved"]["task"]
+    assert f"data: {task['train_prompts']} prompts to train on, {task['heldout_prompts']} held out" in said
 
 
 def evaluate(trained: Path, data: Path, out: Path, *arguments: object) -> int:
