@@ -77,7 +77,7 @@ def assess(
     Raises:
       UserError: a mistake in the data or the numbers, no checkpoint there, or another evaluation in ``out``.
     """
-    engines = build(config)
+    engines = build(_without_training(config))
     prompts = _prompts(engines, asked)
     rows = engines.mesh.shape["data"] * engines.mesh.shape["fsdp"]
     for name in ("samples", "batch"):
@@ -132,6 +132,15 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "truncated": mean("truncated"),
         "verifier_failures": sum("failure" in response for of_prompt in responses for response in of_prompt),
     }
+
+
+def _without_training(config: RunConfig) -> RunConfig:
+    """The config without what a run asks of its training files and held-out prompts: they need not be there."""
+    return dataclasses.replace(
+        config,
+        evaluation=dataclasses.replace(config.evaluation, every=0),
+        cold_start=dataclasses.replace(config.cold_start, max_steps=0),
+    )
 
 
 def _prompts(engines: Engines, asked: Assessment) -> list[Prompt]:

@@ -223,8 +223,8 @@ def test_an_evaluation_that_was_killed_goes_on(
 
 
 def test_the_other_engine_and_the_config_by_name(whole: Path, questions: Path, trained: Path, tmp_path: Path):
-    """The training engine answers otherwise now and then; greedy sampling gives equal samples."""
-    named = ["eval", str(trained / "run"), CONFIG, "--task.train", str(trained / "sums.jsonl"), "--seed", "3"]
+    """A config without training files answers as the run's own does; greedy sampling gives equal samples."""
+    named = ["eval", str(trained / "run"), CONFIG, "--seed", "3", "--evaluation.every", "4"]
     options = ["--data", str(questions), "--out", str(tmp_path / "named"), "--samples", "3", "--batch", "4"]
     assert main([*named, *options, "--right-from", "0.0", *UNCACHED]) == 0
     assert (tmp_path / "named" / "responses.jsonl").read_bytes() == (whole / "responses.jsonl").read_bytes()
