@@ -26,6 +26,7 @@ from rlstab_jax.tasks.records import Layout, Question, read_questions
 from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.diagnose import load_parameters
 from rlstab_jax.training.engines import Engines, build, judge
+from rlstab_jax.training.evaluate import evaluation_sampling
 from rlstab_jax.training.statistics import bootstrap, ladder, majority, pass_at_k
 from rlstab_jax.types import UserError, take_rows
 
@@ -96,7 +97,7 @@ def assess(
     if done:
         say(f"going on after {done} prompts")
     model = engines.inference if asked.engine == "inference" else engines.training.clone(remat=False)
-    prepared = engines.settle(prepare(params, model.precision))
+    prepared = engines.settle(prepare(params, model.precision, engines.mesh))
     for start in range(done, len(prompts), asked.batch):
         part = slice(start, start + asked.batch)
         answered = _answers(engines, model, prepared, prompts[part], tokens[part], mask[part], asked)
@@ -195,30 +196,25 @@ def _answers(
     mask: np.ndarray,
     asked: Assessment,
 ) -> Iterator[dict[str, Any]]:
-    """A line of responses.jsonl for each prompt. A short last batch is filled up with rows that draw nothing."""
-    config, missing = engines.config, asked.batch - len(prompts)
+    """A line of responses.jsonl for each prompt. A short last batch is filled up with its last prompt."""
+    missing, config = asked.batch - len(prompts), engines.config
     fill = ((0, missing), (0, 0))
-    evaluation = config.evaluation
+    sampling, support = evaluation_sampling(engines)
     rollout = sample(
         model,
         prepared,
-        engines.place_rows(np.pad(tokens, fill)),
-        engines.place_rows(np.pad(mask, fill)),
+        engines.place_rows(np.pad(tokens, fill, mode="edge")),
+        engines.place_rows(np.pad(mask, fill, mode="edge")),
         sample_keys(
             jax.random.fold_in(jax.random.key(config.seed), 2),
             0,
-            [*(prompt.id for prompt in prompts), *[0] * missing],
+            [prompt.id for prompt in (*prompts, *[prompts[-1]] * missing)],
             asked.samples,
         ),
-        dataclasses.replace(
-            engines.sampling,
-            temperature=np.float32(evaluation.temperature),
-            top_k=np.int32(evaluation.top_k),
-            top_p=np.float32(evaluation.top_p),
-        ),
+        sampling,
         response_length=config.rollout.response_length,
         samples_per_prompt=asked.samples,
-        truncate=evaluation.top_k > 0 or evaluation.top_p < 1,
+        support=support,
         record_routes=False,
     )
     count = len(prompts) * asked.samples

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlstab_jax.inference import sample, sample_keys
+from rlstab_jax.inference import sample_keys
+from rlstab_jax.inference.sampler import sample_batch
 from rlstab_jax.learner import score
 from rlstab_jax.rundir import read_metrics
 from rlstab_jax.tasks import Failure, Prompt, Rewards
@@ -52,7 +53,7 @@ def rollout(marks: list[int]) -> Rollout:
         log_probs=jnp.asarray(-column / 100 * np.ones(LENGTH)),
         truncated=jnp.asarray(lengths[:, 0] == 3),
         routes=jnp.asarray(np.broadcast_to(column[None, :, :, None], (2, len(marks), 3, 1)).astype(np.uint8)),
-        temperature=jnp.float32(0.7),
+        temperature=jnp.asarray(column[:, 0] / 10),
     )
 
 
@@ -186,10 +187,10 @@ def test_a_run_with_dynamic_sampling_is_resumed_exactly(tmp_path: Path) -> None:
         gradient_steps=12,
         **DENSE,
     )
-    for function in (sample, score):
+    for function in (sample_batch, score):
         function.clear_cache()
     assert train(config, tmp_path / "whole", say=lambda line: None) is None
-    assert (sample._cache_size(), score._cache_size()) == (1, 1)
+    assert (sample_batch._cache_size(), score._cache_size()) == (1, 1)
     for gradient_steps in (4, 12):
         part = dataclasses.replace(config, gradient_steps=gradient_steps)
         assert train(part, tmp_path / "parts", say=lambda line: None) is None
