@@ -21,6 +21,8 @@ commands:
   sft CONFIG     the cold start alone
   diagnose CHECKPOINT CONFIG
                  the gaps between the engines before training, for a list of precisions
+  eval CHECKPOINT [CONFIG] --data FILE
+                 accuracy, pass@k and majority votes on a file of prompts
 
 CONFIG is a Python file whose `config()` returns a RunConfig, such as configs/quickstart.py.
 `rlstab train CONFIG --help` explains every option and field."""
@@ -59,6 +61,23 @@ class DiagnoseOptions:
     """Held-out prompts to answer, with --samples-per-prompt responses each."""
     compilation_cache: Path | None = TrainOptions.compilation_cache
     """Where compiled programs are kept between runs; None for nowhere."""
+
+
+def eval_options() -> Any:
+    """The options of ``rlstab eval``: what is asked, and what changes no number."""
+    from rlstab_jax.training.assess import Assessment
+
+    @dataclasses.dataclass(frozen=True)
+    class EvalOptions(Assessment):
+        out: Path | None = None
+        """Directory for eval.json and responses.jsonl; runs/eval-<checkpoint>-<data>-<engine> by default. The same
+        command again goes on."""
+        fresh: bool = False
+        """Begin anew; what is there is kept under another name."""
+        compilation_cache: Path | None = TrainOptions.compilation_cache
+        """Where compiled programs are kept between runs; None for nowhere."""
+
+    return EvalOptions()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -117,12 +136,14 @@ def load_config(path: Path) -> Any:
     return config
 
 
-def parse(command: str, arguments: Sequence[str], known: Any = TrainOptions()) -> tuple[Path, Any, Any]:
-    """The config file, the options, and the config with the command line's overrides."""
+def parse(
+    command: str, arguments: Sequence[str], known: Any = TrainOptions(), default: Any = None
+) -> tuple[Path, Any, Any]:
+    """The config file, the options, and the config (``default``, or the file's) with the command line's overrides."""
     if not arguments or arguments[0].startswith("-"):
         raise UserError(f"expected the path of a config file first: rlstab {command} configs/quickstart.py")
     path = Path(arguments[0])
-    default = load_config(path)
+    default = default or load_config(path)
     config_type, options_type = type(default), type(known)
 
     @dataclasses.dataclass(frozen=True)
@@ -207,6 +228,46 @@ def diagnose_command(arguments: Sequence[str], begin: Any) -> int:
     return 0
 
 
+def eval_command(arguments: Sequence[str], begin: Any) -> int:
+    from rlstab_jax.training.assess import assess, line_of_result
+
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError("expected a checkpoint first: rlstab eval runs/my-run --data aime.jsonl --layout aime")
+    checkpoint, rest = Path(arguments[0]), list(arguments[1:])
+    own = not rest or rest[0].startswith("-")
+    path, default = config_of_run(checkpoint) if own else (Path(rest.pop(0)), None)
+    _, options, config = parse("eval", [str(path), *rest], eval_options(), default)
+    data = options.data.stem if options.data else "heldout"
+    out = options.out or Path("runs") / f"eval-{checkpoint.name}-{data}-{options.engine}"
+    prepare_jax(options.compilation_cache)
+    result = assess(config, checkpoint, options, out, fresh=options.fresh, begin=begin)
+    print(line_of_result(result))
+    print(f"done: {out}/eval.json, responses.jsonl")
+    return 0
+
+
+def config_of_run(checkpoint: Path) -> tuple[Path, Any]:
+    """The config that a run was made with, and its file: by the command in its manifest, checked against the config
+    there."""
+    from rlstab_jax.rundir import config_difference, read_manifest
+    from rlstab_jax.training.config import MAY_CHANGE
+
+    run = checkpoint.parent if checkpoint.name == "checkpoints" else checkpoint
+    help_ = f"name the config: rlstab eval {checkpoint} CONFIG ..."
+    manifest = read_manifest(run) if (run / "manifest.json").exists() else {}
+    command = manifest.get("command", [])
+    if "train" not in command:
+        raise UserError(f"{checkpoint}: no manifest there says which config it was made with; {help_}")
+    try:
+        path, _, config = parse("train", command[command.index("train") + 1 :])
+    except UserError as error:
+        raise UserError(f"{error}; {help_}") from None
+    for name, there, here in config_difference(manifest["config"], config):
+        if name not in MAY_CHANGE:
+            raise UserError(f"{path} has changed since the run was made: {name} was {there!r} and is {here!r}; {help_}")
+    return path, config
+
+
 @contextlib.contextmanager
 def progress(total: int) -> Iterator[tuple[Any, Any]]:
     """A progress bar on a terminal, else a plain line a step: functions ``say(line)`` and ``watch(metrics)``."""
@@ -247,7 +308,7 @@ def line_of(metrics: dict[str, float], short: bool = False) -> str:
     return text if short else f"step {int(metrics['progress/gradient_steps']):5d}  {text}"
 
 
-COMMANDS = {"train": train_command, "sft": sft_command, "diagnose": diagnose_command}
+COMMANDS = {"train": train_command, "sft": sft_command, "diagnose": diagnose_command, "eval": eval_command}
 
 if __name__ == "__main__":
     sys.exit(main())

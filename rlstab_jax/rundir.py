@@ -60,12 +60,27 @@ _ROUTING = {
     "load_max": Metric("the busiest expert's load over the mean load", "maximum, MoE layers", "1"),
 }
 
-# In a name, `layer_NN` and `minibatch_NN` stand for every number, from 00 on. "Response tokens" count up to and
-# including the stop token; "fed tokens" are those that the model was fed, prompts included.
+# In a name, `layer_NN` and `minibatch_NN` stand for every number, from 00 on, and `NAME` for a reward's. "Response
+# tokens" count up to and including the stop token; "fed tokens" are those that the model was fed, prompts included.
 METRICS: dict[str, Metric] = {
     "reward/mean": Metric("R(x, y) of the responses sampled in this step", "mean, responses", "1"),
+    "reward/without_signal": Metric("groups whose rewards are all equal", "share of groups sampled", "1"),
+    "reward/component/NAME": Metric(
+        "one reward of those that R is the weighted sum of, unweighted", "mean, responses", "1"
+    ),
+    "reward/verifier_failures": Metric("verdicts that failed; they count as 0", "count", "verdicts"),
+    "reward/verifier_gave_up": Metric(
+        "answers that used up a verifier's time or memory; they count as 0", "count", "verdicts"
+    ),
+    "reward/overlong": Metric("the punishment for length, in addition to R", "mean, responses trained on", "1"),
+    "response/count": Metric("responses sampled in this step, whether trained on or not", "count", "responses"),
     "response/length": Metric("response tokens", "mean, responses", "tokens"),
     "response/truncated": Metric("responses that met the length limit without a stop token", "share of responses", "1"),
+    "dynamic/attempts": Metric("batches sampled for this step", "count", "batches"),
+    "dynamic/unfilled": Metric(
+        "groups trained on without signal, since the attempts were used up", "share of groups trained on", "1"
+    ),
+    "dynamic/unused": Metric("groups with signal that found no place", "count", "groups"),
     **_gap("discrepancy", "pi_old", "mu_old"),
     **_f2("discrepancy"),
     **_gap("discrepancy_live", "pi_old (live routing)", "mu_old"),
@@ -96,6 +111,7 @@ METRICS: dict[str, Metric] = {
     ),
     "learner/learning_rate": Metric("learning rate of the step's last update", "last", "1"),
     "time/sample": Metric("wall-clock time of sampling", "sum", "s"),
+    "time/judge": Metric("wall-clock time of judging the responses", "sum", "s"),
     "time/score": Metric("wall-clock time of the training engine's pass for pi_old", "sum", "s"),
     "time/update": Metric("wall-clock time of the updates", "sum", "s"),
     "throughput/sample_tokens_per_s": Metric("response tokens sampled over time/sample", "ratio of sums", "tokens/s"),
@@ -115,10 +131,15 @@ METRICS: dict[str, Metric] = {
     "progress/tokens": Metric("response tokens sampled so far for training", "count", "tokens"),
 }
 
+# Those that only some runs have: with verifiers of their own, a punishment for length, dynamic sampling.
+_OF_SOME_RUNS = ("reward/component/", "reward/verifier_", "reward/overlong", "dynamic/")
+OPTIONAL = frozenset(name for name in METRICS if name.startswith(_OF_SOME_RUNS))
+
 
 def describe(name: str) -> Metric:
     """The definition of a metric's name, e.g. ``staleness/minibatch_03/k1``. Raises ValueError for an unknown name."""
     pattern = re.sub(r"(?<=/)(layer|minibatch)_\d{2,}(?=/)", r"\1_NN", name)
+    pattern = re.sub(r"(?<=^reward/component/)[a-z0-9_]+$", "NAME", pattern)
     if pattern not in METRICS:
         raise ValueError(f"metric {name!r} is not defined: give it a line in METRICS of rlstab_jax/rundir.py")
     return METRICS[pattern]
@@ -199,7 +220,7 @@ def open_run(
         raise UserError(f"{path} is there but holds no manifest.json: give another --out, or --fresh to move it aside")
     with _disk(path):
         path.mkdir(parents=True, exist_ok=True)
-    _write_aside(file, (json.dumps(manifest, indent=2, allow_nan=False) + "\n").encode())
+    write_aside(file, (json.dumps(manifest, indent=2, allow_nan=False) + "\n").encode())
     return RunDir(path)
 
 
@@ -249,16 +270,16 @@ class RunDir:
         row = {name: np.asarray(metrics[name]).item() for name in sorted(metrics)}
         if not row[STEP] > self._last_step:
             raise ValueError(f"global step {row[STEP]} after {self._last_step}: call truncate_after on resuming")
-        _append(self.metrics_path, _line(row))
+        append(self.metrics_path, json_line(row))
         if not self._events.exists():
-            _append(self._events, _event(file_version="brain.Event:2"))
-        _append(self._events, _event(step=row[STEP], values=row))
+            append(self._events, _event(file_version="brain.Event:2"))
+        append(self._events, _event(step=row[STEP], values=row))
         self._last_step = row[STEP]
 
     def append_samples(self, global_step: int, samples: Iterable[Mapping[str, Any]]) -> None:
         """Adds responses to samples.jsonl, one object each, with their ``global_step``."""
-        lines = [_line({"global_step": global_step, **sample}) for sample in samples]
-        _append(self.samples_path, b"".join(lines))
+        lines = [json_line({"global_step": global_step, **sample}) for sample in samples]
+        append(self.samples_path, b"".join(lines))
 
     def truncate_after(self, global_step: int) -> None:
         """Cuts all that comes after ``global_step`` (the restored one) from the metrics, the samples and the events."""
@@ -266,8 +287,8 @@ class RunDir:
 
     def _cut(self, last: float) -> tuple[float, Path]:
         """Cuts, and returns the last step that is left and the event file to go on with."""
-        rows = _cut_lines(self.metrics_path, STEP, last)
-        _cut_lines(self.samples_path, "global_step", last)
+        rows = cut_lines(self.metrics_path, STEP, last)
+        cut_lines(self.samples_path, "global_step", last)
         events = sorted(self.path.glob("events.out.tfevents.*"))
         for file in events:
             _cut_events(file, last)
@@ -303,7 +324,7 @@ def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, value
 
 
-def _line(row: Mapping[str, Any]) -> bytes:
+def json_line(row: Mapping[str, Any]) -> bytes:
     """One line of strict JSON with sorted names; floats by `repr`, so that equal runs leave equal bytes."""
     return (json.dumps(plain(row, nonfinite=lambda _: None), sort_keys=True, allow_nan=False) + "\n").encode()
 
@@ -320,13 +341,13 @@ def _disk(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _append(path: Path, data: bytes) -> None:
+def append(path: Path, data: bytes) -> None:
     """One write a call, complete in the kernel when it returns: a killed process tears at most the last record."""
     with _disk(path), open(path, "ab") as file:
         file.write(data)
 
 
-def _write_aside(path: Path, data: bytes) -> None:
+def write_aside(path: Path, data: bytes) -> None:
     aside = path.with_name(path.name + ".tmp")
     with _disk(path), open(aside, "wb") as file:
         file.write(data)
@@ -349,11 +370,11 @@ def _complete_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             raise UserError(f"{path}, line {number} is no JSON object: mend or remove it") from error
 
 
-def _cut_lines(path: Path, key: str, last: float) -> list[dict[str, Any]]:
+def cut_lines(path: Path, key: str, last: float) -> list[dict[str, Any]]:
     """Leaves the complete lines whose ``key`` is at most ``last``, and returns what they say."""
     kept = [(line, row) for line, row in _complete_lines(path) if row[key] <= last]
     if path.exists() and path.stat().st_size != sum(len(line) for line, _ in kept):
-        _write_aside(path, b"".join(line for line, _ in kept))
+        write_aside(path, b"".join(line for line, _ in kept))
     return [row for _, row in kept]
 
 
@@ -387,4 +408,4 @@ def _cut_events(path: Path, last: float) -> None:
             kept.append(data[start:end])
         start = end
     if sum(map(len, kept)) != len(data):
-        _write_aside(path, b"".join(kept))
+        write_aside(path, b"".join(kept))

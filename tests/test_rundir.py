@@ -63,6 +63,7 @@ def sample_steps(run: RunDir) -> list[int]:
 def test_names_resolve_to_their_definitions():
     assert describe("staleness/minibatch_03/k1") is METRICS["staleness/minibatch_NN/k1"]
     assert describe("routing/layer_117/rollout_vs_old") is METRICS["routing/layer_NN/rollout_vs_old"]
+    assert describe("reward/component/math_2") is METRICS["reward/component/NAME"]
     assert all(describe(name) is metric for name, metric in METRICS.items())
     assert all(metric.meaning and metric.reduction and metric.unit for metric in METRICS.values())
 

@@ -2,20 +2,49 @@
 
 from rlstab_jax.tasks.arithmetic import Arithmetic, ArithmeticConfig
 from rlstab_jax.tasks.data import decode_responses, encode_prompts, prompt_iterator
-from rlstab_jax.tasks.protocol import DemonstratedTask, Prompt, PromptSource, Split, Task, TaskConfig, Tokenizer
+from rlstab_jax.tasks.dataset import Dataset, DatasetConfig
+from rlstab_jax.tasks.protocol import (
+    AnsweredTask,
+    BatchTask,
+    DemonstratedTask,
+    DescribedTask,
+    Failure,
+    Prompt,
+    PromptSource,
+    Rewards,
+    Split,
+    Task,
+    TaskConfig,
+    Tokenizer,
+)
+from rlstab_jax.tasks.records import Fields
 from rlstab_jax.tasks.tokenizer import CharTokenizer
+from rlstab_jax.tasks.verify import ExactMatch, MathVerify, Numeric, Reward, Verifier
 
 __all__ = [
+    "AnsweredTask",
     "Arithmetic",
     "ArithmeticConfig",
+    "BatchTask",
     "CharTokenizer",
+    "Dataset",
+    "DatasetConfig",
     "DemonstratedTask",
+    "DescribedTask",
+    "ExactMatch",
+    "Failure",
+    "Fields",
+    "MathVerify",
+    "Numeric",
     "Prompt",
     "PromptSource",
+    "Reward",
+    "Rewards",
     "Split",
     "Task",
     "TaskConfig",
     "Tokenizer",
+    "Verifier",
     "decode_responses",
     "encode_prompts",
     "prompt_iterator",

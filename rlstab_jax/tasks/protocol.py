@@ -2,7 +2,10 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float
 
 Split = Literal["train", "heldout"]
 
@@ -53,6 +56,15 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
+@runtime_checkable
+class ChatTokenizer(Tokenizer, Protocol):
+    """A tokeniser with a chat template."""
+
+    def chat(self, messages: list[dict[str, str]]) -> str:
+        """The text that the model is shown of a conversation, up to where its answer begins."""
+        ...
+
+
 class Task(Protocol):
     """Prompts, tokeniser and reward.
 
@@ -85,6 +97,70 @@ class DemonstratedTask(Task, Protocol):
 
     def demonstration(self, prompt: Prompt, seed: int) -> str:
         """A response's text without its stop token, a function of (prompt, seed) alone."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A verifier that could not judge a response; its own reward is 0.
+
+    Attributes:
+      reward: name of the reward.
+      row: number of the response in the batch.
+      message: what happened, in one line.
+    """
+
+    reward: str
+    row: int
+    message: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewards:
+    """Rewards of a batch of responses.
+
+    Attributes:
+      total: what is trained on.
+      components: the rewards that it is the weighted sum of, by name, unweighted; empty where a task has but one.
+      failures: verdicts that failed and count as 0.
+      gave_up: answers that used up the time or memory of a verifier, and count as 0.
+    """
+
+    total: Float[np.ndarray, "batch"]
+    components: dict[str, Float[np.ndarray, "batch"]] = dataclasses.field(default_factory=dict)
+    failures: tuple[Failure, ...] = ()
+    gave_up: int = 0
+
+
+@runtime_checkable
+class BatchTask(Task, Protocol):
+    """A task that judges a batch at once: in parallel, by several verifiers."""
+
+    def rewards(self, prompts: Sequence[Prompt], responses: Sequence[tuple[str, bool]]) -> Rewards:
+        """Of each response's text to its prompt, and whether it stopped; see `Task.reward`."""
+        ...
+
+
+@runtime_checkable
+class DescribedTask(Task, Protocol):
+    """A task whose content the config does not determine, such as files."""
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """For a run's manifest; equal content gives an equal ``fingerprint``."""
+        ...
+
+    def remarks(self) -> list[str]:
+        """Lines for the user: how many prompts there are, and how many were left out."""
+        ...
+
+
+@runtime_checkable
+class AnsweredTask(Task, Protocol):
+    """A task whose responses end in an answer that can be told apart, for majority votes."""
+
+    def answer_of(self, response: str) -> str | None:
+        """The answer that a response gives, or None without one."""
         ...
 
 

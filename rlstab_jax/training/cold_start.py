@@ -21,7 +21,7 @@ from rlstab_jax.learner.score import policy_scores
 from rlstab_jax.learner.update import LearnerConfig, LearnerNumbers, accumulate, apply_gradient
 from rlstab_jax.models import Transformer
 from rlstab_jax.rundir import plain
-from rlstab_jax.tasks import DemonstratedTask, Prompt, encode_prompts, prompt_iterator
+from rlstab_jax.tasks import DemonstratedTask, DescribedTask, Prompt, encode_prompts, prompt_iterator
 from rlstab_jax.training.checkpoint import Checkpoints
 from rlstab_jax.training.engines import Engines, initial_params
 from rlstab_jax.training.evaluate import accuracy
@@ -105,6 +105,7 @@ def _fingerprint(engines: Engines) -> str:
         "precision": config.learner.precision,
         "kernels": config.kernels,
         "lengths": (config.rollout.prompt_length, config.rollout.response_length),
+        "content": engines.task.description["fingerprint"] if isinstance(engines.task, DescribedTask) else None,
         "jax": jax.__version__,
         "platform": jax.default_backend(),
     }

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import field
+from typing import Literal
 
 from rlstab_jax.learner import LearnerConfig
 from rlstab_jax.models import Kernels, ModelConfig, Precision, fp8
@@ -36,6 +37,14 @@ class RolloutConfig:
     """Longest response, in tokens, the stop token included; 0 takes what the task needs."""
     prompt_length: int = 0
     """Space for a prompt, in tokens; 0 takes what the task needs."""
+    attempts: int = 1
+    """Batches sampled at most for one global step. Above 1, groups whose rewards are all equal are replaced by those of
+    further prompts (DAPO's dynamic sampling), while attempts last."""
+    overlong: Literal["keep", "drop", "penalise"] = "keep"
+    """Responses that met the length limit: trained on as they were judged; or taken out of the loss, though they count
+    in their group's baseline; or all rewards are lowered by length near the limit (DAPO's soft punishment)."""
+    overlong_margin: int = 0
+    """Tokens before the limit where the punishment begins; it grows linearly to 1 at the limit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +180,12 @@ def validate(config: RunConfig) -> None:
     require(rollout.slots >= 0, "rollout.slots", rollout.slots, "0 (all at once) or more")
     require(rollout.response_length >= 0, "rollout.response_length", rollout.response_length, "0 or more")
     require(rollout.prompt_length >= 0, "rollout.prompt_length", rollout.prompt_length, "0 or more")
+    require(rollout.attempts >= 1, "rollout.attempts", rollout.attempts, "at least 1")
+    if (rollout.overlong == "penalise") != (rollout.overlong_margin > 0) or rollout.overlong_margin < 0:
+        raise UserError(
+            f"rollout.overlong_margin = {rollout.overlong_margin} and rollout.overlong = {rollout.overlong!r}: "
+            "'penalise' needs a margin of at least 1 token, and nothing else takes one"
+        )
     require(learner.learning_rate > 0, "learner.learning_rate", learner.learning_rate, "above 0")
     require(
         learner.max_grad_norm > 0, "learner.max_grad_norm", learner.max_grad_norm, "above 0, or inf for no clipping"

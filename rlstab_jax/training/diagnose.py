@@ -212,7 +212,7 @@ def _gaps_of(engines: Engines, params: dict, asked: list[Prompt], name: str) -> 
         **{key: number[key] for key in ("k1", "k3", "max_ratio", "f2", "entropy")},
         **{key: number.get(key, np.nan) for key in ("k3_replayed", "routing_k3")},
         routing_disagreement=float(np.mean(value["layers/disagreement"])) if "k3_replayed" in number else np.nan,
-        accuracy=float(rewards.mean()),
+        accuracy=float(rewards.total.mean()),
         length=float(mask.sum(1).mean()),
         responses=rows,
         tokens=int(mask.sum()),

@@ -16,11 +16,11 @@ from rlstab_jax.learner import TrainState, state_shardings
 from rlstab_jax.learner.update import LearnerNumbers
 from rlstab_jax.models import Transformer, resolve_kernels
 from rlstab_jax.models.sharding import logical_axes
-from rlstab_jax.objectives import Objective, advantages, advantages_of, coefficients, surrogate
+from rlstab_jax.objectives import Objective, advantages, advantages_of, check_rewards, coefficients, surrogate
 from rlstab_jax.objectives import build as build_objective
 from rlstab_jax.parallel.mesh import make_mesh
 from rlstab_jax.parallel.sharding import TRAINING, check_divides, shardings
-from rlstab_jax.tasks import Prompt, Task, decode_responses
+from rlstab_jax.tasks import BatchTask, Prompt, Rewards, Task, decode_responses
 from rlstab_jax.training.config import RunConfig, validate
 from rlstab_jax.types import Rollout, RoutingReplay, Scores, UserError, row_axis
 
@@ -122,8 +122,16 @@ def build(config: RunConfig) -> Engines:
             f"rollout.prompt_length = {rollout.prompt_length}, but the task's prompts have up to "
             f"{task.max_prompt_tokens} tokens: raise it, or use 0"
         )
-    heldout = len(task.split("heldout"))
-    if max(config.evaluation.prompts, config.cold_start.check_prompts) > heldout:
+    if rollout.overlong_margin > rollout.response_length:
+        raise UserError(
+            f"rollout.overlong_margin = {rollout.overlong_margin} exceeds the response's space of "
+            f"{rollout.response_length} tokens: lower it"
+        )
+    heldout, evaluation, cold_start = len(task.split("heldout")), config.evaluation, config.cold_start
+    if (
+        max(evaluation.prompts * bool(evaluation.every), cold_start.check_prompts * bool(cold_start.max_steps))
+        > heldout
+    ):
         raise UserError(
             f"evaluation.prompts = {config.evaluation.prompts} and cold_start.check_prompts = "
             f"{config.cold_start.check_prompts}, but the task holds out {heldout} prompts: "
@@ -204,12 +212,18 @@ def initial_params(model: Transformer, seed: Int[Array, ""] | int) -> dict:
     return model.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))["params"]
 
 
-def judge(task: Task, prompts: Sequence[Prompt], rollout: Rollout) -> tuple[list[str], np.ndarray]:
-    """Texts and rewards of a rollout's responses; rows of one prompt are adjacent."""
+def judge(task: Task, prompts: Sequence[Prompt], rollout: Rollout) -> tuple[list[str], Rewards]:
+    """Texts and rewards of a rollout's responses; rows of one prompt are adjacent. Raises UserError for a reward that
+    is no finite number, and for a verifier that fails too often."""
     tokens = np.asarray(rollout.tokens)[:, rollout.prompt_length :]
     responses = decode_responses(tokens, np.asarray(rollout.response_mask), task.tokenizer)
     samples = len(responses) // len(prompts)
-    rewards = [
-        task.reward(prompts[row // samples], text, stopped=stopped) for row, (text, stopped) in enumerate(responses)
-    ]
-    return [text for text, _ in responses], np.array(rewards, np.float32)
+    of_row = [prompts[row // samples] for row in range(len(responses))]
+    if isinstance(task, BatchTask):
+        rewards = task.rewards(of_row, responses)
+    else:
+        each = [task.reward(p, text, stopped=stopped) for p, (text, stopped) in zip(of_row, responses, strict=True)]
+        rewards = Rewards(np.array(each))
+    rewards = dataclasses.replace(rewards, total=rewards.total.astype(np.float32))
+    check_rewards(rewards.total)
+    return [text for text, _ in responses], rewards

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from rlstab_jax.inference import prepare, sample, sample_keys
+from rlstab_jax.inference import Sampling, prepare, sample, sample_keys
 from rlstab_jax.models import Transformer
 from rlstab_jax.tasks import encode_prompts
 from rlstab_jax.training.config import truncates
@@ -27,7 +27,8 @@ def accuracy(
 
     Each call with equal ``key`` draws with equal keys, so that evaluations along a run are paired.
     """
-    evaluation, rollout_config = engines.config.evaluation, engines.config.rollout
+    rollout_config = engines.config.rollout
+    sampling, support = evaluation_sampling(engines)
     source = engines.task.split("heldout")
     asked = [source[i] for i in range(prompts)]
     tokens, mask = encode_prompts(asked, engines.task.tokenizer, rollout_config.prompt_length)
@@ -37,20 +38,27 @@ def accuracy(
         tokens,
         mask,
         sample_keys(key, 0, [prompt.id for prompt in asked], samples),
-        dataclasses.replace(
-            engines.sampling,
-            temperature=np.float32(evaluation.temperature),
-            top_k=np.int32(evaluation.top_k),
-            top_p=np.float32(evaluation.top_p),
-            min_p=np.float32(evaluation.min_p),
-        ),
+        sampling,
         response_length=rollout_config.response_length,
         samples_per_prompt=samples,
-        support=evaluation.support if truncates(evaluation) else 0,
+        support=support,
         record_routes=False,
     )
     _, rewards = judge(engines.task, asked, rollout)
-    return Accuracy(float(rewards.mean()), float(np.asarray(rollout.response_mask).sum(1).mean()))
+    return Accuracy(float(rewards.total.mean()), float(np.asarray(rollout.response_mask).sum(1).mean()))
+
+
+def evaluation_sampling(engines: Engines) -> tuple[Sampling, int]:
+    """How the config's evaluation draws, and the bound on the tokens kept, 0 without truncation."""
+    evaluation = engines.config.evaluation
+    sampling = dataclasses.replace(
+        engines.sampling,
+        temperature=np.float32(evaluation.temperature),
+        top_k=np.int32(evaluation.top_k),
+        top_p=np.float32(evaluation.top_p),
+        min_p=np.float32(evaluation.min_p),
+    )
+    return sampling, evaluation.support if truncates(evaluation) else 0
 
 
 def evaluate(engines: Engines, params: dict, key: jax.Array) -> dict[str, float]:

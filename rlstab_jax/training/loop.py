@@ -6,7 +6,7 @@ prompts -> inference engine (mu_old) -> rollout with log-probs and routes -> rew
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,11 +18,12 @@ from jaxtyping import Array, Float, Int
 
 from rlstab_jax.inference import prepare, sample, sample_continuously, sample_keys
 from rlstab_jax.learner import Minibatch, PolicyScores, TrainState, score, update
-from rlstab_jax.objectives import Objective, advantages_of, check_rewards
+from rlstab_jax.objectives import Objective, advantages_of
 from rlstab_jax.tasks import Prompt, encode_prompts
+from rlstab_jax.training.collect import Responses, collect, key_ids, length_punishment, without_truncated
 from rlstab_jax.training.config import truncates
 from rlstab_jax.training.engines import Engines, judge
-from rlstab_jax.training.measure import response_metrics, rollout_metrics, rollout_statistics, update_metrics
+from rlstab_jax.training.measure import rollout_metrics, rollout_statistics, update_metrics
 from rlstab_jax.types import Rollout, RoutingReplay, Scores, take_rows
 
 
@@ -41,7 +42,11 @@ Metrics = dict[str, float]
 
 
 def global_step(
-    engines: Engines, state: RunState, prompts: list[Prompt], step: int
+    engines: Engines,
+    state: RunState,
+    prompts: list[Prompt],
+    step: int,
+    further: Iterable[list[Prompt]] = (),
 ) -> tuple[RunState, Metrics, list[dict[str, Any]]]:
     """One rollout batch and its N updates.
 
@@ -50,6 +55,7 @@ def global_step(
       state: consumed.
       prompts: N mini-batches of them.
       step: number of this global step, from 1; keys of draws and the order of mini-batches depend on it.
+      further: more batches of prompts, from which groups without signal are replaced, where the config says so.
 
     Returns:
       The new state, the metrics of the step, and some responses with their rewards.
@@ -57,11 +63,21 @@ def global_step(
     config, params = engines.config, state.train.params
     groups = np.repeat(np.arange(len(prompts), dtype=np.int32), config.samples_per_prompt)
 
-    # y ~ mu_old, with the log-probs and routes of the inference engine.
-    with timed("sample") as sampling_time:
-        rollout = jax.block_until_ready(sample_responses(engines, params, prompts, step))
-    texts, rewards = judge(engines.task, prompts, rollout)
-    check_rewards(rewards)
+    # y ~ mu_old, with the log-probs and routes of the inference engine, and R(x, y).
+    def respond(asked: list[Prompt], attempt: int) -> Responses:
+        with timed("sample") as sampling_time:
+            rollout = jax.block_until_ready(sample_responses(engines, params, asked, step, attempt))
+        with timed("judge") as judging_time:
+            texts, rewards = judge(engines.task, asked, rollout)
+        return Responses(asked, rollout, texts, rewards, sampling_time | judging_time)
+
+    batch = collect(respond, prompts, further, config.rollout.attempts)
+    rollout, rewards = batch.rollout, batch.rewards
+    if config.rollout.attempts > 1:  # rows of several rollouts lie where the compiler chose
+        rollout = engines.settle(engines.place_rows(rollout))
+    if config.rollout.overlong == "penalise":
+        punishment = length_punishment(rollout, config.rollout.overlong_margin)
+        rewards, batch.metrics["reward/overlong"] = rewards + punishment, float(punishment.mean())
 
     # pi_old, by the training engine at the same weights; under R3 it replays the sampler's routes.
     with timed("score") as scoring_time:
@@ -73,13 +89,14 @@ def global_step(
         if state.reference is not None:
             reference = score_old(engines, state.reference, rollout, RoutingReplay.LIVE)[0].log_probs
         statistics = old_statistics | rollout_statistics(rollout, old, live.log_probs, config.model.num_experts)
-        metrics = rollout_metrics(statistics)
+        metrics = batch.metrics | rollout_metrics(statistics)
 
     # A: once, over the whole batch, before it is split into mini-batches of whole groups.
     rewards_on_mesh = engines.place_rows(rewards)
     advantage = rollout_advantages(engines.objective, rollout, old, reference, rewards_on_mesh, groups)
     engines.settle(advantage)
-    whole = Minibatch(rollout, old, advantage, engines.place_rows(groups), reference)
+    trained = without_truncated(rollout) if config.rollout.overlong == "drop" else rollout
+    whole = Minibatch(trained, old, advantage, engines.place_rows(groups), reference)
 
     # N updates of pi_theta.
     with timed("update") as updating_time:
@@ -103,23 +120,22 @@ def global_step(
             updates.append(tuple(engines.settle(measured)))
         metrics |= update_metrics(updates)
 
-    mask = np.asarray(rollout.response_mask)
-    metrics |= response_metrics(rewards, mask, np.asarray(rollout.truncated))
-    metrics |= sampling_time | scoring_time | updating_time
-    metrics["throughput/sample_tokens_per_s"] = mask.sum() / metrics["time/sample"]
-    metrics["throughput/update_tokens_per_s"] = mask.sum() / metrics["time/update"]
-    stride = max(1, len(texts) // max(1, config.logged_samples))
-    shown = list(range(0, len(texts), stride))[: config.logged_samples]
+    metrics |= scoring_time | updating_time
+    sampled, updated = metrics["response/length"] * metrics["response/count"], int(np.sum(trained.response_mask))
+    metrics["throughput/sample_tokens_per_s"] = sampled / metrics["time/sample"]
+    metrics["throughput/update_tokens_per_s"] = updated / metrics["time/update"]
+    stride = max(1, len(batch.texts) // max(1, config.logged_samples))
+    shown = list(range(0, len(batch.texts), stride))[: config.logged_samples]
     samples = [
-        {"prompt": prompts[groups[i]].text, "answer": prompts[groups[i]].answer, "response": texts[i],
-         "reward": float(rewards[i])} for i in shown
+        {"prompt": batch.prompts[groups[i]].text, "answer": batch.prompts[groups[i]].answer,
+         "response": batch.texts[i], "reward": float(rewards[i])} for i in shown
     ]  # fmt: skip
-    return replace(state, train=train), metrics, samples
+    return replace(state, train=train), metrics, samples + batch.failed[: config.logged_samples]
 
 
-def sample_responses(engines: Engines, params: dict, prompts: list[Prompt], step: int) -> Rollout:
+def sample_responses(engines: Engines, params: dict, prompts: list[Prompt], step: int, attempt: int = 0) -> Rollout:
     """Responses of the inference engine to train on: ``samples_per_prompt`` adjacent rows for each prompt."""
-    config = engines.config
+    config, ids = engines.config, key_ids(prompts)
     tokens, mask = encode_prompts(prompts, engines.task.tokenizer, config.rollout.prompt_length)
     sampler = partial(sample_continuously, slots=config.rollout.slots) if config.rollout.slots else sample
     return sampler(
@@ -127,7 +143,7 @@ def sample_responses(engines: Engines, params: dict, prompts: list[Prompt], step
         engines.settle(prepare(params, config.rollout.precision, engines.mesh)),
         engines.place_rows(tokens),
         engines.place_rows(mask),
-        sample_keys(jax.random.key(config.seed), step, [prompt.id for prompt in prompts], config.samples_per_prompt),
+        sample_keys(jax.random.key(config.seed), step, ids, config.samples_per_prompt, attempt),
         engines.sampling,
         response_length=config.rollout.response_length,
         samples_per_prompt=config.samples_per_prompt,

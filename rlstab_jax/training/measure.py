@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from rlstab_jax.learner import PolicyScores
 from rlstab_jax.stability.gaps import discrepancy
@@ -61,17 +61,6 @@ def update_metrics(updates: list[tuple[Statistics, dict[str, Float[Array, ""]]]]
         metrics[name] = float(np.mean([measures[name] for _, measures in updates]))
     metrics["learner/learning_rate"] = float(updates[-1][1]["learner/learning_rate"])
     return metrics
-
-
-def response_metrics(
-    rewards: Float[np.ndarray, "batch"], mask: Bool[np.ndarray, "batch R"], truncated: np.ndarray
-) -> dict:
-    """Reward and length of the responses sampled in a step."""
-    return {
-        "reward/mean": float(rewards.mean()),
-        "response/length": float(mask.sum(1).mean()),
-        "response/truncated": float(truncated.mean()),
-    }
 
 
 def _with_layers(statistics: Statistics) -> dict[str, float]:

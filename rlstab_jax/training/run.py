@@ -15,9 +15,9 @@ import numpy as np
 
 from rlstab_jax.learner import init_state
 from rlstab_jax.report import draw_run
-from rlstab_jax.rundir import RunDir, open_run, read_metrics
+from rlstab_jax.rundir import RunDir, open_run, read_manifest, read_metrics
 from rlstab_jax.stability.monitor import Monitor
-from rlstab_jax.tasks import prompt_iterator
+from rlstab_jax.tasks import DescribedTask, prompt_iterator
 from rlstab_jax.training.checkpoint import Checkpoints
 from rlstab_jax.training.cold_start import cold_start
 from rlstab_jax.training.config import MAY_CHANGE, RunConfig
@@ -25,6 +25,7 @@ from rlstab_jax.training.engines import Engines, build, initial_params
 from rlstab_jax.training.evaluate import evaluate
 from rlstab_jax.training.interrupt import Stop, stop_on_signal
 from rlstab_jax.training.loop import Metrics, RunState, global_step
+from rlstab_jax.types import UserError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "rlstab_jax")
 
@@ -40,12 +41,12 @@ class Progress:
     prompts: dict[str, Any] = dataclasses.field(default_factory=dict)  # the prompt iterator's position
     monitor: dict[str, Any] = dataclasses.field(default_factory=dict)  # what the monitor remembers
 
-    def advance(self, config: RunConfig, response_length: float, prompts: dict[str, Any]) -> None:
-        """Counts one global step, with the mean length of its responses and the iterator's position after it."""
+    def advance(self, config: RunConfig, metrics: Metrics, prompts: dict[str, Any]) -> None:
+        """Counts one global step, with its metrics and the prompt iterator's position after it."""
         self.global_steps += 1
         self.gradient_steps += config.minibatches
-        self.responses += config.responses_per_step
-        self.tokens += round(response_length * config.responses_per_step)
+        self.responses += int(metrics["response/count"])
+        self.tokens += round(metrics["response/length"] * metrics["response/count"])
         self.prompts = prompts
 
     def metrics(self) -> Metrics:
@@ -80,9 +81,13 @@ def train(
       UserError: a mistake in the config, the directory, a checkpoint, or a full disk.
     """
     engines = build(config)
+    if not fresh:
+        _check_content(engines, out)
     run = open_run(out, manifest(engines, config), fresh=fresh, may_change=MAY_CHANGE, say=say)
     begin()
     kernels = engines.config.kernels
+    for line in engines.task.remarks() if isinstance(engines.task, DescribedTask) else ():
+        say(line)
     say(f"kernels: attention {kernels.attention}, experts {kernels.experts}; mesh {dict(engines.mesh.shape)}")
     with (
         stop_on_signal() as stop,
@@ -155,12 +160,12 @@ def _train(
         with _profiled(run, step == profile, say):
             previous = jax.tree.map(lambda x: x.copy(), state.train) if monitor.may_discard else None
             lowered = _at_rate(engines, monitor.learning_rate_scale)
-            state, metrics, samples = global_step(lowered, state, next(data), step)
+            state, metrics, samples = global_step(lowered, state, next(data), step, further=data)
         if previous is not None and monitor.discards(metrics):
             state = dataclasses.replace(state, train=previous)
             say(f"monitor: the updates of global step {step} are discarded")
         before = progress.gradient_steps
-        progress.advance(config, metrics["response/length"], data.get_state())
+        progress.advance(config, metrics, data.get_state())
         accuracy = math.nan
         if _due(before, progress.gradient_steps, config.evaluation.every):
             evaluated = evaluate(engines, state.train.params, evaluation_key)
@@ -190,8 +195,22 @@ def alarms(metrics: Metrics) -> Iterator[str]:
             f"{metrics['learner/broken']:.2%} of the tokens had a log-prob or an advantage that is no finite number; "
             "they counted as 0"
         )
+    if failures := metrics.get("reward/verifier_failures"):
+        yield f"{failures:.0f} verdicts failed and their rewards are 0; samples.jsonl shows the first of them"
     if not np.isfinite(metrics["learner/grad_norm"]):
         yield "a gradient was not finite; those updates changed nothing"
+
+
+def _check_content(engines: Engines, out: Path) -> None:
+    """Raises UserError if the run in ``out`` was begun on other data than the task's files hold now."""
+    if not isinstance(engines.task, DescribedTask) or not (out / "manifest.json").exists():
+        return
+    before = read_manifest(out).get("resolved", {}).get("task", {}).get("fingerprint")
+    if before is not None and before != engines.task.description["fingerprint"]:
+        raise UserError(
+            f"{out} holds a run on other prompts: what the task's files hold has changed since. Put back the files, "
+            "give another --out, or --fresh to begin anew (the old run is moved aside)"
+        )
 
 
 def _at_rate(engines: Engines, scale: float) -> Engines:
@@ -231,6 +250,7 @@ def manifest(engines: Engines, config: RunConfig) -> dict[str, Any]:
             "vocab_size": engines.config.model.vocab_size,
             "prompt_length": engines.config.rollout.prompt_length,
             "response_length": engines.config.rollout.response_length,
+            **({"task": engines.task.description} if isinstance(engines.task, DescribedTask) else {}),
         },
         "seed": config.seed,
         "versions": {"python": platform.python_version(), **versions},

@@ -17,7 +17,7 @@ from rlstab_jax.inference import prepare, sample
 from rlstab_jax.learner import init_state, score, update
 from rlstab_jax.models import Precision
 from rlstab_jax.objectives.config import RecipeName
-from rlstab_jax.rundir import METRICS, describe, read_metrics
+from rlstab_jax.rundir import METRICS, OPTIONAL, describe, read_metrics
 from rlstab_jax.tasks import prompt_iterator
 from rlstab_jax.training import loop, measure
 from rlstab_jax.training.checkpoint import Checkpoints
@@ -66,7 +66,7 @@ def metrics_of(**changes: Any) -> loop.Metrics:
 
 def expected_names(layers: int, minibatches: int) -> set[str]:
     names: set[str] = set()
-    for name in METRICS:
+    for name in METRICS.keys() - OPTIONAL:
         numbers = layers if "layer_NN" in name else minibatches if "minibatch_NN" in name else 1
         names |= {name.replace("NN", f"{number:02d}") for number in range(numbers)}
     return names
@@ -136,7 +136,8 @@ def test_what_the_updates_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
     engines = build(config)
     data = prompt_iterator(engines.task.split("train"), config.prompts_per_step, seed=0)
     loop.global_step(engines, fresh_state(engines), next(data), 7)
-    (_, (_, rewards)) = calls["judge"][0]
+    (_, (_, judged)) = calls["judge"][0]
+    rewards = judged.total
     assert len(set(rewards)) > 2
     assert len(calls["rollout_advantages"]) == 1
     by_group = rewards.reshape(4, 4)

@@ -1,0 +1,63 @@
+"""Finding the final answer in a response's text."""
+
+import re
+from collections.abc import Callable
+from typing import Literal
+
+Extract = Literal["any", "boxed", "hashes", "phrase", "whole"]
+
+_PHRASE = re.compile(r"(?:final|the) answer(?:\s+is\b\s*:?|\s*:)|^\W*answer\s*:", re.IGNORECASE | re.MULTILINE)
+
+
+def last_boxed(text: str) -> str | None:
+    r"""What is inside the last complete ``\boxed{...}``, whose braces may nest; None without one.
+
+    >>> last_boxed(r"\boxed{1}, no: \boxed{\frac{1}{2}}")
+    '\\frac{1}{2}'
+    """
+    for start in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", text)]):
+        depth = 1
+        for brace in re.finditer(r"\\.|[{}]", text[start:]):  # an escaped brace is no brace
+            depth += {"{": 1, "}": -1}.get(brace[0], 0)
+            if depth == 0:
+                return text[start : start + brace.start()].strip()
+    return None
+
+
+def after_hashes(text: str) -> str | None:
+    """What follows the last ``####`` on its line; None without one.
+
+    >>> after_hashes("6 * 12 = 72\\n#### 72")
+    '72'
+    """
+    _, hashes, rest = text.rpartition("####")
+    return rest.split("\n")[0].strip() or None if hashes else None
+
+
+def after_phrase(text: str) -> str | None:
+    """What follows the last "final answer is" or "the answer:", or "Answer:" that begins a line, up to the end of its
+    sentence or line; None without one.
+
+    >>> after_phrase("So the final answer is $3.5$. I hope it is correct.")
+    '3.5'
+    """
+    ends = [match.end() for match in _PHRASE.finditer(text)]
+    if not ends:
+        return None
+    line = text[ends[-1] :].lstrip(" \t").split("\n")[0]
+    sentence = re.split(r"\.(?:\s|$)", line)[0]
+    return sentence.strip("$* \t") or None
+
+
+def any_of_these(text: str) -> str | None:
+    r"""The last ``\boxed``, else what follows ``####``, else what follows the phrase, else None."""
+    return last_boxed(text) or after_hashes(text) or after_phrase(text)
+
+
+EXTRACTORS: dict[str, Callable[[str], str | None]] = {
+    "any": any_of_these,
+    "boxed": last_boxed,
+    "hashes": after_hashes,
+    "phrase": after_phrase,
+    "whole": lambda text: text.strip() or None,
+}

@@ -1,0 +1,173 @@
+"""From prompts to a rollout batch that is worth training on: dynamic sampling, and what becomes of over-long responses.
+
+Dynamic sampling is DAPO's (2503.14476, section 3.2): a group whose rewards are all equal has no advantage and teaches
+nothing, so that its place is given to another prompt's group, until every place holds one with signal or the attempts
+are used up. Each attempt samples a whole batch of further prompts, in the program that is compiled already; its number
+is part of the keys of its draws. What was drawn from the prompts' iterator is consumed, used or not.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from rlstab_jax.tasks import Prompt, Rewards
+from rlstab_jax.types import Rollout, row_axis, take_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Responses:
+    """Responses to a batch of prompts, judged; rows of one prompt are adjacent.
+
+    ``seconds`` are those of sampling and of judging, by the name of their metric.
+    """
+
+    prompts: list[Prompt]
+    rollout: Rollout
+    texts: list[str]
+    rewards: Rewards
+    seconds: dict[str, float]
+
+    def groups(self, values: Any) -> np.ndarray:
+        """A copy of the values of rows, [prompt, sample]."""
+        return np.array(values, object if isinstance(values[0], str) else None).reshape(len(self.prompts), -1)
+
+    @property
+    def signal(self) -> Bool[np.ndarray, "prompts"]:
+        """True for groups whose rewards differ."""
+        rewards = self.groups(self.rewards.total)
+        return (rewards != rewards[:, :1]).any(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What a step trains on, and what it took.
+
+    Attributes:
+      prompts, rollout, texts: of the groups trained on.
+      rewards: the task's, before any punishment for length.
+      metrics: of all that was sampled.
+      failed: responses that a verifier could not judge, for samples.jsonl.
+    """
+
+    prompts: list[Prompt]
+    rollout: Rollout
+    texts: list[str]
+    rewards: Float[np.ndarray, "batch"]
+    metrics: dict[str, float]
+    failed: list[dict[str, Any]]
+
+
+def collect(
+    respond: Callable[[list[Prompt], int], Responses],
+    prompts: list[Prompt],
+    further: Iterable[list[Prompt]],
+    attempts: int,
+) -> Batch:
+    """Samples a batch, and replaces groups without signal.
+
+    Args:
+      respond: samples and judges responses to a batch of prompts; its second argument is the number of the attempt.
+      prompts: the batch of attempt 0.
+      further: batches for later attempts, of the same size. Where they end, so do the attempts.
+      attempts: at most so many; 1 replaces nothing.
+
+    Returns:
+      The batch. Groups with signal stay where they are; those without are replaced in order, by the groups with signal
+      of further attempts in order. Places that are open after the last attempt keep their groups of attempt 0.
+    """
+    sampled, further = [first := respond(prompts, 0)], iter(further)
+    prompts, rollout = list(prompts), first.rollout
+    texts, rewards = first.groups(first.texts), first.groups(first.rewards.total)
+    places = np.flatnonzero(~first.signal)
+    while len(places) and len(sampled) < attempts and (asked := next(further, None)) is not None:
+        sampled.append(new := respond(asked, len(sampled)))
+        found = np.flatnonzero(new.signal)[: len(places)]
+        filled, places = places[: len(found)], places[len(found) :]
+        for place, group in zip(filled, found, strict=True):
+            prompts[place] = asked[group]
+        texts[filled], rewards[filled] = new.groups(new.texts)[found], new.groups(new.rewards.total)[found]
+        rows = np.arange(texts.size, dtype=np.int32).reshape(texts.shape)
+        rows[filled] = texts.size + rows[found]
+        rollout = _rows_of_both(rollout, new.rollout, jnp.asarray(rows.ravel()))
+    metrics = _metrics(sampled)
+    if attempts > 1:
+        with_signal = sum(int(one.signal.sum()) for one in sampled)
+        metrics |= {
+            "dynamic/attempts": len(sampled),
+            "dynamic/unfilled": len(places) / len(prompts),
+            "dynamic/unused": with_signal - (len(prompts) - len(places)),
+        }
+    failed = [row for one in sampled for row in _failed(one)]
+    return Batch(prompts, rollout, texts.ravel().tolist(), rewards.ravel(), metrics, failed)
+
+
+def key_ids(prompts: Sequence[Prompt]) -> list[int]:
+    """Numbers that the keys of a batch's draws are derived from: ids, and another one each time that a prompt occurs
+    again, at the border of two epochs or in a small data set. Equal keys would repeat its responses word by word."""
+    seen: Counter[int] = Counter()
+    numbers = []
+    for prompt in prompts:
+        numbers.append(prompt.id + (seen[prompt.id] << 32))
+        seen[prompt.id] += 1
+    return numbers
+
+
+@jax.jit
+def _rows_of_both(first: Rollout, second: Rollout, rows: Int[Array, "batch"]) -> Rollout:
+    """Those rows of two rollouts, one after the other."""
+
+    def joined(one: jax.Array, other: jax.Array) -> jax.Array:
+        return jnp.concatenate([one, other], axis=row_axis(one)) if one.ndim else one
+
+    return take_rows(jax.tree.map(joined, first, second), rows)
+
+
+def _metrics(sampled: Sequence[Responses]) -> dict[str, float]:
+    """Of all responses that were sampled, whether they are trained on or not."""
+    lengths = np.concatenate([np.asarray(one.rollout.response_mask).sum(1) for one in sampled])
+    components = {name: [one.rewards.components[name] for one in sampled] for name in sampled[0].rewards.components}
+    metrics = {
+        "reward/mean": float(np.concatenate([one.rewards.total for one in sampled]).mean()),
+        "reward/without_signal": float(np.concatenate([~one.signal for one in sampled]).mean()),
+        "response/length": float(lengths.mean()),
+        "response/truncated": float(np.concatenate([np.asarray(one.rollout.truncated) for one in sampled]).mean()),
+        "response/count": len(lengths),
+        **{f"reward/component/{name}": float(np.concatenate(values).mean()) for name, values in components.items()},
+        **{name: sum(one.seconds[name] for one in sampled) for name in sampled[0].seconds},
+    }
+    if components:
+        metrics["reward/verifier_failures"] = sum(len(one.rewards.failures) for one in sampled)
+        metrics["reward/verifier_gave_up"] = sum(one.rewards.gave_up for one in sampled)
+    return metrics
+
+
+def _failed(responses: Responses) -> Iterator[dict[str, Any]]:
+    samples = len(responses.texts) // len(responses.prompts)
+    for failure in responses.rewards.failures:
+        prompt = responses.prompts[failure.row // samples]
+        yield {
+            "prompt": prompt.text,
+            "answer": prompt.answer,
+            "response": responses.texts[failure.row],
+            "reward": float(responses.rewards.total[failure.row]),
+            "failure": f"{failure.reward}: {failure.message}",
+        }
+
+
+def length_punishment(rollout: Rollout, margin: int) -> Float[np.ndarray, "batch"]:
+    """DAPO's soft over-long punishment (Eq. 13): 0 up to ``margin`` tokens before the limit, from there linearly to -1
+    at the limit, which is the length of the response's space."""
+    lengths = np.asarray(rollout.response_mask).sum(1)
+    return np.clip((rollout.response_length - margin - lengths) / margin, -1, 0).astype(np.float32)
+
+
+def without_truncated(rollout: Rollout) -> Rollout:
+    """The rollout with an empty mask on each response that met the length limit: no sum and no denominator of the loss
+    counts it (DAPO's over-long filtering)."""
+    return dataclasses.replace(rollout, response_mask=rollout.response_mask & ~rollout.truncated[:, None])
