@@ -83,6 +83,8 @@ METRICS: dict[str, Metric] = {
     "dynamic/unused": Metric("groups with signal that found no place", "count", "groups"),
     **_gap("discrepancy", "pi_old", "mu_old"),
     **_f2("discrepancy"),
+    **_gap("discrepancy/decode_vs_score", "mu_old in a scoring pass", "mu_old as it drew"),
+    "discrepancy/decode_vs_score/f2": Metric("tokens with max(r, 1/r) > 2 for that ratio", "share of tokens", "1"),
     **_gap("discrepancy_live", "pi_old (live routing)", "mu_old"),
     **_f2("discrepancy_live"),
     **_gap("staleness", "pi_theta", "pi_old"),
@@ -132,7 +134,7 @@ METRICS: dict[str, Metric] = {
 }
 
 # Those that only some runs have: with verifiers of their own, a punishment for length, dynamic sampling.
-_OF_SOME_RUNS = ("reward/component/", "reward/verifier_", "reward/overlong", "dynamic/")
+_OF_SOME_RUNS = ("discrepancy/decode_vs_score/", "reward/component/", "reward/verifier_", "reward/overlong", "dynamic/")
 OPTIONAL = frozenset(name for name in METRICS if name.startswith(_OF_SOME_RUNS))
 
 

@@ -147,7 +147,12 @@ def test_what_is_left_and_the_same_command_again(run: Path, capsys: pytest.Captu
     """A complete run is left as it is; more steps go on with it, a plain line a step."""
     assert any((run / "profile").rglob("*.xplane.pb"))
     manifest = json.loads((run / "manifest.json").read_text())
-    assert manifest["resolved"]["kernels"] == {"attention": "reference", "experts": "tiles"}
+    assert manifest["resolved"]["kernels"] == {
+        "attention": "reference",
+        "experts": "tiles",
+        "decode_attention": "reference",
+        "decode_experts": "grouped",
+    }
     assert {"config", "versions", "devices", "mesh", "seed", "command"} <= set(manifest)
     before = (run / "metrics.jsonl").read_bytes()
     assert again(run) == 0

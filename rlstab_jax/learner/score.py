@@ -132,6 +132,20 @@ def policy_scores(
     return PolicyScores(log_probs, entropy, routing.used, routing.live, router), routing
 
 
+def score_statistics(
+    rollout: Rollout,
+    entropy: Float[Array, "batch R"],
+    margin: Float[Array, "layer batch fed"] | None,
+    load: Float[Array, "layer expert"] | None,
+) -> Statistics:
+    """Unreduced statistics of a scoring pass: entropy, and per MoE layer the routers' margin and the experts' load."""
+    statistics: Statistics = {"policy/entropy": mean_of(entropy, rollout.response_mask)}
+    if margin is not None and load is not None:
+        statistics["routing/margin"] = margin_statistics(margin, rollout.fed_mask)
+        statistics["routing/load"] = Mean(load, jnp.ones_like(load))
+    return statistics
+
+
 @partial(jax.jit, static_argnames=("model", "replay", "micro_batches", "logits_per_chunk"))
 def score(
     model: Transformer,
@@ -153,7 +167,7 @@ def score(
       logits_per_chunk: how many float32 logits exist at once.
 
     Returns:
-      The scores, and unreduced statistics: entropy, and per MoE layer the routers' margin and the experts' load.
+      The scores, and the `score_statistics`.
     """
     if replay is RoutingReplay.R3:
         replayed_routes(replay, rollout, None)
@@ -162,11 +176,8 @@ def score(
 
     def one(part: Rollout) -> tuple[PolicyScores, Statistics]:
         scores, routing = policy_scores(model, variables, part, part.routes, logits_per_chunk)
-        statistics: Statistics = {"policy/entropy": mean_of(scores.entropy, part.response_mask)}
-        if routing is not None:
-            statistics["routing/margin"] = margin_statistics(routing.margin, part.fed_mask)
-            statistics["routing/load"] = Mean(routing.sums.load, jnp.ones_like(routing.sums.load))
-        return scores, statistics
+        margin, load = (None, None) if routing is None else (routing.margin, routing.sums.load)
+        return scores, score_statistics(part, scores.entropy, margin, load)
 
     if micro_batches == 1:
         return one(rollout)

@@ -31,6 +31,10 @@ class RolloutConfig:
     support: int = 0
     """Tokens kept at most of each distribution, if it is truncated. They are recorded, and both policies renormalised
     over them, so that the IS ratio is taken at the true distributions."""
+    log_probs: Literal["decode", "rescore", "matched"] = "decode"
+    """mu's log-probs. decode: those that drove the draws. rescore: of a scoring pass by the inference engine's weights,
+    whose distance to the former is logged. matched: sampling and the training engine's pass are one batch-invariant
+    program, slow, so that every discrepancy is exactly 0; both engines' precision must be equal."""
     slots: int = 0
     """Responses in flight under continuous batching; 0 samples the whole batch at once."""
     response_length: int = 0
@@ -177,6 +181,11 @@ def validate(config: RunConfig) -> None:
                 f"at least {max(truncated.top_k, 1)}: top_k, top_p and min_p keep some tokens, which are recorded "
                 "since an importance ratio over other tokens is not the policies'",
             )
+    if rollout.log_probs == "matched" and (rollout.precision != learner.precision or rollout.slots):
+        raise UserError(
+            f"rollout.log_probs = 'matched' with rollout.precision = {rollout.precision}, learner.precision = "
+            f"{learner.precision} and rollout.slots = {rollout.slots}: give both engines one precision, and 0 slots"
+        )
     require(rollout.slots >= 0, "rollout.slots", rollout.slots, "0 (all at once) or more")
     require(rollout.response_length >= 0, "rollout.response_length", rollout.response_length, "0 or more")
     require(rollout.prompt_length >= 0, "rollout.prompt_length", rollout.prompt_length, "0 or more")

@@ -8,7 +8,6 @@ import contextlib
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -16,14 +15,13 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from rlstab_jax.inference import prepare, sample, sample_continuously, sample_keys
-from rlstab_jax.learner import Minibatch, PolicyScores, TrainState, score, update
+from rlstab_jax.learner import Minibatch, PolicyScores, TrainState, update
 from rlstab_jax.objectives import Objective, advantages_of
-from rlstab_jax.tasks import Prompt, encode_prompts
-from rlstab_jax.training.collect import Responses, collect, key_ids, length_punishment, without_truncated
-from rlstab_jax.training.config import truncates
+from rlstab_jax.tasks import Prompt
+from rlstab_jax.training.collect import Responses, collect, length_punishment, without_truncated
 from rlstab_jax.training.engines import Engines, judge
-from rlstab_jax.training.measure import rollout_metrics, rollout_statistics, update_metrics
+from rlstab_jax.training.measure import decode_statistics, rollout_metrics, rollout_statistics, update_metrics
+from rlstab_jax.training.passes import rescore, sample_responses, score_old
 from rlstab_jax.types import Rollout, RoutingReplay, Scores, take_rows
 
 
@@ -88,7 +86,11 @@ def global_step(
         reference = None
         if state.reference is not None:
             reference = score_old(engines, state.reference, rollout, RoutingReplay.LIVE)[0].log_probs
-        statistics = old_statistics | rollout_statistics(rollout, old, live.log_probs, config.model.num_experts)
+        statistics = old_statistics
+        if config.rollout.log_probs == "rescore":
+            decoded, rollout = rollout, rescore(engines, params, rollout)
+            statistics = statistics | decode_statistics(decoded, rollout.log_probs)
+        statistics = statistics | rollout_statistics(rollout, old, live.log_probs, config.model.num_experts)
         metrics = batch.metrics | rollout_metrics(statistics)
 
     # A: once, over the whole batch, before it is split into mini-batches of whole groups.
@@ -113,10 +115,8 @@ def global_step(
                 logits_per_chunk=config.learner.logits_per_chunk,
                 use_router_losses=bool(config.learner.load_balance or config.learner.router_z),
             )
-            if engines.mesh.size > 1:
-                train = engines.place(
-                    train
-                )  # the compiler chooses where results lie, and that decides what it compiles
+            if engines.mesh.size > 1:  # the compiler chooses where results lie, and that decides what it compiles
+                train = engines.place(train)
             updates.append(tuple(engines.settle(measured)))
         metrics |= update_metrics(updates)
 
@@ -131,39 +131,6 @@ def global_step(
          "response": batch.texts[i], "reward": float(rewards[i])} for i in shown
     ]  # fmt: skip
     return replace(state, train=train), metrics, samples + batch.failed[: config.logged_samples]
-
-
-def sample_responses(engines: Engines, params: dict, prompts: list[Prompt], step: int, attempt: int = 0) -> Rollout:
-    """Responses of the inference engine to train on: ``samples_per_prompt`` adjacent rows for each prompt."""
-    config, ids = engines.config, key_ids(prompts)
-    tokens, mask = encode_prompts(prompts, engines.task.tokenizer, config.rollout.prompt_length)
-    sampler = partial(sample_continuously, slots=config.rollout.slots) if config.rollout.slots else sample
-    return sampler(
-        engines.inference,
-        engines.settle(prepare(params, config.rollout.precision, engines.mesh)),
-        engines.place_rows(tokens),
-        engines.place_rows(mask),
-        sample_keys(jax.random.key(config.seed), step, ids, config.samples_per_prompt, attempt),
-        engines.sampling,
-        response_length=config.rollout.response_length,
-        samples_per_prompt=config.samples_per_prompt,
-        support=config.rollout.support if truncates(config.rollout) else 0,
-    )
-
-
-def score_old(engines: Engines, params: dict, rollout: Rollout, replay: RoutingReplay) -> tuple[PolicyScores, dict]:
-    """The training engine's forward pass over a rollout."""
-    learner = engines.config.learner
-    return engines.settle(
-        score(
-            engines.training,
-            {"params": params},
-            rollout,
-            replay=replay,
-            micro_batches=learner.score_micro_batches,
-            logits_per_chunk=learner.logits_per_chunk,
-        )
-    )
 
 
 minibatch = jax.jit(take_rows)

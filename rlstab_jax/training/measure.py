@@ -32,6 +32,12 @@ def rollout_statistics(rollout: Rollout, old: PolicyScores, live: LogProbs, num_
     return statistics
 
 
+@jax.jit
+def decode_statistics(rollout: Rollout, rescored: LogProbs) -> Statistics:
+    """The gap between the log-probs that drove the draw and those of a scoring pass by the same engine."""
+    return _prefixed("discrepancy/decode_vs_score", discrepancy(rescored, rollout.log_probs, rollout.response_mask))
+
+
 def rollout_metrics(statistics: Statistics) -> dict[str, float]:
     """Metrics of the sampling and scoring half of a step, from the statistics of `score` and `rollout_statistics`."""
     statistics = jax.device_get(statistics)

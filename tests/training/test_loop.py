@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlstab_jax.inference import prepare, sample
+from rlstab_jax.inference import prepare
+from rlstab_jax.inference.sampler import sample_batch
 from rlstab_jax.learner import init_state, score, update
 from rlstab_jax.models import Precision
 from rlstab_jax.objectives.config import RecipeName
@@ -24,6 +25,7 @@ from rlstab_jax.training.checkpoint import Checkpoints
 from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.engines import Engines, build, initial_params
 from rlstab_jax.training.run import Progress, train
+from rlstab_jax.types import UserError
 from tests.training import tiny_run
 
 FLOAT32 = Precision()
@@ -76,7 +78,14 @@ def test_a_run_and_its_resumption(tmp_path: Path) -> None:
     """A run writes every metric that is defined, under its name: those of evaluations at their steps, and before
     training. Each function is traced once for each way to call it: three to sample (to train on, and to evaluate by
     either engine), two to score (R3 and live). A resumption adds none."""
-    traces = {sample: 3, prepare: 2, score: 2, update: 1, measure.rollout_statistics: 1, loop.rollout_advantages: 1}
+    traces = {
+        sample_batch: 3,
+        prepare: 2,
+        score: 2,
+        update: 1,
+        measure.rollout_statistics: 1,
+        loop.rollout_advantages: 1,
+    }
     for function in traces:
         function.clear_cache()
     lines: list[str] = []
@@ -186,6 +195,62 @@ def test_equal_engines_have_no_gap() -> None:
         assert no_gap(metrics, "discrepancy_live")
         assert metrics["routing/rollout_vs_old"] == 0
         assert metrics["discrepancy/f2"] == 0
+
+
+def test_matched_engines_have_no_gap_at_all() -> None:
+    """Exactly: the program that sampled scores, whatever is replayed."""
+    matched = {"precision": FLOAT32, "log_probs": "matched", "response_length": 6, "top_p": 0.9, "support": 8}
+    for replay in ("r2", "r3"):
+        metrics = metrics_of(rollout=matched, learner={"replay": replay})
+        gaps = {name: value for name, value in metrics.items() if name.startswith(("discrepancy", "routing/rollout"))}
+        assert len(gaps) > 8
+        ratios = {name for name in gaps if name.endswith("max_ratio")}
+        assert all(value == (1 if name in ratios else 0) for name, value in gaps.items()), gaps
+        assert metrics["staleness/k3"] > 0
+
+
+def test_rescored_log_probs_are_another_number() -> None:
+    """e4m3: between decoding and scoring a rounding can flip. The gap is logged, and is no discrepancy any more."""
+    metrics = metrics_of(rollout={"log_probs": "rescore"})
+    decoded = metrics_of()
+    assert not any("decode_vs_score" in name for name in decoded)
+    gap = metrics["discrepancy/decode_vs_score/k3"]
+    assert 0 <= gap < metrics["discrepancy/k3"]
+    assert metrics["reward/mean"] == decoded["reward/mean"]
+    exact = metrics_of(rollout={"precision": FLOAT32, "log_probs": "rescore"}, learner={"replay": "live"})
+    assert exact["discrepancy/k3"] < 1e-12  # the same program, but for the numbers' place in memory
+    assert no_gap(exact, "discrepancy/decode_vs_score")
+
+
+def test_slots_change_no_draw() -> None:
+    plain = metrics_of(rollout={"precision": FLOAT32})
+    slots = metrics_of(rollout={"precision": FLOAT32, "slots": 5})
+    for name in ("reward/mean", "response/length", "response/truncated"):
+        assert plain[name] == slots[name]
+    assert slots["policy/entropy"] == pytest.approx(plain["policy/entropy"], abs=1e-4)
+
+
+def test_truncated_sampling_is_scored_over_what_could_be_drawn() -> None:
+    truncated = {"top_k": 5, "top_p": 0.9, "support": 5}
+    metrics = metrics_of(rollout={"precision": FLOAT32, **truncated})
+    assert no_gap(metrics, "discrepancy")
+    assert metrics["policy/entropy"] < np.log(5)
+
+
+@pytest.mark.parametrize(
+    ("rollout", "message"),
+    [
+        ({"top_p": 0.9}, "rollout.support = 0: expected at least 1: top_k, top_p and min_p keep some tokens"),
+        ({"top_k": 9, "support": 8}, "rollout.support = 8: expected at least 9"),
+        ({"top_p": 0.0}, r"rollout.top_p = 0.0: expected in \(0, 1\]"),
+        ({"min_p": 2.0}, "rollout.min_p = 2.0"),
+        ({"log_probs": "matched"}, "rollout.log_probs = 'matched' with rollout.precision = .* give both engines one"),
+        ({"slots": -1}, "rollout.slots = -1"),
+    ],
+)
+def test_sampling_that_no_ratio_can_be_taken_of_is_refused(rollout: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build(configured(rollout=rollout))
 
 
 def test_replay_alters_the_policy_that_is_measured() -> None:

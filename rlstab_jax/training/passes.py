@@ -1,0 +1,95 @@
+"""The two engines at work in a global step: the inference engine samples, the training engine scores."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from rlstab_jax.inference import prepare, sample, sample_continuously, sample_keys, sample_matched, score_matched
+from rlstab_jax.inference.matched import MatchedPass
+from rlstab_jax.learner import PolicyScores, score
+from rlstab_jax.learner.score import replayed_routes, score_statistics
+from rlstab_jax.models import Transformer
+from rlstab_jax.stability.reduce import Statistics
+from rlstab_jax.tasks import Prompt, encode_prompts
+from rlstab_jax.training.collect import key_ids
+from rlstab_jax.training.config import truncates
+from rlstab_jax.training.engines import Engines
+from rlstab_jax.types import Rollout, RoutingReplay
+
+
+def sample_responses(engines: Engines, params: dict, prompts: list[Prompt], step: int, attempt: int = 0) -> Rollout:
+    """Responses of the inference engine to train on: ``samples_per_prompt`` adjacent rows for each prompt."""
+    config, ids = engines.config, key_ids(prompts)
+    rollout = config.rollout
+    tokens, mask = encode_prompts(prompts, engines.task.tokenizer, rollout.prompt_length)
+    sampler: Callable[..., Rollout] = sample_matched if rollout.log_probs == "matched" else sample
+    if rollout.slots:
+        sampler = partial(sample_continuously, slots=rollout.slots)
+    return sampler(
+        engines.inference,
+        engines.settle(prepare(params, rollout.precision, engines.mesh)),
+        engines.place_rows(tokens),
+        engines.place_rows(mask),
+        sample_keys(jax.random.key(config.seed), step, ids, config.samples_per_prompt, attempt),
+        engines.sampling,
+        response_length=rollout.response_length,
+        samples_per_prompt=config.samples_per_prompt,
+        support=rollout.support if truncates(rollout) else 0,
+    )
+
+
+def score_old(
+    engines: Engines, params: dict, rollout: Rollout, replay: RoutingReplay
+) -> tuple[PolicyScores, Statistics]:
+    """The training engine's forward pass over a rollout; in matched mode by the program that sampled it."""
+    if engines.config.rollout.log_probs == "matched":
+        routes = replayed_routes(replay, rollout, None) if replay is RoutingReplay.R3 else None
+        return matched_scores(
+            score_matched(engines.training.clone(remat=False), {"params": params}, rollout, engines.sampling, routes),
+            engines.config.model.num_experts,
+        )
+    return _score(engines, engines.training, {"params": params}, rollout, replay)
+
+
+def rescore(engines: Engines, params: dict, rollout: Rollout) -> Rollout:
+    """The rollout with log-probs of a scoring pass by the inference engine's weights in the place of the sampler's.
+
+    Those are other numbers than the ones that drove the draw: sums run in another order, and a rounding can flip.
+    """
+    variables = engines.settle(prepare(params, engines.config.rollout.precision, engines.mesh))
+    scores, _ = _score(engines, engines.inference, variables, rollout, RoutingReplay.LIVE)
+    return replace(rollout, log_probs=scores.log_probs)
+
+
+@partial(jax.jit, static_argnames="num_experts")
+def matched_scores(matched: MatchedPass, num_experts: int) -> tuple[PolicyScores, Statistics]:
+    """What `score` returns, from a matched pass."""
+    rollout = matched.rollout
+    if rollout.routes is None or matched.router is None:
+        scores = PolicyScores(rollout.log_probs, matched.entropy, None, None, None)
+        return scores, score_statistics(rollout, matched.entropy, None, None)
+    router = jnp.moveaxis(matched.router[:, :, rollout.prompt_length - 1 :], 0, 2)
+    router = router.reshape(*rollout.log_probs.shape, -1)
+    one_hot = rollout.routes[..., None] == jnp.arange(num_experts)
+    scores = PolicyScores(rollout.log_probs, matched.entropy, rollout.routes, matched.live, router)
+    load = one_hot.sum((1, 2, 3), dtype=jnp.float32)
+    return scores, score_statistics(rollout, matched.entropy, matched.margin, load)
+
+
+def _score(
+    engines: Engines, model: Transformer, variables: dict, rollout: Rollout, replay: RoutingReplay
+) -> tuple[PolicyScores, Statistics]:
+    learner = engines.config.learner
+    return engines.settle(
+        score(
+            model,
+            variables,
+            rollout,
+            replay=replay,
+            micro_batches=learner.score_micro_batches,
+            logits_per_chunk=learner.logits_per_chunk,
+        )
+    )
