@@ -97,9 +97,9 @@ def cache_bytes(load: Load, filled: int) -> int:
 
 
 def touched(routes: np.ndarray, num_experts: int) -> np.ndarray:
-    """Distinct experts for each layer and position, [layer, fed], of routes [layer, batch, fed, k]; the sentinel is none.
+    """Distinct experts for each layer and position, [layer, fed], of routes [layer, batch, fed, k].
 
-    A step decodes one position of every row.
+    A step decodes one position of every row. The sentinel is no expert.
     """
     return np.stack([(routes == expert).any((1, 3)) for expert in range(num_experts)]).sum(0)
 
@@ -159,10 +159,6 @@ def study(load: Load) -> dict[str, Any]:
         load.repetitions,
     )
     decode = whole | {"name": "decode", "seconds": list(np.subtract(whole["seconds"], prefill["seconds"]))}
-    cell = {
-        "threads": 0,
-        "batch": load.batch,
-        "tokens": load.batch * (load.response - 1),
-        "contenders": [decode, copied],
-    }
+    tokens = load.batch * (load.response - 1)
+    cell = {"batch": load.batch, "tokens": tokens, "contenders": [decode, copied]}
     return {"environment": environment(), "settings": dataclasses.asdict(load), "cells": [cell]}

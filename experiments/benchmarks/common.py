@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -181,12 +180,12 @@ def held_to(threads: int, module: str, arguments: Sequence[str]) -> Any:
     variables["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {alone}".strip()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"
-        subprocess.run(
-            [sys.executable, "-m", module, *arguments, "--worker", str(file)],
-            env=os.environ | variables,
-            preexec_fn=partial(os.sched_setaffinity, 0, cores[:threads]),
-            check=True,
-        )
+        command = [sys.executable, "-m", module, *arguments, "--worker", str(file)]
+        os.sched_setaffinity(0, cores[:threads])  # a child inherits it
+        try:
+            subprocess.run(command, env=os.environ | variables, check=True)
+        finally:
+            os.sched_setaffinity(0, cores)
         return json.loads(file.read_text())
 
 

@@ -45,6 +45,7 @@ from rlstab_jax.types import UserError
 RESULTS = Path("experiments/benchmarks/results/decode")
 KERNELS = Kernels("reference", "tiles")
 OURS = "rlstab_jax"
+FLOAT32 = Precision()
 Cell = dict[str, Any]
 
 
@@ -114,7 +115,7 @@ QUICK = Scale(
 def parameters(config: ModelConfig, seed: int = 0) -> dict:
     """Seeded float32 parameters at the scale of the model's own initialisation, drawn by NumPy: compiles nothing."""
     generator = np.random.default_rng(seed)
-    model = Transformer(config, Precision(), KERNELS)
+    model = Transformer(config, FLOAT32, KERNELS)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))
 
     def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -150,7 +151,7 @@ def ours(
     rows: int,
     response: int,
     lengths: np.ndarray | None = None,
-    precision: Precision = Precision(),
+    precision: Precision = FLOAT32,
     record_routes: bool = True,
 ) -> Contender:
     """This engine's `sample`. It records the log-probs of its draws, and routes unless told not to."""
@@ -194,7 +195,7 @@ def peers_table(scale: Scale, threads: int) -> list[Cell]:
 
 def prompt_logits(scale: Scale, prompts: np.ndarray) -> np.ndarray:
     """This engine's logits of the prompts, [batch, prompt, vocab]."""
-    model, variables = Transformer(scale.model, Precision(), KERNELS), {"params": parameters(scale.model)}
+    model, variables = Transformer(scale.model, FLOAT32, KERNELS), {"params": parameters(scale.model)}
 
     @jax.jit
     def logits(variables: dict) -> jax.Array:
@@ -261,7 +262,7 @@ def continuous_table(scale: Scale, threads: int) -> list[Cell]:
 
     buffer = scale.buffers[-1]
     lengths = long_tailed(scale.waiting, buffer)
-    model, variables = Transformer(scale.model, Precision(), KERNELS), prepare(parameters(scale.model), Precision())
+    model, variables = Transformer(scale.model, FLOAT32, KERNELS), prepare(parameters(scale.model), FLOAT32)
     prompts = jnp.asarray(prompts_of(scale, scale.waiting))
     mask = jnp.ones(prompts.shape, bool)
     keys = sample_keys(jax.random.key(0), 0, range(scale.waiting), 1)

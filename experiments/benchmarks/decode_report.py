@@ -160,10 +160,11 @@ def tables(results: dict[str, dict[str, Any]]) -> str:
 
 ABOUT = """# Decode
 
-`python -m experiments.benchmarks.decode` measures, `--draw` makes this page and the picture from the JSON files. Each number is a median with its
-quartiles over interleaved repetitions; ratios are paired within a repetition. What each table compares is in
-[`decode.py`](../../decode.py), how the peers get the same weights and how they are installed in [`peers.py`](../../peers.py). Peak memory is what
-a run needs beyond the weights and what its process held before.
+`python -m experiments.benchmarks.decode` measures; with `--draw` it makes this page and the picture from the JSON files
+alone. Each number is a median with its quartiles over interleaved repetitions; ratios are paired within a repetition.
+[`decode.py`](../../decode.py) says what each table compares, [`peers.py`](../../peers.py) how the peers get the same
+weights and how they are installed. Peak memory is what a run needs beyond what its process held before, weights
+included in the latter.
 
 ![Speeds, and what choices cost](decode.png)
 
