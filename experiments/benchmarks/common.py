@@ -166,7 +166,7 @@ def environment() -> dict[str, Any]:
 
 
 def held_to(threads: int, module: str, arguments: Sequence[str]) -> Any:
-    """Runs ``python -m module arguments --worker FILE`` on so many cores, and returns what it wrote to FILE as JSON.
+    """Runs ``python -m module arguments --worker FILE`` on so many CPU cores; returns what it wrote to FILE as JSON.
 
     A process of its own, since XLA sizes its thread pool when it starts: by the cores that the process may use. Linux.
     """
@@ -177,6 +177,7 @@ def held_to(threads: int, module: str, arguments: Sequence[str]) -> Any:
         raise UserError(f"--threads {threads}: this process may use {len(cores)} cores")
     alone = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1" if threads == 1 else ""
     variables = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    variables["JAX_PLATFORMS"] = "cpu"
     variables["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {alone}".strip()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"

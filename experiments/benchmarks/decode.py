@@ -1,4 +1,4 @@
-"""How fast the inference engine decodes: against its peers, and what each of its own choices costs.
+"""How fast the inference engine decodes on a CPU: against its peers, and what each of its own choices costs.
 
 Tables, each with its own JSON file of raw seconds:
 
@@ -37,13 +37,13 @@ import numpy as np
 from experiments.benchmarks import bandwidth, decode_report, peers
 from experiments.benchmarks.common import Contender, Missing, environment, held_to, measure, write_json
 from rlstab_jax.inference import Sampling, prepare, sample, sample_keys
-from rlstab_jax.models import Kernels, ModelConfig, Precision, Transformer, fp8
+from rlstab_jax.models import Kernels, ModelConfig, Precision, Transformer, fp8, resolve_kernels
 from rlstab_jax.models.precision import Format
 from rlstab_jax.models.transformer import forward, logits_of
 from rlstab_jax.types import UserError
 
 RESULTS = Path("experiments/benchmarks/results/decode")
-KERNELS = Kernels("reference", "tiles")
+KERNELS = resolve_kernels(Kernels(), "cpu")
 OURS = "rlstab_jax"
 FLOAT32 = Precision()
 Cell = dict[str, Any]
@@ -340,7 +340,7 @@ def main(arguments: list[str] | None = None) -> None:
             else:
                 runs = [in_process(table, scale, threads) for threads in options.threads]
             cells = [cell for run in runs for cell in run["cells"][table]]
-            settings = dataclasses.asdict(scale)
+            settings = dataclasses.asdict(scale) | {"kernels": dataclasses.asdict(KERNELS)}
             result = {"environment": runs[0]["environment"], "settings": settings, "cells": cells}
             write_json(options.out / f"{table}.json", result)
     results = {p.stem: json.loads(p.read_text()) for p in sorted(options.out.glob("*.json"))}
