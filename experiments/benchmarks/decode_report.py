@@ -230,7 +230,9 @@ def lines_panel(
         style = {"color": COLOURS[i], "marker": MARKERS.get(threads, "x"), "label": f"threads: {threads}", "ls": "none"}
         bars(axis, np.arange(len(labels)) + 0.12 * i, spreads, **style)
         axis.set_xticks(range(len(labels)), labels)
-    axis.set_ylim(min(0, axis.get_ylim()[0]), None)
+        axis.set_xlim(-0.4, len(labels) - 0.4)
+    low, high = axis.get_ylim()
+    axis.set_ylim(min(0, low), 1.1 * high)
     axis.legend(fontsize=8)
 
 
@@ -256,6 +258,8 @@ def batch_panel(axis: Any, cells: Sequence[Cell]) -> None:
         style = {"color": COLOURS[i], "marker": MARKERS.get(threads, "x"), "label": f"threads: {threads}"}
         bars(axis, [int(r["name"]) for r in found], [Spread.of(rates(r)) for r in found], **style)
     axis.set(xscale="log", yscale="log", xlabel="rows", ylabel="tokens/s")
+    axis.set_xticks([int(r["name"]) for r in cells[0]["contenders"]], [r["name"] for r in cells[0]["contenders"]])
+    axis.minorticks_off()
     axis.legend(fontsize=8)
 
 
@@ -273,7 +277,7 @@ def continuous_panel(axis: Any, cells: Sequence[Cell]) -> None:
         return [r["name"] for r in results], [Spread.of(rates(r)) for r in results]
 
     lines_panel(axis, cells, points)
-    axis.set(xlim=(-0.5, 1.6), ylabel="tokens/s")
+    axis.set_ylabel("tokens/s")
 
 
 PANELS: dict[str, Callable[[Any, Sequence[Cell]], None]] = {

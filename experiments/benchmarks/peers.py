@@ -3,8 +3,9 @@
     pip install torch==2.13.0              # first, and on a machine without a GPU the CPU build of it
     pip install -e '.[bench]'
 
-The extra holds transformers back to a release that shares an environment with Tunix 0.1.7, whose sampler does not use
-what they disagree about. `pip install -U transformers` afterwards takes the newest, and pip's warning may be ignored.
+The extra holds transformers back to the last release that shares an environment with Tunix 0.1.7; its sampler does not
+use what they disagree about. `pip install -U transformers` afterwards takes the newest, which is the fairer peer, and
+what pip then says about `datasets` may be ignored.
 """
 
 import importlib.metadata

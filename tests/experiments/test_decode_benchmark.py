@@ -105,7 +105,7 @@ def test_bytes_by_hand() -> None:
 
 
 def test_quick_run_writes_numbers_table_and_picture(tmp_path: Path) -> None:
-    decode.main(["--quick", "--tables", "peers", "recording", "--out", str(tmp_path)])
+    decode.main(["--quick", "--tables", "peers", "recording", "continuous", "--out", str(tmp_path)])
     found = json.loads((tmp_path / "peers.json").read_text())
     (cell,) = found["cells"]
     rows = cell["batch"]
@@ -116,11 +116,16 @@ def test_quick_run_writes_numbers_table_and_picture(tmp_path: Path) -> None:
     assert found["environment"]["versions"].keys() >= {"jax", "jaxlib", "numpy"}
     (cell,) = json.loads((tmp_path / "recording.json").read_text())["cells"]
     assert [r["name"] for r in cell["contenders"]] == ["routes recorded", "not recorded"]
+    (cell,) = json.loads((tmp_path / "continuous.json").read_text())["cells"]
+    lengths = decode.long_tailed(cell["prompts"], cell["buffer"])
+    assert cell["equal_rows"] == 1
+    assert [r["amount"] for r in cell["contenders"]] == [lengths.sum()] * 2
     text = (tmp_path / "README.md").read_text()
     assert "left out of a quick run" in text
     assert decode_report.cost(*cell["contenders"]).text("+.1f") in text
     assert (tmp_path / "decode.png").stat().st_size > 10_000
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "decode.png", "peers.json", "recording.json"]
+    written = {"README.md", "decode.png", "peers.json", "recording.json", "continuous.json"}
+    assert {p.name for p in tmp_path.iterdir()} == written
 
 
 def test_imports_without_grain_and_tyro() -> None:
