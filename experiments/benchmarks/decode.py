@@ -1,0 +1,366 @@
+"""How fast the inference engine decodes on a CPU: against its peers, and what each of its own choices costs.
+
+Tables, each with its own JSON file of raw seconds:
+
+  peers       this engine, Hugging Face transformers (`generate`) and Tunix's sampler on the same weights, prompts and
+              lengths, interleaved in one process. This engine also records log-probs and routes; the peers do what
+              they do by default. Every engine draws at temperature 1 from the full vocabulary, none stops early.
+  recording   routes recorded or not
+  precision   each number format of weights, activations and KV cache, and each dtype
+  batch       1 to 256 rows
+  length      response buffers of 32 to 1024 tokens, lengths with a long tail (lognormal, sigma 1, mean 1/8, cut)
+  continuous  finished rows give their slot to waiting prompts, against plain batches in order
+
+    python -m experiments.benchmarks.decode                        # all tables, with 1 and with 2 threads; Linux
+    python -m experiments.benchmarks.decode --tables peers         # one table; the others stay as they were measured
+    python -m experiments.benchmarks.decode --draw                 # README.md and the picture from the JSON files alone
+    python -m experiments.benchmarks.decode --quick --out DIR      # a smoke test: tiny, this engine only
+    python -m experiments.benchmarks.decode --gpu --out DIR        # on a GPU: bytes moved against the copy bandwidth
+
+Peers come with `pip install -e '.[bench]'`; `experiments/benchmarks/peers.py` says how Tunix joins them. A peer that
+is not installed is named in the table as missing.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.benchmarks import bandwidth, decode_report, peers
+from experiments.benchmarks.common import Contender, Missing, environment, held_to, measure, write_json
+from rlstab_jax.inference import Sampling, prepare, sample, sample_continuously, sample_keys
+from rlstab_jax.models import Kernels, ModelConfig, Precision, Transformer, fp8, resolve_kernels
+from rlstab_jax.models.precision import Format
+from rlstab_jax.models.transformer import forward, logits_of
+from rlstab_jax.types import UserError
+
+RESULTS = Path("experiments/benchmarks/results/decode")
+KERNELS = resolve_kernels(Kernels(), "cpu")
+OURS = "rlstab_jax"
+FLOAT32 = Precision()
+Cell = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """Sizes of the benchmark: `FULL` is the one that is published, `QUICK` a smoke test."""
+
+    model: ModelConfig
+    """Sizes of the model; all layers MoE, the head untied."""
+    prompt: int
+    """Tokens of each prompt."""
+    response: int
+    """New tokens of each row, where lengths are equal."""
+    batches: tuple[int, ...]
+    """Rows, for the tables `peers` and `recording`."""
+    sweep: tuple[int, ...]
+    """Rows, for the table `batch`."""
+    buffers: tuple[int, ...]
+    """Lengths of the response buffer, for the table `length`."""
+    rows: int
+    """Rows of the tables `precision` and `length`, and slots of `continuous`."""
+    waiting: int
+    """Prompts of the table `continuous`; a multiple of ``rows``."""
+    repetitions: int
+    """Timed runs of each contender; long ones run fewer."""
+    peers: bool
+    """Whether other libraries take part."""
+
+
+FULL = Scale(
+    model=ModelConfig(
+        vocab_size=512,
+        num_layers=4,
+        embed_dim=128,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        num_experts=8,
+        experts_per_token=2,
+        expert_dim=256,
+        rope_theta=1e6,
+    ),
+    prompt=32,
+    response=64,
+    batches=(64, 256),
+    sweep=(1, 4, 16, 64, 256),
+    buffers=(32, 128, 512, 1024),
+    rows=64,
+    waiting=512,
+    repetitions=9,
+    peers=True,
+)
+QUICK = Scale(
+    model=dataclasses.replace(FULL.model, num_layers=1, embed_dim=16, head_dim=8, expert_dim=16, vocab_size=32),
+    prompt=4,
+    response=4,
+    batches=(2,),
+    sweep=(1, 2),
+    buffers=(32,),
+    rows=2,
+    waiting=6,
+    repetitions=2,
+    peers=False,
+)
+
+
+def parameters(config: ModelConfig, seed: int = 0) -> dict:
+    """Seeded float32 parameters at the scale of the model's own initialisation, drawn by NumPy: compiles nothing."""
+    generator = np.random.default_rng(seed)
+    model = Transformer(config, FLOAT32, KERNELS)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))
+
+    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        name = path[-1].key
+        if name == "gain":
+            return jnp.ones(leaf.shape, jnp.float32)
+        fan_in = 1 if name == "embedding" else leaf.shape[-2]
+        return jnp.asarray(generator.standard_normal(leaf.shape).astype(np.float32) * np.float32(fan_in**-0.5))
+
+    return jax.tree_util.tree_map_with_path(draw, shapes["params"])
+
+
+def prompts_of(scale: Scale, rows: int) -> np.ndarray:
+    """Prompts without padding, [rows, scale.prompt]."""
+    return np.random.default_rng(1).integers(0, scale.model.vocab_size, (rows, scale.prompt)).astype(np.int32)
+
+
+def long_tailed(rows: int, longest: int, seed: int = 0) -> np.ndarray:
+    """Response lengths [rows]: lognormal of sigma 1 and mean ``longest`` / 8, cut to [1, longest]."""
+    drawn = np.random.default_rng(seed).lognormal(np.log(longest / 8) - 0.5, 1.0, rows)
+    return np.clip(np.round(drawn), 1, longest).astype(np.int32)
+
+
+def sampling_of(lengths: np.ndarray | None) -> Sampling:
+    """Temperature 1, full vocabulary, no stop token; each row as long as ``lengths`` says, or as its buffer."""
+    temperature = np.float32(1.0)
+    return Sampling(temperature) if lengths is None else Sampling(temperature, max_new_tokens=lengths)
+
+
+def ours(
+    name: str,
+    scale: Scale,
+    rows: int,
+    response: int,
+    lengths: np.ndarray | None = None,
+    precision: Precision = FLOAT32,
+    record_routes: bool = True,
+) -> Contender:
+    """This engine's `sample`. It records the log-probs of its draws, and routes unless told not to."""
+    model, variables = Transformer(scale.model, precision, KERNELS), prepare(parameters(scale.model), precision)
+    prompts = jnp.asarray(prompts_of(scale, rows))
+    keys = sample_keys(jax.random.key(0), 0, range(rows), 1)
+
+    def run() -> object:
+        rollout = sample(
+            model,
+            variables,
+            prompts,
+            jnp.ones(prompts.shape, bool),
+            keys,
+            sampling_of(lengths),
+            response_length=response,
+            record_routes=record_routes,
+        )
+        return jax.block_until_ready(rollout)
+
+    return Contender(name, run, rows * response if lengths is None else int(lengths.sum()))
+
+
+def peers_table(scale: Scale, threads: int) -> list[Cell]:
+    """This engine and its peers, at each batch size."""
+    cells = []
+    for rows in scale.batches:
+        differences: dict[str, float] = {}
+        others: list[Contender | Missing] = [
+            Missing(name, "left out of a quick run") for name in (*peers.HUGGING_FACE, peers.TUNIX)
+        ]
+        if scale.peers:
+            prompts = prompts_of(scale, rows)
+            reference = prompt_logits(scale, prompts)
+            params = jax.tree.map(np.asarray, parameters(scale.model))
+            others, differences = peers.contenders(scale.model, params, prompts, scale.response, reference, threads)
+        engines = [ours(OURS, scale, rows, scale.response), *others]
+        cells.append({"batch": rows, "differences": differences, "contenders": measure(engines, scale.repetitions)})
+    return cells
+
+
+def prompt_logits(scale: Scale, prompts: np.ndarray) -> np.ndarray:
+    """This engine's logits of the prompts, [batch, prompt, vocab]."""
+    model, variables = Transformer(scale.model, FLOAT32, KERNELS), {"params": parameters(scale.model)}
+
+    @jax.jit
+    def logits(variables: dict) -> jax.Array:
+        hidden = forward(model, variables, jnp.asarray(prompts), jnp.ones(prompts.shape, bool)).hidden
+        return logits_of(model, variables, hidden.reshape(-1, hidden.shape[-1])).reshape(*prompts.shape, -1)
+
+    return np.asarray(logits(variables))
+
+
+def recording_table(scale: Scale, threads: int) -> list[Cell]:
+    """Routes recorded or not. The two are close, so that they run more often."""
+    return [
+        {
+            "batch": rows,
+            "contenders": measure(
+                [
+                    ours("routes recorded", scale, rows, scale.response),
+                    ours("not recorded", scale, rows, scale.response, record_routes=False),
+                ],
+                3 * scale.repetitions,
+            ),
+        }
+        for rows in scale.batches
+    ]
+
+
+def precisions() -> dict[str, Precision]:
+    """Every dtype, then every format in weights, activations and KV cache alike."""
+    dtypes = {dtype: Precision(dtype=dtype) for dtype in get_args(get_type_hints(Precision)["dtype"])}
+    return dtypes | {format: fp8(format) for format in get_args(Format) if format != "none"}
+
+
+def precision_table(scale: Scale, threads: int) -> list[Cell]:
+    engines = [ours(name, scale, scale.rows, scale.response, precision=p) for name, p in precisions().items()]
+    return [{"batch": scale.rows, "contenders": measure(engines, scale.repetitions)}]
+
+
+def batch_table(scale: Scale, threads: int) -> list[Cell]:
+    engines = [ours(str(rows), scale, rows, scale.response) for rows in scale.sweep]
+    return [{"contenders": measure(engines, scale.repetitions)}]
+
+
+def length_table(scale: Scale, threads: int) -> list[Cell]:
+    """A plain batch runs until its longest row is done: tokens per second count the tokens of the responses alone."""
+    cells = []
+    for buffer in scale.buffers:
+        lengths = long_tailed(scale.rows, buffer)
+        engine = ours(OURS, scale, scale.rows, buffer, lengths)
+        cells.append(
+            {
+                "buffer": buffer,
+                "batch": scale.rows,
+                "mean": float(lengths.mean()),
+                "longest": int(lengths.max()),
+                "contenders": measure([engine], max(scale.repetitions // 3, 1)),
+            }
+        )
+    return cells
+
+
+def continuous_table(scale: Scale, threads: int) -> list[Cell]:
+    """Continuous batching in ``rows`` slots, against batches of as many rows in order, on the same keys and lengths."""
+    buffer = scale.buffers[-1]
+    lengths = long_tailed(scale.waiting, buffer)
+    model, variables = Transformer(scale.model, FLOAT32, KERNELS), prepare(parameters(scale.model), FLOAT32)
+    prompts = prompts_of(scale, scale.waiting)
+    mask = np.ones(prompts.shape, bool)
+    keys = sample_keys(jax.random.key(0), 0, range(scale.waiting), 1)
+    drawn: dict[str, np.ndarray] = {}
+
+    def continuous() -> None:
+        rollout = sample_continuously(
+            model, variables, prompts, mask, keys, sampling_of(lengths), response_length=buffer, slots=scale.rows
+        )
+        drawn["continuous"] = np.asarray(jax.block_until_ready(rollout).tokens)
+
+    def plain() -> None:
+        batches = [slice(i, i + scale.rows) for i in range(0, scale.waiting, scale.rows)]
+        rollouts = [
+            sample(model, variables, prompts[b], mask[b], keys[b], sampling_of(lengths[b]), response_length=buffer)
+            for b in batches
+        ]
+        drawn["plain"] = np.concatenate([np.asarray(r.tokens) for r in jax.block_until_ready(rollouts)])
+
+    total = int(lengths.sum())
+    engines = [Contender("continuous batching", continuous, total), Contender("plain batches", plain, total)]
+    results = measure(engines, max(scale.repetitions // 3, 1))
+    return [
+        {
+            "prompts": scale.waiting,
+            "slots": scale.rows,
+            "buffer": buffer,
+            "mean": float(lengths.mean()),
+            "longest": int(lengths.max()),
+            # Keys, and so draws, do not depend on the slot: rows differ only where two tokens tie to rounding.
+            "equal_rows": float((drawn["continuous"] == drawn["plain"]).all(1).mean()),
+            "contenders": results,
+        }
+    ]
+
+
+TABLES: dict[str, Callable[[Scale, int], list[Cell]]] = {
+    "peers": peers_table,
+    "recording": recording_table,
+    "precision": precision_table,
+    "batch": batch_table,
+    "length": length_table,
+    "continuous": continuous_table,
+}
+
+
+def measured(tables: list[str], scale: Scale, threads: int) -> dict[str, Any]:
+    """The cells of those tables in this process, by table, and the machine."""
+    cells = {}
+    for table in tables:
+        print(f"{table}, {threads} thread{'s' * (threads > 1)}", file=sys.stderr, flush=True)
+        cells[table] = [{"threads": threads} | cell for cell in TABLES[table](scale, threads)]
+    return {"environment": environment(), "cells": cells}
+
+
+def in_process(table: str, scale: Scale, threads: int) -> dict[str, Any]:
+    """`measured` of one table, in a process of its own that is held to so many threads."""
+    arguments = ["--tables", table, "--threads", str(threads), "--repetitions", str(scale.repetitions)]
+    return held_to(threads, "experiments.benchmarks.decode", arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    scale = QUICK if options.quick else FULL
+    if options.repetitions:
+        scale = dataclasses.replace(scale, repetitions=options.repetitions)
+    if options.worker:
+        write_json(options.worker, measured(options.tables, scale, options.threads[0]))
+        return
+    if options.gpu:
+        write_json(options.out / "bandwidth.json", bandwidth.study(bandwidth.TINY if options.quick else bandwidth.FULL))
+    elif not options.draw:
+        for table in options.tables:
+            if options.quick:  # takes the cores that it finds
+                runs = [measured([table], scale, os.cpu_count() or 1)]
+            else:
+                runs = [in_process(table, scale, threads) for threads in options.threads]
+            cells = [cell for run in runs for cell in run["cells"][table]]
+            settings = dataclasses.asdict(scale) | {"kernels": dataclasses.asdict(KERNELS)}
+            result = {"environment": runs[0]["environment"], "settings": settings, "cells": cells}
+            write_json(options.out / f"{table}.json", result)
+    results = {p.stem: json.loads(p.read_text()) for p in sorted(options.out.glob("*.json"))}
+    if not results:
+        raise UserError(f"{options.out} holds no results: measure first")
+    decode_report.write_report(options.out, results)
+    print(decode_report.tables(results))
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=list(TABLES), help="which to measure")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="cores of each run (1 2)")
+    parser.add_argument("--repetitions", type=int, default=0, help="timed runs of each contender (9)")
+    parser.add_argument("--quick", action="store_true", help="a smoke test, under a minute")
+    parser.add_argument("--gpu", action="store_true", help="bytes moved per token against the copy bandwidth")
+    parser.add_argument("--draw", action="store_true", help="measure nothing")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder to write to")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()
