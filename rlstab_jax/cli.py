@@ -56,7 +56,7 @@ class DiagnoseOptions:
     out: Path | None = None
     """Directory for gaps.json and gaps.png; runs/diagnose-<config> by default."""
     precisions: tuple[str, ...] = ("float32", "bfloat16", "fp8_e4m3", "fp8_e4m3_router_exempt", "fp8_e5m2")
-    """Number formats of the inference engine; fp8_e4m3_weights is another."""
+    """Number formats of the inference engine; others are fp8_e4m3_weights, fp8_e4m3_blocks, float16, int8, fp4_e2m1."""
     prompts: int = 64
     """Held-out prompts to answer, with --samples-per-prompt responses each."""
     compilation_cache: Path | None = TrainOptions.compilation_cache

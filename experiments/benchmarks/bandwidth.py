@@ -132,7 +132,7 @@ def parameters(load: Load) -> dict:
 
 def study(load: Load) -> dict[str, Any]:
     """Decode and copy, interleaved. A decode's seconds are those of a rollout less those of one that only prefills."""
-    kernels = resolve_kernels(Kernels(), jax.default_backend())
+    kernels = resolve_kernels(Kernels(), jax.default_backend()).for_inference()
     model, variables = Transformer(load.model, load.precision, kernels), parameters(load)
     prompts = np.random.default_rng(0).integers(0, load.model.vocab_size, (load.batch, load.prompt)).astype(np.int32)
     keys = sample_keys(jax.random.key(0), 0, range(load.batch), 1)

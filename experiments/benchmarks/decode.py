@@ -43,7 +43,7 @@ from rlstab_jax.models.transformer import forward, logits_of
 from rlstab_jax.types import UserError
 
 RESULTS = Path("experiments/benchmarks/results/decode")
-KERNELS = resolve_kernels(Kernels(), "cpu")
+KERNELS = resolve_kernels(Kernels(), "cpu").for_inference()
 OURS = "rlstab_jax"
 FLOAT32 = Precision()
 Cell = dict[str, Any]

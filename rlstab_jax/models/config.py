@@ -20,6 +20,10 @@ class Kernels:
     decode_experts: Literal["auto", "dense", "tiles", "grouped", "ragged_dot"] = "auto"
     """grouped moves no weights; the others are those of ``experts``."""
 
+    def for_inference(self) -> "Kernels":
+        """Those of an inference engine, which needs no gradients: its prefill uses the experts of its decode steps."""
+        return dataclasses.replace(self, experts=self.decode_experts)
+
 
 def resolve_kernels(kernels: Kernels, platform: str) -> Kernels:
     """Replaces ``auto`` by what suits the hardware. Raises UserError where an explicit kernel does not exist there.

@@ -18,7 +18,7 @@ import numpy as np
 
 from rlstab_jax.inference import prepare, sample, sample_keys
 from rlstab_jax.learner.score import policy_scores
-from rlstab_jax.models import Precision, Transformer, fp8
+from rlstab_jax.models import Precision, Transformer, fp8, quantised
 from rlstab_jax.rundir import plain
 from rlstab_jax.stability.gaps import discrepancy, routing_discrepancy
 from rlstab_jax.stability.reduce import Statistics, mean_of, merge
@@ -36,7 +36,11 @@ PRECISIONS = {
     "fp8_e4m3": fp8("float8_e4m3fn"),
     "fp8_e4m3_router_exempt": fp8("float8_e4m3fn", quantise_router=False),
     "fp8_e4m3_weights": Precision(weights="float8_e4m3fn"),
+    "fp8_e4m3_blocks": fp8("float8_e4m3fn", scales="block"),
     "fp8_e5m2": fp8("float8_e5m2"),
+    "float16": Precision(dtype="float16"),
+    "int8": quantised("int8"),
+    "fp4_e2m1": quantised("float4_e2m1fn"),
 }
 
 
@@ -225,7 +229,7 @@ def _responses(engines: Engines, params: dict, asked: list[Prompt], precision: P
     config = engines.config
     tokens, mask = encode_prompts(asked, engines.task.tokenizer, config.rollout.prompt_length)
     return sample(
-        Transformer(config.model, precision, config.kernels),
+        Transformer(config.model, precision, config.kernels.for_inference()),
         prepare(params, precision, engines.mesh),
         engines.place_rows(tokens),
         engines.place_rows(mask),

@@ -169,7 +169,7 @@ def build(config: RunConfig) -> Engines:
         config=config,
         task=task,
         mesh=mesh,
-        inference=Transformer(model, rollout.precision, kernels),
+        inference=Transformer(model, rollout.precision, kernels.for_inference()),
         training=training,
         objective=objective,
         numbers=config.learner.numbers(),
