@@ -1,6 +1,7 @@
 """The sampler records what it really did: log-probs, routes, masks (identities 3, 6, 7 and 11 of DESIGN.md)."""
 
 import dataclasses
+import re
 from functools import partial
 
 import jax
@@ -320,6 +321,17 @@ def test_one_trace_for_all_numbers() -> None:
             assert result.response_mask.sum(1).max() == 3
     assert once <= before + 1
     assert sample_batch._cache_size() <= once + 1  # max_new_tokens as an array instead of the default integer
+
+
+def test_a_step_copies_no_cache() -> None:
+    """In the compiled loop over tokens, arrays of a cache's shape come from their update in place alone."""
+    arguments = (tiny.model(), prepare(tiny.parameters(), tiny.FLOAT32), *tiny.prompts(), tiny.keys(), tiny.sampling())
+    options = {"response_length": 10, "samples_per_prompt": 2, "support": 0, "record_routes": True}
+    program = sample_batch.lower(*arguments, **options).compile().as_text()
+    made = re.findall(r"f32\[8,2,(?:8,9|9,8)\]\S* ([\w-]+)\(.*op_name=\"[^\"]*while/body/Block[^\"]*?(\w+)\"", program)
+    assert len(made) >= 8  # keys and values of four layers
+    assert {op for op, _ in made} <= {"fusion", "dynamic-update-slice", "bitcast"}, made
+    assert {name for op, name in made if op != "bitcast"} == {"dynamic_update_slice"}, made
 
 
 def test_more_than_255_experts_need_sixteen_bits() -> None:
