@@ -165,8 +165,8 @@ def test_what_the_updates_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_gap(metrics: loop.Metrics, prefix: str) -> bool:
-    """|log ratio| < 1e-5 on every token, and so no KL to that order."""
-    largest = metrics[f"{prefix}/max_ratio"] - 1 < 1e-5
+    """No KL but float32's noise on any token: 1e-5 for parameters as they are, here three times as large."""
+    largest = metrics[f"{prefix}/max_ratio"] - 1 < 3e-5
     return largest and abs(metrics[f"{prefix}/k1"]) < 1e-5 and metrics[f"{prefix}/k3"] < 1e-9
 
 
