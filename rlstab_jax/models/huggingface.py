@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from rlstab_jax.models.config import Kernels, ModelConfig
-from rlstab_jax.models.hf_config import Architecture, Json, architecture_for, read_json, read_model_config
+from rlstab_jax.models.hf_config import Architecture, architecture_for, read_json, read_model_config
 from rlstab_jax.models.safetensors_io import Source, Tensor, read_checkpoint, write_checkpoint
 from rlstab_jax.models.sharding import logical_axes
 from rlstab_jax.models.transformer import Transformer
@@ -288,7 +288,7 @@ def _fetch(leaf: jax.Array, slot: Slot) -> np.ndarray:
     """The tensor of ``slot`` from the shards that hold it."""
     values = np.empty(leaf.shape[len(slot.index) :], leaf.dtype)
     for shard in leaf.addressable_shards:
-        bounds = _bounds(shard.index, leaf.shape)
+        bounds = _bounds(shard.index or (), leaf.shape)
         if shard.replica_id == 0 and _inside(slot.index, bounds):
             index = [i - bound[0] for i, bound in zip(slot.index, bounds, strict=False)]
             at = tuple(slice(*bound) for bound in bounds[len(index) :])

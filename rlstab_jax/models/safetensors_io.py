@@ -61,7 +61,7 @@ class Tensor:
         values = np.empty(((last - first) * step,), np.uint8)
         with open(self.file, "rb") as file:
             file.seek(self.start + first * step)
-            if file.readinto(memoryview(values)) != values.size:
+            if file.readinto(values.data) != values.size:
                 raise UserError(f"{self.file}: the file ends within {self.name}: it is truncated, fetch it again")
         return values.view(self.dtype).reshape((last - first, *self.shape[1:]) if self.shape else ())
 
@@ -188,4 +188,4 @@ def _write_file(file: BinaryIO, sources: Sequence[Source]) -> None:
         values = np.ascontiguousarray(source.fetch(), dtype=source.dtype)
         if values.shape != source.shape:
             raise ValueError(f"{source.name} has shape {values.shape}, expected {source.shape}")
-        file.write(memoryview(values.reshape(-1).view(np.uint8)))
+        file.write(values.reshape(-1).view(np.uint8).data)
