@@ -233,7 +233,7 @@ def _fill(
 ) -> jax.Array:
     """One parameter from its tensors, in place: each piece goes to the devices whose shards it meets."""
     places = {
-        device: _bounds(index, shape) for device, index in sharding.addressable_devices_indices_map(shape).items()
+        device: _bounds(index or (), shape) for device, index in sharding.addressable_devices_indices_map(shape).items()
     }
     shard = sharding.shard_shape(shape)
     buffers = {device: jnp.zeros(shard, dtype, device=device) for device in places}
@@ -253,7 +253,7 @@ def _fill(
                 start = [i - bound[0] for i, bound in zip(slot.index, bounds, strict=False)] + start
                 sent = jax.device_put(piece, device)
                 buffers[device] = _write(buffers[device], sent, np.array(start, np.int32), slot.transpose)
-            jax.block_until_ready(buffers)  # else pieces that wait for their turn would pile up
+            jax.block_until_ready(list(buffers.values()))  # else pieces that wait for their turn would pile up
     return jax.make_array_from_single_device_arrays(shape, sharding, list(buffers.values()))
 
 
