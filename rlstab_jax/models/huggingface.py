@@ -27,7 +27,7 @@ from rlstab_jax.parallel.sharding import TRAINING, Rules, check_divides, shardin
 from rlstab_jax.types import UserError
 
 DType = Literal["float32", "bfloat16", "float16"]
-PIECE = 2**25  # bytes of a tensor that are on the host at a time
+PIECE = 2**23  # bytes of a tensor that are on the host at a time
 SHARD_BYTES = 5 * 10**9  # of an exported file
 
 
