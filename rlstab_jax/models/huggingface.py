@@ -235,8 +235,10 @@ def _fill(
     places = {
         device: _bounds(index or (), shape) for device, index in sharding.addressable_devices_indices_map(shape).items()
     }
-    shard = sharding.shard_shape(shape)
-    buffers = {device: jnp.zeros(shard, dtype, device=device) for device in places}
+    buffers = {}
+    for device in places:
+        with jax.default_device(device):  # `zeros(device=...)` would make them elsewhere first
+            buffers[device] = jax.device_put(jnp.zeros(sharding.shard_shape(shape), dtype), device)
     for tensor, slot in parts:
         holders = {device: bounds for device, bounds in places.items() if _inside(slot.index, bounds)}
         for first, last in _pieces(tensor) if holders else ():
