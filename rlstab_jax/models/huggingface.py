@@ -7,7 +7,7 @@ into buffers that lie on the devices already: on the host there is never more th
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -101,7 +101,12 @@ def leaf_of(tree: dict, path: Sequence[str]) -> jax.Array:
 
 
 def import_model(
-    directory: Path, mesh: Mesh, *, dtype: DType = "float32", rules: Rules = TRAINING
+    directory: Path,
+    mesh: Mesh,
+    *,
+    dtype: DType = "float32",
+    rules: Rules = TRAINING,
+    begin: Callable[[], None] = lambda: None,
 ) -> tuple[ModelConfig, dict, DType]:
     """Reads a checkpoint onto ``mesh``.
 
@@ -112,6 +117,7 @@ def import_model(
         as checkpoints are published, or stacked.
       dtype: of the result.
       rules: the table by which parameters are split.
+      begin: is called when the headers of all files have been checked, before the first tensor is read.
 
     Returns:
       The model's sizes, its parameters, and the dtype of the checkpoint (float32 if it has several).
@@ -126,6 +132,7 @@ def import_model(
     tensors = _fitting(read_checkpoint(directory), config, shapes, directory)
     names = logical_axes(shapes)
     check_divides(mesh, shapes, names, rules)
+    begin()
     by_leaf: dict[tuple[str, ...], list[tuple[Tensor, Slot]]] = {}
     for name, slot in slots(config).items():
         by_leaf.setdefault(slot.leaf, []).append((tensors[name], slot))

@@ -86,8 +86,7 @@ def import_checkpoint(options: ImportOptions, say: Say = print, begin: Callable[
     if options.tokenizer:
         _check_tokenizer(directory, sizes)
     mesh = make_mesh(options.mesh)
-    begin()
-    model, params, source_dtype = import_model(directory, mesh, dtype=options.dtype)
+    model, params, source_dtype = import_model(directory, mesh, dtype=options.dtype, begin=begin)
     source = {"from": options.source, "revision": options.revision, "dtype": source_dtype}
     card = {"model": model, "dtype": options.dtype, "source": source}
     with _aside(options.out) as aside:
