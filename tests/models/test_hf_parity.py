@@ -34,7 +34,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"mlp_only_layers": [0], "norm_topk_prob": True, **ROPE}),
     "qwen3_moe_300": ("Qwen3Moe", {"head_dim": 6, "intermediate_size": 20, "moe_intermediate_size": 4}
         | {"num_experts": 300, "num_experts_per_tok": 5, "norm_topk_prob": False, "tie_word_embeddings": True}
-        | {"decoder_sparse_step": 2, "num_hidden_layers": 4}),
+        | {"decoder_sparse_step": 2}),
     "mixtral": ("Mixtral", {"head_dim": 10, "intermediate_size": 20, "num_local_experts": 5}),
     "olmoe": ("Olmoe", {"intermediate_size": 20, "num_key_value_heads": 2, "norm_topk_prob": False, **EXPERTS}),
     "qwen3": ("Qwen3", {"head_dim": 14, "intermediate_size": 20, "tie_word_embeddings": True}),
@@ -87,7 +87,10 @@ def test_logits_experts_and_gradients(made: tuple[Any, ModelConfig, dict, Path])
     log_probs = torch.log_softmax(logits[:, :-1], -1).gather(-1, torch.tensor(tokens)[:, 1:, None])
     log_probs.mean().backward()
 
-    of = jax.jit(jax.value_and_grad(partial(objective, config, tokens), has_aux=True))
+    of = jax.jit(
+        jax.value_and_grad(partial(objective, config, tokens), has_aux=True),
+        compiler_options={"xla_backend_optimization_level": 0},
+    )
     (value, (our_logits, routes)), gradient = of(params)
     np.testing.assert_allclose(our_logits, logits.detach(), atol=1e-4)
     np.testing.assert_allclose(value, log_probs.mean().detach(), atol=1e-5)

@@ -238,13 +238,13 @@ def test_an_index_that_is_wrong(tmp_path: Path) -> None:
 
 
 def test_on_meshes_and_in_little_memory() -> None:
-    """In a process of its own, with 8 virtual devices: the number of devices is fixed when JAX starts."""
+    """In a process of its own, with 4 virtual devices: the number of devices is fixed when JAX starts."""
     root = Path(__file__).parents[2]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     environment |= {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
     environment |= {"MALLOC_MMAP_THRESHOLD_": "262144"}  # what is freed goes back at once, and is not counted
     script = Path(__file__).with_name("import_on_meshes.py")
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("equal on") == 3
+    assert done.stdout.count("equal on") == 2
     assert "memory" in done.stdout
