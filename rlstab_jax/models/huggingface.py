@@ -6,11 +6,12 @@ into buffers that lie on the devices already: on the host there is never more th
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -235,6 +236,18 @@ def _inside(index: tuple[int, ...], bounds: Bounds) -> bool:
     return all(first <= i < last for i, (first, last) in zip(index, bounds, strict=False))
 
 
+def _met(slot: Slot, bounds: Bounds, first: int, last: int) -> tuple[tuple[slice, ...], np.ndarray]:
+    """Of rows ``first`` to ``last`` of a tensor: the part that lies in a shard, and where it begins in the shard."""
+    stacked = len(slot.index)
+    rows, *others = bounds[stacked:][::-1] if slot.transpose else bounds[stacked:]
+    low, high = max(first, rows[0]), min(last, rows[1])
+    begins = [low - rows[0], *(0 for _ in others)]
+    begins = begins[::-1] if slot.transpose else begins
+    leading = [i - bound[0] for i, bound in zip(slot.index, bounds, strict=False)]
+    part = (slice(low - first, high - first), *(slice(*bound) for bound in others))
+    return part, np.array([*leading, *begins], np.int32)
+
+
 def _fill(
     shape: tuple[int, ...], sharding: NamedSharding, dtype: np.dtype, parts: Sequence[tuple[Tensor, Slot]]
 ) -> jax.Array:
@@ -242,28 +255,25 @@ def _fill(
     places = {
         device: _bounds(index or (), shape) for device, index in sharding.addressable_devices_indices_map(shape).items()
     }
-    buffers = {}
+    shard = sharding.shard_shape(shape)
+    small = math.prod(shard) * dtype.itemsize <= PIECE  # put together on the host: nothing is compiled for it
+    write, make = (_write_host, np.zeros) if small else (_write, jnp.zeros)
+    buffers: dict[jax.Device, Any] = {}
     for device in places:
         with jax.default_device(device):  # `zeros(device=...)` would make them elsewhere first
-            buffers[device] = jax.device_put(jnp.zeros(sharding.shard_shape(shape), dtype), device)
+            buffers[device] = make(shard, dtype)
     for tensor, slot in parts:
         holders = {device: bounds for device, bounds in places.items() if _inside(slot.index, bounds)}
         for first, last in _pieces(tensor) if holders else ():
             values = tensor.read(first, last).astype(dtype, copy=False)
             for device, bounds in holders.items():
-                met = bounds[len(slot.index) :]
-                met = met[::-1] if slot.transpose else met
-                low, high = max(first, met[0][0]), min(last, met[0][1])
-                if low >= high:
-                    continue
-                piece = values[(slice(low - first, high - first), *(slice(*bound) for bound in met[1:]))]
-                start = [low - met[0][0]] + [0] * (len(met) - 1)
-                start = start[::-1] if slot.transpose else start
-                start = [i - bound[0] for i, bound in zip(slot.index, bounds, strict=False)] + start
-                sent = jax.device_put(piece, device)
-                buffers[device] = _write(buffers[device], sent, np.array(start, np.int32), slot.transpose)
+                part, start = _met(slot, bounds, first, last)
+                if part[0].start < part[0].stop:
+                    piece = values[part] if small else jax.device_put(values[part], device)
+                    buffers[device] = write(buffers[device], piece, start, slot.transpose)
             jax.block_until_ready(list(buffers.values()))  # else pieces that wait for their turn would pile up
-    return jax.make_array_from_single_device_arrays(shape, sharding, list(buffers.values()))
+    shards = [jax.device_put(buffer, device, may_alias=not small) for device, buffer in buffers.items()]
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
 @partial(jax.jit, static_argnames="transpose", donate_argnames="buffer")
@@ -272,6 +282,14 @@ def _write(buffer: Array, values: Array, start: Int[Array, "dim"], transpose: bo
     values = values.T if transpose else values
     values = values.reshape((1,) * (buffer.ndim - values.ndim) + values.shape)
     return jax.lax.dynamic_update_slice(buffer, values, list(start))
+
+
+def _write_host(buffer: np.ndarray, values: np.ndarray, start: np.ndarray, transpose: bool) -> np.ndarray:
+    """As `_write`, in NumPy."""
+    values = values.T if transpose else values
+    values = values.reshape((1,) * (buffer.ndim - values.ndim) + values.shape)
+    buffer[tuple(slice(i, i + n) for i, n in zip(start, values.shape, strict=True))] = values
+    return buffer
 
 
 def export_model(

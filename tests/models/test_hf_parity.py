@@ -112,7 +112,7 @@ def test_logits_experts_and_gradients(made: tuple[Any, ModelConfig, dict, Path])
         assert np.linalg.norm(ours - theirs) < 1e-3 * norm, place
 
 
-@every_case
+@pytest.mark.parametrize("case", [case for case in CASES if case != "qwen3_moe_300"])
 def test_greedy_generation(made: tuple[Any, ModelConfig, dict, Path]) -> None:
     """Row by row there, in one padded batch here."""
     model, config, params, _ = made

@@ -83,7 +83,7 @@ def test_where_each_tensor_lies(tmp_path: Path) -> None:
 def test_import_then_export_is_bit_identical(
     tmp_path: Path, dtype: type, pieces: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whole tensors or a few rows at a time, in one file or many. The library of the format agrees on what is there."""
+    """Put together on the host, or a few rows at a time on the device. The format's own library agrees on the bits."""
     monkeypatch.setattr("rlstab_jax.models.huggingface.PIECE", pieces)
     tensors = draw(dtype)
     tensors["model.norm.weight"][:3] = [-0.0, np.inf, jnp.finfo(dtype).smallest_subnormal]
