@@ -182,6 +182,30 @@ def test_what_import_refuses(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy"]
 
 
+def test_from_the_hub_the_config_is_judged_first(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str, list[str]]] = []
+    copy = tmp_path / "copy"
+    shutil.copytree(source, copy)
+
+    def fetch(repository: str, *, revision: str, allow_patterns: list[str]) -> str:
+        asked.append((repository, revision, allow_patterns))
+        return str(copy)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert main(["import-hf", "some/model", str(tmp_path / "out"), "--revision", "v1"]) == 0
+    card = json.loads((tmp_path / "out" / "model.json").read_text())
+    assert card["source"] == {"from": "some/model", "revision": "v1", "dtype": "bfloat16"}
+    assert asked[0] == ("some/model", "v1", ["config.json"])
+    assert {"model*.safetensors", "model.safetensors.index.json", "tokenizer.json"} <= set(asked[1][2])
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"clip_qkv": 8}))
+    line = refused(capsys, "import-hf", "some/model", tmp_path / "other")
+    assert "some/model/config.json: clip_qkv = 8 is not supported" in line
+    assert len(asked) == 3
+
+
 def test_what_export_refuses(imported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "is there already" in refused(capsys, "export-hf", imported, imported)
     assert "give a directory that import-hf wrote" in refused(capsys, "export-hf", tmp_path, tmp_path / "out")
