@@ -72,7 +72,7 @@ def read_json(path: Path) -> Json:
 def architecture_of(config: Json, where: Path) -> Architecture:
     """The architecture that a config.json names. Raises UserError for any other and for quantised weights."""
     if config.get("quantization_config") is not None:
-        method = (config["quantization_config"] or {}).get("quant_method", "unnamed")
+        method = _object(config, "quantization_config", where).get("quant_method", "unnamed")
         raise UserError(f"{where}: the checkpoint is quantised (quantization_config, {method}): give one that is not")
     names = config.get("architectures") or []
     if len(names) != 1 or names[0] not in ARCHITECTURES:
@@ -122,7 +122,9 @@ def read_model_config(config: Json, where: Path) -> ModelConfig:
             raise UserError(f"{where}: num_experts = {sizes['num_experts']}, expected at least 1")
     if architecture.mixed:
         step = number("decoder_sparse_step", default=1)
-        dense = set(config.get("mlp_only_layers") or [])
+        dense = config.get("mlp_only_layers") or []
+        if not isinstance(dense, list):
+            raise UserError(f"{where}: mlp_only_layers = {dense!r}, expected a list of layers")
         if step < 1:
             raise UserError(f"{where}: decoder_sparse_step = {step}, expected at least 1")
         layers = range(sizes["num_layers"])
@@ -213,6 +215,14 @@ def architecture_for(model: ModelConfig) -> Architecture:
     return ARCHITECTURES[name]
 
 
+def _object(config: Json, key: str, where: Path) -> Json:
+    """The object under ``key``, empty where it is absent or null."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise UserError(f"{where}: {key} = {value!r}, expected an object")
+    return value or {}
+
+
 def _refuse_unsupported(config: Json, architecture: Architecture, where: Path) -> None:
     used = config.get("use_sliding_window", "qwen3" not in architecture.model_type)
     kinds = set(config.get("layer_types") or []) - {"full_attention"}
@@ -230,10 +240,10 @@ def _refuse_unsupported(config: Json, architecture: Architecture, where: Path) -
 
 def _rope_theta(config: Json, architecture: Architecture, where: Path) -> float:
     """The base of the rotary frequencies, from either way of writing it. Raises UserError for scaled RoPE."""
-    scaling = config.get("rope_scaling")
-    rope = config.get("rope_parameters") or {}
-    for key, value in (("rope_scaling", scaling), ("rope_parameters", rope)):
-        kind = (value or {}).get("rope_type", (value or {}).get("type", "default"))
+    rope = _object(config, "rope_parameters", where)
+    for key in ("rope_scaling", "rope_parameters"):
+        value = _object(config, key, where)
+        kind = value.get("rope_type", value.get("type", "default"))
         if kind != "default":
             raise UserError(f"{where}: {key} of the kind {kind!r} is not supported by this model, only plain RoPE")
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:

@@ -79,14 +79,13 @@ class HFTokenizer:
         Raises:
           UserError: there is no chat template, or it does not run on these messages.
         """
-        import jinja2
-
         names = {name: self._content(name) for name in _NAMED if self._content(name) is not None}
+        template = self._template
         given: dict[str, Any] = {"tools": None, "documents": None, **names, **options}
         try:
             plain = json.loads(json.dumps({**given, "messages": list(messages)}))  # a template sees data alone
-            return self._template.render(**plain, add_generation_prompt=add_generation_prompt)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            return template.render(**plain, add_generation_prompt=add_generation_prompt)
+        except Exception as error:  # a template is a program of somebody else's
             raise UserError(f"{self.directory}: the chat template failed on {str(messages)[:80]}: {error}") from error
 
     @cached_property

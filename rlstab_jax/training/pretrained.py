@@ -146,9 +146,11 @@ def model_config(directory: Path) -> ModelConfig:
         model = {**manifest["config"]["model"], "vocab_size": manifest["resolved"]["vocab_size"]}
     else:
         raise UserError(f"{directory}: give a directory that import-hf wrote, or a run's: it has no {CARD}")
-    known = {field.name for field in dataclasses.fields(ModelConfig)}
-    sizes: Any = {name: value for name, value in model.items() if name in known}
-    return ModelConfig(**{**sizes, "dense_layers": tuple(sizes["dense_layers"])})
+    sizes: Any = {**model, "dense_layers": tuple(model.get("dense_layers", ()))}
+    try:
+        return ModelConfig(**sizes)
+    except TypeError as error:
+        raise UserError(f"{directory}: its model is of another version of this program ({error})") from error
 
 
 def matched(model: ModelConfig, initial: Path) -> ModelConfig:

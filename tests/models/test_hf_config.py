@@ -125,6 +125,8 @@ def test_a_config_of_other_sizes_keeps_what_it_says_besides() -> None:
         (QWEN3_30B_A3B, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling of the kind 'yarn'"),
         (QWEN3_0_6B, {"rope_parameters": {"rope_type": "linear"}}, "rope_parameters of the kind 'linear'"),
         (QWEN3_0_6B, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        (QWEN3_0_6B, {"rope_scaling": "yarn"}, "rope_scaling = 'yarn', expected an object"),
+        (QWEN3_30B_A3B, {"mlp_only_layers": 3}, "mlp_only_layers = 3, expected a list of layers"),
         (QWEN3_0_6B, {"rope_parameters": {"rope_theta": "1e6"}}, "rope_theta = '1e6', expected a positive number"),
         (QWEN3_0_6B, {"hidden_size": None}, "hidden_size = None, expected a number"),
         (QWEN3_30B_A3B, {"num_experts": "8"}, "num_experts or num_local_experts = '8', expected a number"),

@@ -125,6 +125,7 @@ def test_rich_template_by_hand(tmp_path: Path) -> None:
         ("{{ ''.__class__.__mro__ }}", "the chat template failed.*unsafe"),
         ("{% set _ = messages.append(1) %}", "the chat template failed.*(unsafe|not safely)"),
         ("{{ messages[0].content + 1 }}", "the chat template failed"),
+        ("{{ 1 // 0 }}", "the chat template failed"),
         ("{% for %}", "the chat template is malformed"),
         ([{"name": "tool_use", "template": "x"}], "no chat template"),
         (None, "no chat template: neither chat_template.jinja nor in tokenizer_config.json"),
