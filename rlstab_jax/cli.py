@@ -23,6 +23,10 @@ commands:
                  the gaps between the engines before training, for a list of precisions
   eval CHECKPOINT [CONFIG] --data FILE
                  accuracy, pass@k and majority votes on a file of prompts
+  import-hf REPO_OR_DIR OUT
+                 a Hugging Face checkpoint becomes a directory to begin runs from (--initial OUT)
+  export-hf CHECKPOINT DIR
+                 a run or an import becomes a Hugging Face checkpoint
 
 CONFIG is a Python file whose `config()` returns a RunConfig, such as configs/quickstart.py.
 `rlstab train CONFIG --help` explains every option and field."""
@@ -268,6 +272,26 @@ def config_of_run(checkpoint: Path) -> tuple[Path, Any]:
     return path, config
 
 
+def import_hf_command(arguments: Sequence[str], begin: Any) -> int:
+    from rlstab_jax.training.pretrained import ImportOptions, import_checkpoint
+
+    return convert("import-hf", ImportOptions, import_checkpoint, arguments, begin)
+
+
+def export_hf_command(arguments: Sequence[str], begin: Any) -> int:
+    from rlstab_jax.training.pretrained import ExportOptions, export_checkpoint
+
+    return convert("export-hf", ExportOptions, export_checkpoint, arguments, begin)
+
+
+def convert(command: str, options_type: Any, run: Any, arguments: Sequence[str], begin: Any) -> int:
+    """Parses ``arguments`` into ``options_type`` and runs a command that needs no config file."""
+    options = tyro.cli(options_type, args=list(arguments), prog=f"rlstab {command}")
+    prepare_jax(TrainOptions.compilation_cache)
+    run(options, begin=begin)
+    return 0
+
+
 @contextlib.contextmanager
 def progress(total: int) -> Iterator[tuple[Any, Any]]:
     """A progress bar on a terminal, else a plain line a step: functions ``say(line)`` and ``watch(metrics)``."""
@@ -308,7 +332,14 @@ def line_of(metrics: dict[str, float], short: bool = False) -> str:
     return text if short else f"step {int(metrics['progress/gradient_steps']):5d}  {text}"
 
 
-COMMANDS = {"train": train_command, "sft": sft_command, "diagnose": diagnose_command, "eval": eval_command}
+COMMANDS = {
+    "train": train_command,
+    "sft": sft_command,
+    "diagnose": diagnose_command,
+    "eval": eval_command,
+    "import-hf": import_hf_command,
+    "export-hf": export_hf_command,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,9 +1,11 @@
 """The model room's configuration: sizes, and which kernels compute them."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from rlstab_jax.types import UserError
+
+QKNorm = Literal["head", "projection", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +73,8 @@ class ModelConfig:
     """Hidden width of a dense layer."""
     dense_layers: tuple[int, ...] = ()
     """Indices of layers that are dense among the MoE ones."""
+    qk_norm: QKNorm = "head"
+    """What RMSNorm normalises of queries and keys: each head (Qwen3), all heads together (OLMoE), nothing (Mixtral)."""
     renormalise_gates: bool = True
     """Whether the gates of the chosen experts are rescaled to sum to 1 (norm_topk_prob)."""
     tie_embeddings: bool = False
@@ -88,6 +92,8 @@ class ModelConfig:
         for name in positive:
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} = {getattr(self, name)}: expected at least 1")
+        if self.qk_norm not in get_args(QKNorm):
+            raise UserError(f"model.qk_norm = {self.qk_norm!r}: expected one of {', '.join(get_args(QKNorm))}")
         if self.num_experts < 0:
             raise UserError(f"model.num_experts = {self.num_experts}: expected 0 (dense) or more")
         if self.num_heads % self.num_kv_heads:

@@ -1,8 +1,8 @@
 """The model, from top to bottom: config, attention, router, experts, block, forward. Architecture of Qwen3-MoE.
 
-RMSNorm, grouped-query attention with q/k norm and RoPE, a softmax router over all experts, top-k, SwiGLU experts. Pure
-`init`/`apply`; routes are an input and an output. Like layers are stacked and scanned; `decode` applies the same
-`Block` to slices of the stacked parameters.
+RMSNorm, grouped-query attention with q/k norm and RoPE, a softmax router over all experts, top-k, SwiGLU experts.
+OLMoE and Mixtral differ in the q/k norm alone. Pure `init`/`apply`; routes are an input and an output. Like layers are
+stacked and scanned; `decode` applies the same `Block` to slices of the stacked parameters.
 """
 
 import dataclasses
@@ -148,13 +148,16 @@ class Attention(nn.Module):
         batch, time, d = x.shape
         flat = x.reshape(batch * time, d)
 
-        def project(name: str, heads: int) -> Array:
+        def project(name: str, heads: int, norm: str = "none") -> Array:
             y = Linear(heads * cfg.head_dim, self.precision, name=name)(flat)
-            return y.reshape(batch, time, heads, cfg.head_dim)
+            y = RMSNorm(cfg.norm_eps, name=f"{name}_norm")(y) if norm == "projection" else y
+            y = y.reshape(batch, time, heads, cfg.head_dim)
+            y = RMSNorm(cfg.norm_eps, name=f"{name}_norm")(y) if norm == "head" else y
+            return y.swapaxes(1, 2)
 
-        q = RMSNorm(cfg.norm_eps, name="q_norm")(project("q", cfg.num_heads)).swapaxes(1, 2)
-        k = RMSNorm(cfg.norm_eps, name="k_norm")(project("k", cfg.num_kv_heads)).swapaxes(1, 2)
-        v = project("v", cfg.num_kv_heads).swapaxes(1, 2)
+        q = project("q", cfg.num_heads, cfg.qk_norm)
+        k = project("k", cfg.num_kv_heads, cfg.qk_norm)
+        v = project("v", cfg.num_kv_heads)
         q, k = rotate(q, positions, cfg.rope_theta), rotate(k, positions, cfg.rope_theta)
         # Attention reads what a cache would hold, with or without one: prefill, decode and scoring see equal numbers.
         stored_k, stored_v = (as_bytes(store(a, self.precision.kv_cache)) for a in (k, v))

@@ -125,7 +125,7 @@ class Checkpoints:
         self._try_to_write(lambda: self._manager.save(step, args=args, force=True))
         self._current, self._metrics[step] = step, metric
 
-    def restore(self, template: Tree, step: int | None = None) -> Restored | None:
+    def restore(self, template: Tree, step: int | None = None, *, partial: bool = False) -> Restored | None:
         """The newest good checkpoint as ``(step, state, progress)``, or that of ``step``; None if there is none at all.
 
         A damaged checkpoint is moved to ``<directory>/bad/`` and reported by one line, and the one before it is tried.
@@ -133,6 +133,7 @@ class Checkpoints:
         Args:
           template: arrays or ``ShapeDtypeStruct`` with the structure, shapes and dtypes of the state. Each array is
             placed by its template's sharding, whatever it was saved from; on the first device if that has none.
+          partial: permits a ``template`` that is only a part of the state, and reads no more than that.
 
         Raises:
           UserError: all are damaged, ``step`` is not there or damaged, or the checkpoint does not fit ``template``.
@@ -140,13 +141,10 @@ class Checkpoints:
         steps = self.steps()
         if step is not None and step not in steps:
             raise UserError(f"{self.directory} has no checkpoint of step {step}; there are {steps}")
-        return self._first_good(reversed(steps) if step is None else [step], template)
+        return self._first_good(reversed(steps) if step is None else [step], template, partial)
 
     def restore_best(self, template: Tree, *, partial: bool = False) -> Restored | None:
-        """As ``restore``, but of the good checkpoint with the highest metric; the newest if none has a metric.
-
-        ``partial`` permits a ``template`` that is only a part of the state, and reads no more than that.
-        """
+        """As ``restore``, but of the good checkpoint with the highest metric; the newest if none has a metric."""
         steps = self.steps()
         best = self._by_metric(steps)
         return self._first_good(best + [step for step in reversed(steps) if step not in best], template, partial)
@@ -270,7 +268,12 @@ class Checkpoints:
 
 
 def parameters(
-    directory: str | Path, template: Tree, *, field: str = "params", notify: Callable[[str], None] = print
+    directory: str | Path,
+    template: Tree,
+    *,
+    field: str = "params",
+    best: bool = True,
+    notify: Callable[[str], None] = print,
 ) -> tuple[int, Tree]:
     """The parameters alone of a run's best checkpoint (its newest if none has a metric), as ``(step, parameters)``.
 
@@ -280,12 +283,14 @@ def parameters(
       directory: the run's checkpoints.
       template: as in ``Checkpoints.restore``.
       field: where the parameters are in the saved state.
+      best: if not, those of the newest checkpoint.
 
     Raises:
       UserError: there is no good checkpoint, or it does not fit ``template``.
     """
     with Checkpoints(directory, read_only=True, notify=notify) as checkpoints:
-        restored = checkpoints.restore_best({field: template}, partial=True)
+        restore = checkpoints.restore_best if best else checkpoints.restore
+        restored = restore({field: template}, partial=True)
     if restored is None:
         raise UserError(f"{directory} holds no checkpoint")
     return restored[0], restored[1][field]

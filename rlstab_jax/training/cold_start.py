@@ -23,7 +23,8 @@ from rlstab_jax.models import Transformer
 from rlstab_jax.rundir import plain
 from rlstab_jax.tasks import DemonstratedTask, DescribedTask, Prompt, encode_prompts, prompt_iterator
 from rlstab_jax.training.checkpoint import Checkpoints
-from rlstab_jax.training.engines import Engines, initial_params
+from rlstab_jax.training.checksum import checksums
+from rlstab_jax.training.engines import Engines, beginning
 from rlstab_jax.training.evaluate import accuracy
 from rlstab_jax.training.interrupt import Stop
 from rlstab_jax.types import Rollout, UserError
@@ -52,7 +53,7 @@ def cold_start(
       UserError: the task has no demonstrations, or the target was not reached within the given steps.
     """
     config = engines.config.cold_start
-    params = engines.place(initial_params(engines.training, config.seed))
+    params = beginning(engines, config.seed, say)
     if config.max_steps == 0:
         return ColdStart(params, float("nan"), 0)
     task = engines.task
@@ -61,7 +62,8 @@ def cold_start(
             "cold_start.max_steps is above 0, but this task has no demonstrations: set it to 0, or give the task a "
             "`demonstration` method"
         )
-    entry = cache / _fingerprint(engines)
+    # What is in the directory tells two beginnings apart, not its name.
+    entry = cache / _fingerprint(engines, checksums(params) if engines.config.initial else None)
     if (kept := _from_cache(entry, params, say)) is not None:
         return dataclasses.replace(kept, params=engines.place(kept.params))
     result = _train(engines, task, params, say, stop or Stop())
@@ -96,7 +98,7 @@ def _from_cache(entry: Path, template: dict, say: Callable[[str], None]) -> Cold
     return ColdStart(state["params"], progress["accuracy"], steps)
 
 
-def _fingerprint(engines: Engines) -> str:
+def _fingerprint(engines: Engines, initial: dict[str, int] | None = None) -> str:
     config = engines.config
     determines: dict[str, Any] = {
         "task": config.task,
@@ -109,6 +111,8 @@ def _fingerprint(engines: Engines) -> str:
         "jax": jax.__version__,
         "platform": jax.default_backend(),
     }
+    if initial is not None:
+        determines["initial"] = initial
     return hashlib.sha256(json.dumps(plain(determines), sort_keys=True).encode()).hexdigest()[:16]
 
 

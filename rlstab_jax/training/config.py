@@ -58,7 +58,7 @@ class ColdStartConfig:
     target_accuracy: float = 0.23
     """Held-out accuracy (training engine, temperature 1) at which to stop."""
     max_steps: int = 600
-    """Give up after so many updates; 0 starts RL from random parameters."""
+    """Give up after so many updates; 0 starts RL from ``initial``, or from random parameters."""
     batch_size: int = 128
     """Demonstrations per update."""
     learning_rate: float = 4e-3
@@ -99,6 +99,8 @@ class RunConfig:
 
     seed: int = 0
     """Of prompts' order, draws and mini-batches."""
+    initial: str = ""
+    """Directory with the parameters to begin from, an import's or a run's; "" begins from random ones."""
     gradient_steps: int = 320
     """Updates of the whole run; the last global step is never cut."""
     prompts_per_minibatch: int = 16

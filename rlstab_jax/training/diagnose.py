@@ -24,10 +24,9 @@ from rlstab_jax.stability.gaps import discrepancy, routing_discrepancy
 from rlstab_jax.stability.reduce import Statistics, mean_of, merge
 from rlstab_jax.stability.routing import disagreement, flips, margin_statistics
 from rlstab_jax.tasks import Prompt, encode_prompts
-from rlstab_jax.training.checkpoint import parameters
-from rlstab_jax.training.cold_start import initial_params
+from rlstab_jax.training import pretrained
 from rlstab_jax.training.config import RunConfig
-from rlstab_jax.training.engines import Engines, build, judge
+from rlstab_jax.training.engines import Engines, build, initial_params, judge
 from rlstab_jax.types import Rollout, UserError, take_rows
 
 PRECISIONS = {
@@ -100,7 +99,7 @@ def diagnose(
 
     Args:
       config: of the run; its training engine scores, its ``rollout.precision`` is not used.
-      checkpoint: a run's directory or its ``checkpoints``, or the directory of a cold start: the weights before RL.
+      checkpoint: a run's directory or its ``checkpoints``, or an import's or a cold start's: the weights before RL.
       precisions: names of `PRECISIONS`.
       prompts: held-out prompts, ``config.samples_per_prompt`` responses each, of the same draws in each precision.
       begin: is called when the input has been checked.
@@ -177,21 +176,8 @@ def write_json(path: Path, checkpoint: Path, step: int, gaps: Sequence[Gaps]) ->
 
 
 def load_parameters(engines: Engines, path: Path) -> tuple[int, dict]:
-    """Parameters of a run's best checkpoint, or of a cold start, with the checkpoint's step; nothing is changed there.
-
-    Raises UserError where there is none, or one of another model.
-    """
-    path = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    if not path.is_dir() or not any(child.name.isdecimal() for child in path.iterdir()):
-        raise UserError(
-            f"{path} holds no checkpoint: give the directory of a run, its checkpoints, or a cold start's directory "
-            "(runs/cold_start/...)"
-        )
-    template = engines.placed_like(lambda: initial_params(engines.training, 0))
-    if (path.parent / "manifest.json").exists():
-        step, train = parameters(path, {"params": template}, field="train")
-        return step, train["params"]
-    return parameters(path, template)
+    """Parameters of a run's best checkpoint, of an import or of a cold start; see `pretrained.load_parameters`."""
+    return pretrained.load_parameters(path, engines.placed_like(lambda: initial_params(engines.training, 0)))
 
 
 def _gaps_of(engines: Engines, params: dict, asked: list[Prompt], name: str) -> Gaps:

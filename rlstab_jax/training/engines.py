@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from rlstab_jax.parallel.mesh import make_mesh
 from rlstab_jax.parallel.sharding import TRAINING, check_divides, shardings
 from rlstab_jax.tasks import BatchTask, Prompt, Rewards, Task, decode_responses
 from rlstab_jax.training.config import RunConfig, validate
+from rlstab_jax.training.pretrained import load_parameters, matched
 from rlstab_jax.types import Rollout, RoutingReplay, Scores, UserError, row_axis
 
 GROUP_RELATIVE = (
@@ -105,6 +107,8 @@ def build(config: RunConfig) -> Engines:
     tokenizer = task.tokenizer
     kernels = resolve_kernels(config.kernels, jax.default_backend())
     model = config.model
+    if config.initial:
+        model = matched(model, Path(config.initial))
     if model.vocab_size == 0:
         model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
     if model.vocab_size < tokenizer.vocab_size:
@@ -210,6 +214,16 @@ def _check_objective(objective: Objective) -> None:
 def initial_params(model: Transformer, seed: Int[Array, ""] | int) -> dict:
     """Random float32 parameters, from the cold start's seed."""
     return model.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))["params"]
+
+
+def beginning(engines: Engines, seed: int, say: Callable[[str], None] = print) -> dict:
+    """The parameters that a run begins from, on the mesh: those in ``config.initial``, else random ones."""
+    if not engines.config.initial:
+        return engines.place(initial_params(engines.training, seed))
+    directory = Path(engines.config.initial)
+    _, params = load_parameters(directory, engines.placed_like(lambda: initial_params(engines.training, 0)), say=say)
+    say(f"beginning from the parameters in {directory}")
+    return engines.place(params)
 
 
 def judge(task: Task, prompts: Sequence[Prompt], rollout: Rollout) -> tuple[list[str], Rewards]:

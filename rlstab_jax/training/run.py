@@ -25,6 +25,7 @@ from rlstab_jax.training.engines import Engines, build, initial_params
 from rlstab_jax.training.evaluate import evaluate
 from rlstab_jax.training.interrupt import Stop, stop_on_signal
 from rlstab_jax.training.loop import Metrics, RunState, global_step
+from rlstab_jax.training.pretrained import keep_card
 from rlstab_jax.types import UserError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "rlstab_jax")
@@ -84,6 +85,8 @@ def train(
     if not fresh:
         _check_content(engines, out)
     run = open_run(out, manifest(engines, config), fresh=fresh, may_change=MAY_CHANGE, say=say)
+    if config.initial:
+        keep_card(Path(config.initial), run.path)
     begin()
     kernels = engines.config.kernels
     for line in engines.task.remarks() if isinstance(engines.task, DescribedTask) else ():

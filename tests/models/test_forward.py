@@ -36,8 +36,12 @@ def rotated(x, position, theta):
 def attended(cfg, p, x):
     """Causal grouped-query attention over the rows of ``x``, one head and one query at a time."""
     time, c = len(x), cfg.head_dim
-    q, k, v = ((x @ p[name]["kernel"]).reshape(time, -1, c) for name in "qkv")
-    q, k = norm(q, p["q_norm"]["gain"], cfg.norm_eps), norm(k, p["k_norm"]["gain"], cfg.norm_eps)
+    q, k, v = (x @ p[name]["kernel"] for name in "qkv")
+    if cfg.qk_norm == "projection":
+        q, k = norm(q, p["q_norm"]["gain"], cfg.norm_eps), norm(k, p["k_norm"]["gain"], cfg.norm_eps)
+    q, k, v = (y.reshape(time, -1, c) for y in (q, k, v))
+    if cfg.qk_norm == "head":
+        q, k = norm(q, p["q_norm"]["gain"], cfg.norm_eps), norm(k, p["k_norm"]["gain"], cfg.norm_eps)
     out = np.zeros_like(q)
     for head in range(cfg.num_heads):
         shared = head // (cfg.num_heads // cfg.num_kv_heads)
@@ -84,10 +88,11 @@ def oracle(cfg, params, tokens):
     "options",
     [
         {"dense_layers": (0,)},
-        {"dense_layers": (1,), "renormalise_gates": False, "tie_embeddings": True, "rope_theta": 100.0},
-        {"num_experts": 0},
+        {"dense_layers": (1,), "renormalise_gates": False, "tie_embeddings": True, "rope_theta": 100.0}
+        | {"qk_norm": "projection"},
+        {"num_experts": 0, "qk_norm": "none"},
     ],
-    ids=["moe", "tied, gates as they are", "dense"],
+    ids=["moe", "tied, gates as they are, norm of the projections", "dense, without norm of queries and keys"],
 )
 def test_forward_is_the_one_written_down(options: dict) -> None:
     cfg = ModelConfig(**(SIZES | options))

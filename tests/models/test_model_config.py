@@ -19,6 +19,7 @@ from rlstab_jax.types import UserError
         ({"num_experts": 0, "mlp_dim": 0}, "model.mlp_dim = 0"),
         ({"dense_layers": (0,), "mlp_dim": 0}, "model.mlp_dim = 0"),
         ({"num_experts": -1}, "model.num_experts = -1"),
+        ({"qk_norm": "heads"}, "model.qk_norm = 'heads': expected one of head, projection, none"),
         ({"num_experts": 65_535}, "at most 65534"),
         ({"dense_layers": (0, 2)}, r"model.dense_layers holds \[2\]: expected indices from 0 to 1"),
     ],

@@ -12,9 +12,8 @@ from rlstab_jax.cli import main
 from rlstab_jax.learner import init_state
 from rlstab_jax.report.diagnose import draw_diagnosis
 from rlstab_jax.training.checkpoint import Checkpoints
-from rlstab_jax.training.cold_start import initial_params
 from rlstab_jax.training.diagnose import PRECISIONS, diagnose, load_parameters, print_table
-from rlstab_jax.training.engines import build
+from rlstab_jax.training.engines import build, initial_params
 from rlstab_jax.training.loop import RunState
 from rlstab_jax.types import UserError
 from tests.training.tiny_run import config

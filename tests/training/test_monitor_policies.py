@@ -9,8 +9,7 @@ from rlstab_jax.cli import STOPPED
 from rlstab_jax.rundir import read_manifest, read_metrics
 from rlstab_jax.stability.monitor import Check, GapCheck, MonitorConfig
 from rlstab_jax.training.checkpoint import parameters
-from rlstab_jax.training.cold_start import initial_params
-from rlstab_jax.training.engines import build
+from rlstab_jax.training.engines import build, initial_params
 from rlstab_jax.training.run import train
 from tests.training.tiny_run import config
 
