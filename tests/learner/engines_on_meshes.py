@@ -40,7 +40,8 @@ MESHES = [MeshConfig(8, 1, 1, 1), MeshConfig(2, 2, 2, 1), MeshConfig(1, 2, 2, 2)
 
 
 def draw_rollout(params: dict, place: callable) -> Rollout:
-    tokens, mask, keys = place((*tiny.prompts(8), tiny.keys(8, 1)))
+    tokens, mask = tiny.prompts(8)
+    tokens, mask, keys = place((tokens % CONFIG.vocab_size, mask, tiny.keys(8, 1)))
     return sample(MODEL, {"params": params}, tokens, mask, keys, tiny.sampling(), response_length=4)
 
 
