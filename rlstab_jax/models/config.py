@@ -1,6 +1,7 @@
 """The model room's configuration: sizes, and which kernels compute them."""
 
 import dataclasses
+import importlib.util
 from typing import Any, Literal
 
 from rlstab_jax.types import UserError
@@ -11,13 +12,14 @@ class Kernels:
     """Which implementation computes attention and experts, over whole sequences (scoring, updates, prefill) and in a
     decode step. ``auto`` is resolved once, at the start of a run."""
 
-    attention: Literal["auto", "reference", "cudnn"] = "auto"
-    """reference anywhere; cudnn needs an NVIDIA GPU and bfloat16."""
-    experts: Literal["auto", "dense", "tiles", "grouped", "ragged_dot"] = "auto"
-    """dense is the slow reference; tiles is fast on CPU; ragged_dot is fast on TPU."""
-    decode_attention: Literal["auto", "reference"] = "auto"
-    """reference anywhere."""
-    decode_experts: Literal["auto", "dense", "tiles", "grouped", "ragged_dot"] = "auto"
+    attention: Literal["auto", "reference", "cudnn", "splash"] = "auto"
+    """reference anywhere; cudnn needs an NVIDIA GPU and bfloat16 or float16; splash needs TPUs."""
+    experts: Literal["auto", "dense", "tiles", "grouped", "ragged_dot", "megablox", "tokamax"] = "auto"
+    """dense is the slow reference; tiles is fast on CPU; ragged_dot is fast on TPU, and megablox there too; tokamax
+    needs an NVIDIA GPU and the package of that name."""
+    decode_attention: Literal["auto", "reference", "splash"] = "auto"
+    """reference anywhere; splash needs TPUs."""
+    decode_experts: Literal["auto", "dense", "tiles", "grouped", "ragged_dot", "megablox", "tokamax"] = "auto"
     """grouped moves no weights; the others are those of ``experts``."""
 
     def for_inference(self) -> "Kernels":
@@ -25,23 +27,39 @@ class Kernels:
         return dataclasses.replace(self, experts=self.decode_experts)
 
 
+# Where a kernel exists that does not exist everywhere.
+_PLATFORM = {"cudnn": "gpu", "tokamax": "gpu", "splash": "tpu", "megablox": "tpu"}
+_HARDWARE = {"gpu": "an NVIDIA GPU", "tpu": "a TPU"}
+
+
 def resolve_kernels(kernels: Kernels, platform: str) -> Kernels:
     """Replaces ``auto`` by what suits the hardware. Raises UserError where an explicit kernel does not exist there.
+
+    ``auto`` is never a fused kernel of a library: compilers cannot split these over a mesh, and here they have been
+    compiled and compared with the references, but not timed.
 
     Args:
       kernels: the configured ones.
       platform: "cpu", "gpu" or "tpu", as `jax.default_backend()` says.
     """
-    if kernels.attention == "cudnn" and platform != "gpu":
-        raise UserError(
-            f"kernels.attention = 'cudnn' needs an NVIDIA GPU, but this is {platform!r}: use 'auto' or 'reference'"
-        )
     best: dict[str, Any] = {
         "attention": "reference",
         "experts": "tiles" if platform == "cpu" else "ragged_dot",
         "decode_attention": "reference",
         "decode_experts": "ragged_dot" if platform == "tpu" else "grouped",
     }
+    for name, instead in best.items():
+        kernel = getattr(kernels, name)
+        needed = _PLATFORM.get(kernel, platform)
+        if needed != platform:
+            raise UserError(
+                f"kernels.{name} = {kernel!r} needs {_HARDWARE[needed]}, but this is {platform!r}: use 'auto' or "
+                f"{instead!r}"
+            )
+        if kernel == "tokamax" and importlib.util.find_spec("tokamax") is None:
+            raise UserError(
+                f"kernels.{name} = 'tokamax' needs the package tokamax: pip install 'rlstab_jax[tokamax]', or use 'auto'"
+            )
     return dataclasses.replace(kernels, **{name: k for name, k in best.items() if getattr(kernels, name) == "auto"})
 
 
