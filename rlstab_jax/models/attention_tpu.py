@@ -122,7 +122,9 @@ def _part(
 
     def attend(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array]:
         # The kernel's arguments are [time, c] whatever its layout: it undoes this transposition.
-        y, (total,) = kernel(q, k.swapaxes(1, 2), v, library.SegmentIds(jnp.ones(many, jnp.int32), mask.astype(jnp.int32)))
+        y, (total,) = kernel(
+            q, k.swapaxes(1, 2), v, library.SegmentIds(jnp.ones(many, jnp.int32), mask.astype(jnp.int32))
+        )
         return y, total
 
     with jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else None):

@@ -1,7 +1,8 @@
 """The model room's configuration: sizes, and which kernels compute them."""
 
 import dataclasses
-import importlib.util
+import importlib.metadata
+import re
 from typing import Any, Literal
 
 from rlstab_jax.types import UserError
@@ -15,8 +16,8 @@ class Kernels:
     attention: Literal["auto", "reference", "cudnn", "splash"] = "auto"
     """reference anywhere; cudnn needs an NVIDIA GPU and bfloat16 or float16; splash needs TPUs."""
     experts: Literal["auto", "dense", "tiles", "grouped", "ragged_dot", "megablox", "tokamax"] = "auto"
-    """dense is the slow reference; tiles is fast on CPU; ragged_dot is fast on TPU, and megablox there too; tokamax
-    needs an NVIDIA GPU and the package of that name."""
+    """dense is the slow reference; tiles is fast on CPU; ragged_dot runs anywhere and is fast on TPU; megablox needs
+    TPUs; tokamax needs an NVIDIA GPU, bfloat16 and the package of that name."""
     decode_attention: Literal["auto", "reference", "splash"] = "auto"
     """reference anywhere; splash needs TPUs."""
     decode_experts: Literal["auto", "dense", "tiles", "grouped", "ragged_dot", "megablox", "tokamax"] = "auto"
@@ -30,6 +31,15 @@ class Kernels:
 # Where a kernel exists that does not exist everywhere.
 _PLATFORM = {"cudnn": "gpu", "tokamax": "gpu", "splash": "tpu", "megablox": "tpu"}
 _HARDWARE = {"gpu": "an NVIDIA GPU", "tpu": "a TPU"}
+
+
+def has_tokamax() -> bool:
+    try:
+        installed = importlib.metadata.version("tokamax")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    # Older ones parse the command line as their own.
+    return tuple(int(part) for part in re.findall(r"\d+", installed)[:3]) >= (0, 0, 17)
 
 
 def resolve_kernels(kernels: Kernels, platform: str) -> Kernels:
@@ -56,9 +66,10 @@ def resolve_kernels(kernels: Kernels, platform: str) -> Kernels:
                 f"kernels.{name} = {kernel!r} needs {_HARDWARE[needed]}, but this is {platform!r}: use 'auto' or "
                 f"{instead!r}"
             )
-        if kernel == "tokamax" and importlib.util.find_spec("tokamax") is None:
+        if kernel == "tokamax" and not has_tokamax():
             raise UserError(
-                f"kernels.{name} = 'tokamax' needs the package tokamax: pip install 'rlstab_jax[tokamax]', or use 'auto'"
+                f"kernels.{name} = 'tokamax' needs the package tokamax, 0.0.17 or newer, and Python 3.12: "
+                f"pip install 'rlstab_jax[tokamax]', or use 'auto' or {instead!r}"
             )
     return dataclasses.replace(kernels, **{name: k for name, k in best.items() if getattr(kernels, name) == "auto"})
 

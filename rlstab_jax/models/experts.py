@@ -9,7 +9,7 @@ TPU, `tokamax` on GPU. An expert number equal to ``num_experts`` means "not disp
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -245,9 +245,10 @@ def megablox(
 ) -> Float[Array, "rows out"]:
     """`jax.lax.ragged_dot` by JAX's Pallas kernels for TPUs, whose gradient costs what it must with any libtpu.
 
-    ``interpret`` runs them as JAX operations, on any platform; for tests. Raises UserError on narrow operands.
+    ``interpret`` runs them as JAX operations, on any platform; for tests. Raises UserError on operands that are neither
+    bfloat16 nor float32.
     """
-    _check_wide("megablox", x)
+    _check_operands("megablox", x, jnp.bfloat16, jnp.float32)
     from jax.experimental.pallas.ops.tpu.megablox.ops import gmm
 
     rows = x.shape[0]
@@ -268,11 +269,15 @@ def tokamax(
     sizes: Sizes,
     precision: jax.lax.Precision | None = None,
     preferred_element_type: jnp.dtype = jnp.float32,
-    implementation: tuple[str, ...] = ("mosaic", "triton"),
+    implementation: Literal["mosaic", "xla"] = "mosaic",
 ) -> Float[Array, "rows out"]:
-    """`jax.lax.ragged_dot` by the kernels of the package tokamax for NVIDIA GPUs, the first that exists for this one;
-    never by XLA, which is dense there. Raises UserError on narrow operands."""
-    _check_wide("tokamax", x)
+    """`jax.lax.ragged_dot` by the kernels of the package tokamax for NVIDIA GPUs, in bfloat16.
+
+    Its version 0.0.17 has kernels from Ampere (A100) on, but that of the weights' gradient for Hopper (H100, H200)
+    only; where it lacks one, it raises NotImplementedError. ``implementation`` "xla" runs anywhere; for tests. Raises
+    UserError on other operands.
+    """
+    _check_operands("tokamax", x, jnp.bfloat16)
     import tokamax
 
     return tokamax.ragged_dot(
@@ -285,10 +290,11 @@ def tokamax(
     )
 
 
-def _check_wide(kernel: str, x: Array) -> None:
-    if x.dtype not in (jnp.float32, jnp.bfloat16):
+def _check_operands(kernel: str, x: Array, *supported: Any) -> None:
+    if x.dtype not in supported:
+        names = " and ".join(str(jnp.dtype(dtype)) for dtype in supported)
         raise UserError(
-            f"expert kernel {kernel!r} multiplies bfloat16 and float32, but this precision multiplies {x.dtype}: use "
+            f"the expert kernel {kernel!r} multiplies {names}, but this precision multiplies {x.dtype}: use "
             "'ragged_dot' in kernels.experts and kernels.decode_experts, or another precision"
         )
 

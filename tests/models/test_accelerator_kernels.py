@@ -17,6 +17,7 @@ import pytest
 
 from rlstab_jax.models.attention import by_lengths, cudnn, decode_reference, reference
 from rlstab_jax.models.attention_tpu import decode_splash, splash
+from rlstab_jax.models.config import has_tokamax
 from rlstab_jax.models.experts import ExpertWeights, dense, megablox, ragged, tokamax
 from rlstab_jax.models.precision import Precision, fp8, quantised, store_weight
 from rlstab_jax.types import UserError
@@ -130,15 +131,12 @@ poisoned.defvjp(lambda *saved: (poisoned(*saved), saved), _poisoned_backward)
 
 GROUPED_DOTS = {
     "megablox": partial(megablox, interpret=True),
-    "tokamax": partial(tokamax, implementation=("xla",)),
     "uninitialised": lambda x, weight, sizes, **how: poisoned(x, weight, sizes),
 }
 
 
 @pytest.mark.parametrize("name", GROUPED_DOTS)
 def test_grouped_products_equal_the_dense_experts(name: str) -> None:
-    if name == "tokamax" and importlib.util.find_spec("tokamax") is None:
-        pytest.skip("the optional package tokamax is not installed")
     values, experts = experts_case()
     wanted = run_experts(dense, values, experts, Precision())
     got = run_experts(partial(ragged, grouped_dot=GROUPED_DOTS[name]), values, experts, Precision())
@@ -147,11 +145,34 @@ def test_grouped_products_equal_the_dense_experts(name: str) -> None:
         np.testing.assert_allclose(ours / scale, theirs / scale, atol=2e-6)
 
 
-@pytest.mark.parametrize("kernel", [megablox, tokamax])
-@pytest.mark.parametrize("precision", [quantised("int8"), fp8(products="native"), Precision("float16")])
-def test_narrow_operands_are_refused(kernel: Any, precision: Precision) -> None:
+@pytest.mark.skipif(not has_tokamax(), reason="the optional package tokamax (Python 3.12 or newer) is not installed")
+def test_tokamax_equals_ragged_dot() -> None:
+    """Through its XLA implementation: its GPU kernels are refused elsewhere."""
     values, experts = experts_case()
-    with pytest.raises(UserError, match=f"expert kernel {kernel.__name__!r}.* use 'ragged_dot'"):
+    kernels = [jax.lax.ragged_dot, partial(tokamax, implementation="xla")]
+    wanted, got = (
+        run_experts(partial(ragged, grouped_dot=kernel), values, experts, Precision("bfloat16")) for kernel in kernels
+    )
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        ours, theirs = (np.asarray(a, np.float32) for a in (ours, theirs))
+        np.testing.assert_allclose(ours / np.abs(theirs).max(), theirs / np.abs(theirs).max(), atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "precision", "dtype"),
+    [
+        (megablox, quantised("int8"), "int8"),
+        (megablox, fp8(products="native"), "float8_e4m3fn"),
+        (megablox, Precision("float16"), "float16"),
+        (tokamax, quantised("int8"), "int8"),
+        (tokamax, Precision(), "float32"),
+        (tokamax, fp8(), "float32"),  # emulated
+    ],
+)
+def test_operands_that_a_kernel_lacks_are_refused(kernel: Any, precision: Precision, dtype: str) -> None:
+    values, experts = experts_case()
+    message = f"the expert kernel {kernel.__name__!r} multiplies .*, but this precision multiplies {dtype}: use 'ragged"
+    with pytest.raises(UserError, match=message):
         run_experts(partial(ragged, grouped_dot=kernel), values, experts, precision)
 
 
@@ -202,5 +223,33 @@ def test_cudnn_is_lowered_to_its_fused_kernels(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(("dtype", "c"), [(jnp.float32, 16), (jnp.bfloat16, 12)])
 def test_cudnn_refuses(dtype: Any, c: int) -> None:
     arrays, fed = sequences(8, dtype)
-    with pytest.raises(UserError, match="kernels.attention = 'cudnn' needs bfloat16 or float16 and model.head_dim"):
+    with pytest.raises(UserError, match=r"kernels\.attention = 'cudnn' needs bfloat16 or float16 and model\.head_dim"):
         cudnn(*(a[..., :c] for a in arrays), fed)
+
+
+# libtpu asks the machine that it is on, unless told what it would find.
+NO_TPU_HERE = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5e-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu has no wheel for this platform")
+def test_tpu_kernels_compile_ahead_of_time() -> None:
+    """For three generations; in a process of its own, since libtpu reads its environment once."""
+    program = Path(__file__).with_name("ahead_of_time.py")
+    root = program.parents[2]
+    environment = os.environ | NO_TPU_HERE | {"PYTHONPATH": str(root)}
+    command = [sys.executable, str(program), "v5e:2x2", "v6e:2x2", "v5p:2x2x1"]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert list(report) == command[2:]
+    assert len(report["v5e:2x2"]) == 9
+    for topology, programs in report.items():
+        assert {"splash", "decode_splash", "megablox"} <= set(programs)
+        for name, (temporaries, largest) in programs.items():
+            if "decode" in name:  # no copy of keys or values, each of which is the largest argument
+                assert temporaries < largest / 2, (topology, name)
