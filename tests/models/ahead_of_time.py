@@ -56,15 +56,15 @@ def cache(batch: int, kv_heads: int, time: int, c: int, dtype: Any) -> tuple:
 
 
 def a_decode_step(dtype: Any) -> list:
-    """32 rows of 8 prompts, 32 heads over 4."""
-    masks = jax.ShapeDtypeStruct((8, 512), bool), jax.ShapeDtypeStruct((32, 1024), bool)
-    q = jax.ShapeDtypeStruct((32, 32, 1, 128), dtype)
-    return [q, cache(8, 4, 512, 128, dtype), cache(32, 4, 1024, 128, dtype), *masks]
+    """128 rows of 32 prompts, 32 heads over 4. Keys and values are too large for the memory on the chip."""
+    masks = jax.ShapeDtypeStruct((32, 512), bool), jax.ShapeDtypeStruct((128, 4096), bool)
+    q = jax.ShapeDtypeStruct((128, 32, 1, 128), dtype)
+    return [q, cache(32, 4, 512, 128, dtype), cache(128, 4, 4096, 128, dtype), *masks]
 
 
 def model_gradient(variables: dict, tokens: jax.Array, mask: jax.Array) -> Any:
-    """Scanned and recomputed layers, as the training engine has them."""
-    model = Transformer(MODEL, Precision("bfloat16"), KERNELS, remat=True)
+    """Scanned and recomputed layers, as the training engine has them, with products in float32."""
+    model = Transformer(MODEL, Precision(), KERNELS, remat=True)
     return jax.grad(lambda v: jnp.sum(jnp.square(forward(model, v, tokens, mask).hidden.astype(jnp.float32))))(
         variables
     )
@@ -83,7 +83,7 @@ def model_decode(layers: list[dict], pasts: list[Past], x: jax.Array) -> Any:
 
 
 def model_arguments() -> tuple[list, list]:
-    """Of `model_gradient` and of `model_decode`: 32 rows of 8 prompts of 256 tokens, a window of 2048."""
+    """Of `model_gradient` and of `model_decode`: 128 rows of 32 prompts of 256 tokens, a window of 4096."""
     model = Transformer(MODEL, Precision("bfloat16"), Kernels("reference", "dense", "reference", "dense"))
     tokens = jax.ShapeDtypeStruct((2, 100), jnp.int32), jax.ShapeDtypeStruct((2, 100), bool)
     variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))
@@ -96,9 +96,9 @@ def model_arguments() -> tuple[list, list]:
         k, v = cache(batch, MODEL.num_kv_heads, time, MODEL.head_dim, BF16)
         return KeyValues(Stored(k), Stored(v))
 
-    masks = jax.ShapeDtypeStruct((8, 256), bool), jax.ShapeDtypeStruct((32, 2048), bool)
-    past = Past(key_values(8, 256), key_values(32, 2048), *masks, jax.ShapeDtypeStruct((), jnp.int32))
-    x = jax.ShapeDtypeStruct((32, MODEL.embed_dim), BF16)
+    masks = jax.ShapeDtypeStruct((32, 256), bool), jax.ShapeDtypeStruct((128, 4096), bool)
+    past = Past(key_values(32, 256), key_values(128, 4096), *masks, jax.ShapeDtypeStruct((), jnp.int32))
+    x = jax.ShapeDtypeStruct((128, MODEL.embed_dim), BF16)
     return [variables, *tokens], [[layer] * 2, [past] * 2, x]
 
 
