@@ -5,7 +5,7 @@ On a mesh, call them inside `jax.shard_map` over batch and heads (``check_vma=Fa
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from rlstab_jax.models.pallas import exact
 
@@ -32,7 +32,7 @@ def splash(
 
     heads, time, c = q.shape[1:]
     q, k, v = (_padded(x, 2, LANES) for x in (q, k, v))
-    segments = _padded(fed, 1, LANES).astype(jnp.int32)
+    segments = _segments(_padded(fed, 1, LANES))
     block = _block(q.shape[2])
     kernel = library.make_splash_mha(
         library.MultiHeadMask([library.CausalMask((q.shape[2], q.shape[2]))] * heads),
@@ -122,14 +122,19 @@ def _part(
 
     def attend(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array]:
         # The kernel's arguments are [time, c] whatever its layout: it undoes this transposition.
-        y, (total,) = kernel(
-            q, k.swapaxes(1, 2), v, library.SegmentIds(jnp.ones(many, jnp.int32), mask.astype(jnp.int32))
-        )
+        segments = library.SegmentIds(jnp.ones(many, jnp.int32), _segments(mask))
+        y, (total,) = kernel(q, k.swapaxes(1, 2), v, segments)
         return y, total
 
     with jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else None):
         y, total = jax.vmap(attend)(q, k, v, mask)
     return y[:, :, :queries], total[:, :, :queries]
+
+
+def _segments(mask: Bool[Array, "..."]) -> Int[Array, "..."]:
+    """1 where ``mask``, else 0: tokens attend to those of their number."""
+    # No `astype`: compiling one for TPU v5p ends libtpu 0.0.42 at some shapes.
+    return jnp.where(mask, jnp.ones((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
 def _padded(x: Array, axis: int, multiple: int) -> Array:

@@ -34,6 +34,7 @@ _HARDWARE = {"gpu": "an NVIDIA GPU", "tpu": "a TPU"}
 
 
 def has_tokamax() -> bool:
+    """Whether a version of tokamax is installed that `experts.tokamax` can use."""
     try:
         installed = importlib.metadata.version("tokamax")
     except importlib.metadata.PackageNotFoundError:
@@ -45,8 +46,8 @@ def has_tokamax() -> bool:
 def resolve_kernels(kernels: Kernels, platform: str) -> Kernels:
     """Replaces ``auto`` by what suits the hardware. Raises UserError where an explicit kernel does not exist there.
 
-    ``auto`` is never a fused kernel of a library: compilers cannot split these over a mesh, and here they have been
-    compiled and compared with the references, but not timed.
+    ``auto`` is never a fused kernel of a library: compilers cannot split these over a mesh, and their speed has not
+    been measured.
 
     Args:
       kernels: the configured ones.

@@ -8,7 +8,6 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -105,8 +104,6 @@ def model_arguments() -> tuple[list, list]:
 def programs() -> dict[str, tuple[Callable, list]]:
     rows = jax.ShapeDtypeStruct((1000, 1024), BF16), jax.ShapeDtypeStruct((16, 1024, 768), BF16)
     sizes = jax.ShapeDtypeStruct((16,), jnp.int32)
-    exact = partial(megablox, precision=jax.lax.Precision.HIGHEST)
-    single = [jax.ShapeDtypeStruct(a.shape, jnp.float32) for a in rows]
     of_gradient, of_decode = model_arguments()
     return {
         "splash": (gradient(splash, 3), sequences(8, 2, 512, 128, BF16)),
@@ -114,7 +111,6 @@ def programs() -> dict[str, tuple[Callable, list]]:
         "decode_splash": (decode_splash, a_decode_step(BF16)),
         "decode_splash, float32": (decode_splash, a_decode_step(jnp.float32)),
         "megablox": (gradient(megablox, 2), [*rows, sizes]),
-        "megablox, float32": (gradient(exact, 2), [*single, sizes]),
         "model, gradient": (model_gradient, of_gradient),
         "model, decode": (model_decode, of_decode),
     }

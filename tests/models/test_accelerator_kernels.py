@@ -82,11 +82,12 @@ def test_a_decode_step_equals_the_reference(dtype: Any) -> None:
     age = 100 - np.arange(window)
     response_mask = (age >= 0) & (age < np.array([[1], [5], [101], [0], [30], [64]]))
     arguments = (q, cache(prompts, prompt_length), cache(rows, window), prompt_mask, response_mask)
-    got, wanted = decode_splash(*arguments, interpret=True), decode_reference(*arguments)
+    step = jax.jit(partial(decode_splash, interpret=True))
+    got, wanted = step(*arguments), decode_reference(*arguments)
     assert got.dtype == dtype
     tolerance = 1e-6 if dtype == jnp.float32 else 2e-2
     np.testing.assert_allclose(*(np.asarray(a, np.float32) for a in (got, wanted)), atol=tolerance)
-    nothing = decode_splash(*arguments[:3], np.zeros_like(prompt_mask), np.zeros_like(response_mask), interpret=True)
+    nothing = step(*arguments[:3], np.zeros_like(prompt_mask), np.zeros_like(response_mask))
     assert np.isfinite(np.asarray(nothing, np.float32)).all()
 
 
@@ -247,7 +248,7 @@ def test_tpu_kernels_compile_ahead_of_time() -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert list(report) == command[2:]
-    assert len(report["v5e:2x2"]) == 9
+    assert len(report["v5e:2x2"]) == 8
     for topology, programs in report.items():
         assert {"splash", "decode_splash", "megablox"} <= set(programs)
         for name, (temporaries, largest) in programs.items():
