@@ -237,7 +237,9 @@ NO_TPU_HERE = {
 }
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu has no wheel for this platform")
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed; the test extra has it on Linux x86_64"
+)
 def test_tpu_kernels_compile_ahead_of_time() -> None:
     """For three generations; in a process of its own, since libtpu reads its environment once."""
     program = Path(__file__).with_name("ahead_of_time.py")
