@@ -4,9 +4,14 @@
 `DECODE_ATTENTION` are kernels of one decode step: one query a row, over its prompt's part and its own.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
+
+from rlstab_jax.models.attention_tpu import decode_splash, splash
+from rlstab_jax.types import UserError
 
 Query = Float[Array, "batch head time c"]
 Keys = Float[Array, "batch kv_head key c"]
@@ -27,10 +32,56 @@ def reference(q: Query, k: Keys, v: Keys, fed: Bool[Array, "batch time"]) -> Que
 
 
 def cudnn(q: Query, k: Keys, v: Keys, fed: Bool[Array, "batch time"]) -> Query:
-    """cuDNN's fused attention through `jax.nn.dot_product_attention` (bfloat16, NVIDIA GPUs)."""
-    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    mask = fed[:, None, None, :]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn").swapaxes(1, 2)
+    """cuDNN's fused attention through `jax.nn.dot_product_attention` (bfloat16 or float16, NVIDIA GPUs).
+
+    Raises:
+      UserError: another dtype, or heads whose width is not a multiple of 8.
+    """
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or q.shape[-1] % 8:
+        raise UserError(
+            f"kernels.attention = 'cudnn' needs bfloat16 or float16 and model.head_dim a multiple of 8, but got "
+            f"{q.dtype} and {q.shape[-1]}: change these, or use 'reference'"
+        )
+    return by_lengths(q, k, v, fed, "cudnn")
+
+
+def by_lengths(
+    q: Query, k: Keys, v: Keys, fed: Bool[Array, "batch time"], implementation: Literal["xla", "cudnn"]
+) -> Query:
+    """`jax.nn.dot_product_attention` over the fed tokens of each row, 0 at the others.
+
+    cuDNN takes the lengths of rows that begin in column 0, else a mask as a bias of [batch, time, time]: rows are moved
+    to the front and back. Its gradient wants an even time. What it leaves behind the rows' ends is never read.
+    """
+    time = q.shape[2]
+    first = jnp.argmax(fed, axis=1)
+    count = fed.sum(1, dtype=jnp.int32)
+    column = jnp.arange(time + time % 2)
+    kept = (column < count[:, None])[..., None, None]
+
+    def front(x: Array) -> Array:
+        x = jnp.pad(x.swapaxes(1, 2), [(0, 0), (0, time % 2), (0, 0), (0, 0)])
+        return jnp.where(kept, _rolled(x, first), 0)
+
+    lengths = jnp.maximum(count, 1)  # a softmax over nothing would be NaN
+    y = jax.nn.dot_product_attention(
+        *(front(x) for x in (q, k, v)),
+        is_causal=True,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        implementation=implementation,
+    )
+    return _rolled(jnp.where(kept, y, 0), -first)[:, :time].swapaxes(1, 2)
+
+
+@jax.custom_vjp
+def _rolled(x: Float[Array, "batch time ..."], shift: Int[Array, "batch"]) -> Float[Array, "batch time ..."]:
+    """Column t of each row is what was in column t + shift. Its gradient rolls back: a gather, no scatter."""
+    column = (jnp.arange(x.shape[1]) + shift[:, None]) % x.shape[1]
+    return jax.vmap(lambda row, at: row[at])(x, column)
+
+
+_rolled.defvjp(lambda x, shift: (_rolled(x, shift), shift), lambda shift, gradient: (_rolled(gradient, -shift), None))
 
 
 def decode_reference(
@@ -40,7 +91,11 @@ def decode_reference(
     prompt_mask: Bool[Array, "prompts prompt_length"],
     response_mask: Bool[Array, "rows window"],
 ) -> Float[Array, "rows head 1 c"]:
-    """One softmax over both parts. The rows of a prompt are one product with its keys, which are read once for all."""
+    """One softmax over both parts. The rows of a prompt are one product with its keys, which are read once for all.
+
+    It is what GPUs use too: `jax.nn.dot_product_attention` takes keys as [time, c], so that it would transpose the
+    cache, which holds [c, time], at each step.
+    """
     rows, heads, _, c = q.shape
     (prompt_k, prompt_v), (response_k, response_v) = prompt, response
     prompts, kv_heads, prompt_length, _ = prompt_v.shape
@@ -72,5 +127,5 @@ def _exact(x: Array) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
-ATTENTION = {"reference": reference, "cudnn": cudnn}
-DECODE_ATTENTION = {"reference": decode_reference}
+ATTENTION = {"reference": reference, "cudnn": cudnn, "splash": splash}
+DECODE_ATTENTION = {"reference": decode_reference, "splash": decode_splash}

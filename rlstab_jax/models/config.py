@@ -1,6 +1,8 @@
 """The model room's configuration: sizes, and which kernels compute them."""
 
 import dataclasses
+import importlib.metadata
+import re
 from typing import Any, Literal, get_args
 
 from rlstab_jax.types import UserError
@@ -13,13 +15,14 @@ class Kernels:
     """Which implementation computes attention and experts, over whole sequences (scoring, updates, prefill) and in a
     decode step. ``auto`` is resolved once, at the start of a run."""
 
-    attention: Literal["auto", "reference", "cudnn"] = "auto"
-    """reference anywhere; cudnn needs an NVIDIA GPU and bfloat16."""
-    experts: Literal["auto", "dense", "tiles", "grouped", "ragged_dot"] = "auto"
-    """dense is the slow reference; tiles is fast on CPU; ragged_dot is fast on TPU."""
-    decode_attention: Literal["auto", "reference"] = "auto"
-    """reference anywhere."""
-    decode_experts: Literal["auto", "dense", "tiles", "grouped", "ragged_dot"] = "auto"
+    attention: Literal["auto", "reference", "cudnn", "splash"] = "auto"
+    """reference anywhere; cudnn needs an NVIDIA GPU and bfloat16 or float16; splash needs TPUs."""
+    experts: Literal["auto", "dense", "tiles", "grouped", "ragged_dot", "megablox", "tokamax"] = "auto"
+    """dense is the slow reference; tiles is fast on CPU; ragged_dot runs anywhere and is fast on TPU; megablox needs
+    TPUs; tokamax needs an NVIDIA GPU, bfloat16 and the package of that name."""
+    decode_attention: Literal["auto", "reference", "splash"] = "auto"
+    """reference anywhere; splash needs TPUs."""
+    decode_experts: Literal["auto", "dense", "tiles", "grouped", "ragged_dot", "megablox", "tokamax"] = "auto"
     """grouped moves no weights; the others are those of ``experts``."""
 
     def for_inference(self) -> "Kernels":
@@ -27,23 +30,50 @@ class Kernels:
         return dataclasses.replace(self, experts=self.decode_experts)
 
 
+# Where a kernel exists that does not exist everywhere.
+_PLATFORM = {"cudnn": "gpu", "tokamax": "gpu", "splash": "tpu", "megablox": "tpu"}
+_HARDWARE = {"gpu": "an NVIDIA GPU", "tpu": "a TPU"}
+
+
+def has_tokamax() -> bool:
+    """Whether a version of tokamax is installed that `experts.tokamax` can use."""
+    try:
+        installed = importlib.metadata.version("tokamax")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    # Older ones parse the command line as their own.
+    return tuple(int(part) for part in re.findall(r"\d+", installed)[:3]) >= (0, 0, 17)
+
+
 def resolve_kernels(kernels: Kernels, platform: str) -> Kernels:
     """Replaces ``auto`` by what suits the hardware. Raises UserError where an explicit kernel does not exist there.
+
+    ``auto`` is never a fused kernel of a library: compilers cannot split these over a mesh, and their speed has not
+    been measured.
 
     Args:
       kernels: the configured ones.
       platform: "cpu", "gpu" or "tpu", as `jax.default_backend()` says.
     """
-    if kernels.attention == "cudnn" and platform != "gpu":
-        raise UserError(
-            f"kernels.attention = 'cudnn' needs an NVIDIA GPU, but this is {platform!r}: use 'auto' or 'reference'"
-        )
     best: dict[str, Any] = {
         "attention": "reference",
         "experts": "tiles" if platform == "cpu" else "ragged_dot",
         "decode_attention": "reference",
         "decode_experts": "ragged_dot" if platform == "tpu" else "grouped",
     }
+    for name, instead in best.items():
+        kernel = getattr(kernels, name)
+        needed = _PLATFORM.get(kernel, platform)
+        if needed != platform:
+            raise UserError(
+                f"kernels.{name} = {kernel!r} needs {_HARDWARE[needed]}, but this is {platform!r}: use 'auto' or "
+                f"{instead!r}"
+            )
+        if kernel == "tokamax" and not has_tokamax():
+            raise UserError(
+                f"kernels.{name} = 'tokamax' needs the package tokamax, 0.0.17 or newer, and Python 3.12: "
+                f"pip install 'rlstab_jax[tokamax]', or use 'auto' or {instead!r}"
+            )
     return dataclasses.replace(kernels, **{name: k for name, k in best.items() if getattr(kernels, name) == "auto"})
 
 

@@ -1,14 +1,15 @@
-"""Expert feed-forward layers (SwiGLU), dropless, in three ways that compute the same mathematics.
+"""Expert feed-forward layers (SwiGLU), dropless, in ways that compute the same mathematics.
 
 `dense` is the reference: every expert sees every token. `tiles` sorts tokens by expert and pads each expert's share to
-whole tiles, so that shapes are static and no token is dropped. `ragged` uses `jax.lax.ragged_dot`, a real kernel on
-TPU. An expert number equal to ``num_experts`` means "not dispatched": padding never loads an expert.
+whole tiles, so that shapes are static and no token is dropped. `grouped` pads each expert's share to the largest.
+`ragged` multiplies with `jax.lax.ragged_dot`, a real kernel on TPU, or with one that takes its place: `megablox` on
+TPU, `tokamax` on GPU. An expert number equal to ``num_experts`` means "not dispatched": padding never loads an expert.
 """
 
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,9 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from rlstab_jax.models.pallas import exact
 from rlstab_jax.models.precision import Precision, Stored, matmul, saturate, saturating, scaled_product
+from rlstab_jax.types import UserError
 
 
 @struct.dataclass
@@ -194,29 +197,106 @@ def grouped(x: Tokens, experts: Experts, gates: Gates, weights: ExpertWeights, p
     return jax.lax.switch(fits, [partial(with_size, size) for size in sizes] + uneven)
 
 
-def ragged(x: Tokens, experts: Experts, gates: Gates, weights: ExpertWeights, precision: Precision) -> Tokens:
-    """Sorts tokens by expert and multiplies with `jax.lax.ragged_dot`."""
+def ragged(
+    x: Tokens,
+    experts: Experts,
+    gates: Gates,
+    weights: ExpertWeights,
+    precision: Precision,
+    grouped_dot: Callable[..., Array] = jax.lax.ragged_dot,
+) -> Tokens:
+    """Sorts tokens by expert and multiplies with ``grouped_dot``, `jax.lax.ragged_dot` or one with its arguments."""
     num_tokens, k = experts.shape
     flat = experts.reshape(-1)
     order = jnp.argsort(flat)  # stable; what is not dispatched comes last
     sizes = (flat[:, None] == jnp.arange(weights.num_experts)).sum(0, dtype=jnp.int32)
     sorted_experts = jnp.minimum(flat[order], weights.num_experts - 1)
-    # Rows past sum(sizes) are uninitialised on TPU: select, never multiply.
+    # Rows past sum(sizes) are uninitialised on TPU, in results and in gradients: select, never multiply.
     used = (jnp.arange(num_tokens * k) < sizes.sum())[:, None]
-    product = partial(_ragged_product, sizes=sizes, experts=sorted_experts, used=used)
+
+    def dot(x: Array, weight: Array, **how: Any) -> Array:
+        return jnp.where(used, grouped_dot(jnp.where(used, x, 0), weight, sizes, **how), 0)
+
+    product = partial(_ragged_product, dot=dot, experts=sorted_experts)
     y = swiglu(x[order // k], weights, precision, product).astype(jnp.float32)
     y = jnp.zeros_like(y).at[order].set(y).reshape(num_tokens, k, -1)
     return saturate(jnp.einsum("tk,tkd->td", gates, y), x.dtype)
 
 
 def _ragged_product(
-    x: Array, weight: Stored, precision: Precision, out: str, sizes: Array, experts: Array, used: Array
+    x: Array, weight: Stored, precision: Precision, out: str, dot: Callable[..., Array], experts: Array
 ) -> Array:
-    def dot(x: Array, weight: Array, **how: Any) -> Array:
-        return jnp.where(used, jax.lax.ragged_dot(x, weight, sizes, **how), 0)
-
     scale = None if weight.scale is None else jnp.moveaxis(weight.scale[experts], 1, 0)
     return scaled_product(x, weight.values, scale, precision, out, dot)
+
+
+Rows = Float[Array, "rows in"]
+Stack = Float[Array, "E in out"]
+Sizes = Int[Array, "E"]
+
+
+def megablox(
+    x: Rows,
+    weight: Stack,
+    sizes: Sizes,
+    precision: jax.lax.Precision | None = None,
+    preferred_element_type: jnp.dtype = jnp.float32,
+    interpret: bool = False,
+) -> Float[Array, "rows out"]:
+    """`jax.lax.ragged_dot` by JAX's Pallas kernels for TPUs, whose gradient costs what it must with any libtpu.
+
+    ``interpret`` runs them as JAX operations, on any platform; for tests. Raises UserError on operands that are neither
+    bfloat16 nor float32.
+    """
+    _check_operands("megablox", x, jnp.bfloat16, jnp.float32)
+    from jax.experimental.pallas.ops.tpu.megablox.ops import gmm
+
+    rows = x.shape[0]
+    share = 2 ** math.floor(math.log2(max(rows / weight.shape[0], 1)))
+    tile = int(np.clip(share, 128, 512)) if rows > 128 else -(-rows // 16) * 16
+    tiling = (tile, *(min(512, -(-size // 128) * 128) for size in weight.shape[1:]))
+
+    def product(x: Rows, weight: Stack, sizes: Sizes) -> Array:
+        return gmm(x, weight, sizes, preferred_element_type, tiling, None, None, False, interpret)
+
+    padded = jnp.pad(x, ((0, -rows % tile), (0, 0)))
+    return (exact(product) if precision == jax.lax.Precision.HIGHEST else product)(padded, weight, sizes)[:rows]
+
+
+def tokamax(
+    x: Rows,
+    weight: Stack,
+    sizes: Sizes,
+    precision: jax.lax.Precision | None = None,
+    preferred_element_type: jnp.dtype = jnp.float32,
+    implementation: Literal["mosaic", "xla"] = "mosaic",
+) -> Float[Array, "rows out"]:
+    """`jax.lax.ragged_dot` by the kernels of the package tokamax for NVIDIA GPUs, in bfloat16.
+
+    Its version 0.0.17 has kernels from Ampere (A100) on, but that of the weights' gradient for Hopper (H100, H200)
+    only; where it lacks one, it raises NotImplementedError. ``implementation`` "xla" runs anywhere; for tests. Raises
+    UserError on other operands.
+    """
+    _check_operands("tokamax", x, jnp.bfloat16)
+    import tokamax
+
+    return tokamax.ragged_dot(
+        x,
+        weight,
+        sizes,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        implementation=implementation,
+    )
+
+
+def _check_operands(kernel: str, x: Array, *supported: Any) -> None:
+    if x.dtype not in supported:
+        names = " and ".join(str(jnp.dtype(dtype)) for dtype in supported)
+        raise UserError(
+            f"the expert kernel {kernel!r} multiplies {names}, but this precision multiplies {x.dtype}: use "
+            "'ragged_dot' in kernels.experts and kernels.decode_experts, or another precision"
+        )
 
 
 KERNELS: dict[str, Callable[[Array, Array, Array, ExpertWeights, Precision], Array]] = {
@@ -224,4 +304,6 @@ KERNELS: dict[str, Callable[[Array, Array, Array, ExpertWeights, Precision], Arr
     "tiles": tiles,
     "grouped": grouped,
     "ragged_dot": ragged,
+    "megablox": partial(ragged, grouped_dot=megablox),
+    "tokamax": partial(ragged, grouped_dot=tokamax),
 }

@@ -19,31 +19,31 @@ def oracle(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.
 
 def test_grouped_query_attention() -> None:
     generator = np.random.default_rng(0)
-    q = generator.standard_normal((2, 6, 5, 4))
+    q = generator.standard_normal((2, 6, 7, 4))
     k, v = generator.standard_normal((2, 2, 3, 7, 4))
-    mask = generator.random((2, 5, 7)) < 0.6
-    mask[:, :, 0] = True
-    got = reference(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), jnp.asarray(mask))
-    np.testing.assert_allclose(got, oracle(q, k, v, mask), atol=1e-6)
+    fed = np.ones((2, 7), bool)
+    fed[1, [0, 1, 6]] = False
+    got = reference(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), jnp.asarray(fed))
+    wanted = oracle(q, k, v, np.tril(np.ones((7, 7), bool)) & (fed[:, None] | np.eye(7, dtype=bool)))
+    for row in range(2):
+        np.testing.assert_allclose(got[row][:, fed[row]], wanted[row][:, fed[row]], atol=1e-6)
 
 
-def test_what_is_masked_is_not_read_and_an_empty_row_is_finite() -> None:
+def test_what_is_not_fed_is_not_read_and_a_row_without_keys_is_finite() -> None:
     generator = np.random.default_rng(1)
     q, k, v = (jnp.asarray(x, jnp.float32) for x in generator.standard_normal((3, 1, 2, 3, 4)))
-    mask = np.ones((1, 3, 3), bool)
-    mask[0, :, 2] = False
-    mask[0, 0] = False
-    first = reference(q, k, v, jnp.asarray(mask))
-    second = reference(q, k.at[:, :, 2].set(1e4), v.at[:, :, 2].set(-1e9), jnp.asarray(mask))
+    fed = jnp.asarray([[False, True, True]])
+    first = reference(q, k, v, fed)
+    second = reference(q, k.at[:, :, 0].set(1e4), v.at[:, :, 0].set(-1e9), fed)
     assert np.isfinite(first).all()
     np.testing.assert_array_equal(first[:, :, 1:], second[:, :, 1:])
 
 
 def test_softmax_is_float32_in_bfloat16() -> None:
     """Scores that bfloat16 cannot tell apart must still be weighed by their difference."""
-    q = jnp.full((1, 1, 1, 2), 16.0, jnp.bfloat16)
+    q = jnp.full((1, 1, 2, 2), 16.0, jnp.bfloat16)
     k = jnp.asarray([[16.0, 16.0], [16.0, 15.9375]], jnp.bfloat16)[None, None]
     v = jnp.asarray([[1.0, 0.0], [0.0, 1.0]], jnp.bfloat16)[None, None]
-    got = reference(q, k, v, jnp.ones((1, 1, 2), bool))[0, 0, 0]
+    got = reference(q, k, v, jnp.ones((1, 2), bool))[0, 0, 1]
     share = 1 / (1 + np.exp(-1 / np.sqrt(2)))  # the scores are 512 / sqrt 2 and 511 / sqrt 2
     np.testing.assert_allclose(np.asarray(got, np.float32), [share, 1 - share], atol=4e-3)

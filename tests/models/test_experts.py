@@ -1,4 +1,4 @@
-"""The three expert kernels against a loop over tokens in NumPy, in values and gradients."""
+"""The expert kernels against a loop over tokens in NumPy, in values and gradients."""
 
 from functools import partial
 
@@ -11,6 +11,8 @@ from rlstab_jax.models.experts import KERNELS, ExpertWeights
 from rlstab_jax.models.precision import Precision, Stored, fp8, quantised, store, store_activations, store_weight
 
 D, F = 8, 6
+# Those of accelerators are in test_accelerator_kernels.py.
+EVERYWHERE = {name: kernel for name, kernel in KERNELS.items() if name not in ("megablox", "tokamax")}
 PRECISIONS = {"float32": Precision(), "e4m3": fp8(), "e4m3 weights": fp8(activations="none")}
 OTHERS = {
     "float16": Precision("float16"),
@@ -62,7 +64,7 @@ def arrays(name: str) -> tuple[dict[str, np.ndarray], np.ndarray, int]:
 @partial(jax.jit, static_argnames=("kernel", "precision"))
 def run(kernel: str, values: dict, experts: np.ndarray, precision: Precision) -> jax.Array:
     stored = {name: store_weight(values[name], precision) for name in ("gate", "up", "down")}
-    return KERNELS[kernel](values["x"], experts, values["gates"], ExpertWeights(**stored), precision)
+    return EVERYWHERE[kernel](values["x"], experts, values["gates"], ExpertWeights(**stored), precision)
 
 
 @partial(jax.jit, static_argnames="kernel")
@@ -95,7 +97,7 @@ def oracle(values: dict, experts: np.ndarray, precision: Precision) -> np.ndarra
     return out
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", EVERYWHERE)
 @pytest.mark.parametrize("case", cases())
 def test_values(kernel: str, case: str) -> None:
     values, experts, _ = arrays(case)
@@ -110,7 +112,7 @@ def test_values(kernel: str, case: str) -> None:
         assert (error > tolerance).mean() <= share, (name, np.sort(error)[-3:])
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", EVERYWHERE)
 @pytest.mark.parametrize("name", OTHERS)
 def test_values_in_other_precisions(kernel: str, name: str) -> None:
     """As above; float16 and bfloat16 round each product, and the gated product, to 11 and 8 bits."""
@@ -127,7 +129,7 @@ def test_values_in_other_precisions(kernel: str, name: str) -> None:
     assert (error > 10 * digits * max(1.0, np.abs(want).max())).mean() <= share, np.sort(error)[-3:]
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", EVERYWHERE)
 def test_a_float16_expert_saturates(kernel: str) -> None:
     """silu(gate) * up overflows first: 300 * 300 is 65504 there, times 1 / 65504 down to about 1."""
     values, experts, _ = arrays("random")
@@ -151,7 +153,7 @@ def test_gradients_equal_the_reference(kernel: str, case: str) -> None:
         assert np.abs(want["gates"]).max() > 0.1
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", EVERYWHERE)
 def test_what_is_not_dispatched_is_never_read(kernel: str) -> None:
     """NaN in padding, or in an expert that nobody chose, reaches neither values nor gradients of the others.
 
@@ -182,7 +184,7 @@ def test_stored_weights_are_used_as_they_are() -> None:
     precision = fp8(activations="none")
     stored = {name: store(values[name], precision.weights, -2) for name in ("gate", "up", "down")}
     doubled = Stored(stored["down"].values, stored["down"].scale.at[:, :, 3].multiply(2))
-    for name, kernel in KERNELS.items():
+    for name, kernel in EVERYWHERE.items():
         apply = jax.jit(kernel, static_argnums=4)
         inputs = values["x"], experts, values["gates"]
         first = apply(*inputs, ExpertWeights(**stored), precision)

@@ -1,5 +1,8 @@
 """Impossible sizes are refused by name, kernels by hardware; layers group into scans."""
 
+import dataclasses
+import importlib.metadata
+
 import pytest
 
 from rlstab_jax.models import Kernels, ModelConfig, resolve_kernels
@@ -40,9 +43,44 @@ def test_kernels_by_hardware() -> None:
     assert resolve_kernels(Kernels(), "cpu") == Kernels("reference", "tiles", "reference", "grouped")
     assert resolve_kernels(Kernels(), "tpu") == Kernels("reference", "ragged_dot", "reference", "ragged_dot")
     assert resolve_kernels(Kernels("cudnn", "dense"), "gpu") == Kernels("cudnn", "dense", "reference", "grouped")
-    for platform in ("cpu", "tpu"):
-        with pytest.raises(UserError, match="cudnn"):
-            resolve_kernels(Kernels(attention="cudnn"), platform)
+    explicit = Kernels("splash", "megablox", "splash", "megablox")
+    assert resolve_kernels(explicit, "tpu") == explicit
+
+
+@pytest.mark.parametrize(
+    ("field", "kernel", "platform", "message"),
+    [
+        ("attention", "cudnn", "cpu", "needs an NVIDIA GPU, but this is 'cpu': use 'auto' or 'reference'"),
+        ("attention", "cudnn", "tpu", "needs an NVIDIA GPU, but this is 'tpu': use 'auto' or 'reference'"),
+        ("attention", "splash", "gpu", "needs a TPU, but this is 'gpu': use 'auto' or 'reference'"),
+        ("decode_attention", "splash", "cpu", "needs a TPU, but this is 'cpu': use 'auto' or 'reference'"),
+        ("experts", "megablox", "cpu", "needs a TPU, but this is 'cpu': use 'auto' or 'tiles'"),
+        ("decode_experts", "megablox", "gpu", "needs a TPU, but this is 'gpu': use 'auto' or 'grouped'"),
+        ("decode_experts", "tokamax", "tpu", "needs an NVIDIA GPU, but this is 'tpu': use 'auto' or 'ragged_dot'"),
+    ],
+)
+def test_kernels_of_other_hardware_are_refused(field: str, kernel: str, platform: str, message: str) -> None:
+    kernels = dataclasses.replace(Kernels(), **{field: kernel})
+    with pytest.raises(UserError, match=f"^kernels.{field} = '{kernel}' {message}$"):
+        resolve_kernels(kernels, platform)
+
+
+@pytest.mark.parametrize("version", [None, "0.0.12", "0.0.17", "0.1.0"])
+def test_tokamax_is_asked_for_where_it_is_missing_or_too_old(
+    monkeypatch: pytest.MonkeyPatch, version: str | None
+) -> None:
+    def installed(name: str) -> str:
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    kernels = Kernels(experts="tokamax")
+    if version in ("0.0.17", "0.1.0"):
+        assert resolve_kernels(kernels, "gpu").experts == "tokamax"
+    else:
+        with pytest.raises(UserError, match=r"kernels.experts = 'tokamax' needs the package tokamax.*pip install"):
+            resolve_kernels(kernels, "gpu")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,144 @@
+"""Run by test_accelerator_kernels.py: compiles for TPUs that are not there, and prints each program's memory.
+
+The output is one JSON object: {topology: {program: [bytes of temporaries, bytes of the largest argument]}}. The first
+topology named compiles all programs, the others one of each kernel.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from rlstab_jax.models import Kernels, ModelConfig, Precision, Transformer
+from rlstab_jax.models.attention_tpu import decode_splash, splash
+from rlstab_jax.models.decode import decode_step
+from rlstab_jax.models.experts import megablox
+from rlstab_jax.models.precision import Stored
+from rlstab_jax.models.transformer import KeyValues, Past, forward
+
+BF16 = jnp.bfloat16
+KERNELS = Kernels("splash", "megablox", "splash", "megablox")
+MODEL = ModelConfig(
+    vocab_size=128,
+    num_layers=2,
+    embed_dim=128,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=128,
+    num_experts=4,
+    experts_per_token=2,
+    expert_dim=96,
+)
+
+
+def gradient(f: Callable, of: int) -> Callable:
+    """The gradient of a scalar of ``f`` by its first ``of`` arguments."""
+    return jax.grad(lambda *args: jnp.sum(jnp.square(f(*args).astype(jnp.float32))), argnums=tuple(range(of)))
+
+
+def sequences(heads: int, kv_heads: int, time: int, c: int, dtype: Any) -> list[jax.ShapeDtypeStruct]:
+    shapes = [(4, heads, time, c), (4, kv_heads, time, c), (4, kv_heads, time, c)]
+    return [*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes), jax.ShapeDtypeStruct((4, time), bool)]
+
+
+def cache(batch: int, kv_heads: int, time: int, c: int, dtype: Any) -> tuple:
+    return jax.ShapeDtypeStruct((batch, kv_heads, c, time), dtype), jax.ShapeDtypeStruct(
+        (batch, kv_heads, time, c), dtype
+    )
+
+
+def a_decode_step(dtype: Any) -> list:
+    """128 rows of 32 prompts, 32 heads over 4. Keys and values are too large for the memory on the chip."""
+    masks = jax.ShapeDtypeStruct((32, 512), bool), jax.ShapeDtypeStruct((128, 4096), bool)
+    q = jax.ShapeDtypeStruct((128, 32, 1, 128), dtype)
+    return [q, cache(32, 4, 512, 128, dtype), cache(128, 4, 4096, 128, dtype), *masks]
+
+
+def model_gradient(variables: dict, tokens: jax.Array, mask: jax.Array) -> Any:
+    """Scanned and recomputed layers, as the training engine has them, with products in float32."""
+    model = Transformer(MODEL, Precision(), KERNELS, remat=True)
+    return jax.grad(lambda v: jnp.sum(jnp.square(forward(model, v, tokens, mask).hidden.astype(jnp.float32))))(
+        variables
+    )
+
+
+def model_decode(layers: list[dict], pasts: list[Past], x: jax.Array) -> Any:
+    """Steps in a loop that carries the cache, as the sampler has them."""
+    model = Transformer(MODEL, Precision("bfloat16"), KERNELS)
+
+    def step(i: jax.Array, carry: tuple) -> tuple:
+        pasts, x = carry
+        x, pasts, _ = decode_step(model, layers, x, jnp.full(x.shape[0], i), jnp.ones(x.shape[0], bool), pasts)
+        return [past.replace(column=past.column + 1) for past in pasts], x
+
+    return jax.lax.fori_loop(0, 8, step, (pasts, x))
+
+
+def model_arguments() -> tuple[list, list]:
+    """Of `model_gradient` and of `model_decode`: 128 rows of 32 prompts of 256 tokens, a window of 4096."""
+    model = Transformer(MODEL, Precision("bfloat16"), Kernels("reference", "dense", "reference", "dense"))
+    tokens = jax.ShapeDtypeStruct((2, 100), jnp.int32), jax.ShapeDtypeStruct((2, 100), bool)
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))
+    ((kinds, _),) = MODEL.segments
+    assert len(kinds) == 1
+    block = variables["params"]["segment_0"]["block_0"]
+    layer = {"params": jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), block)}
+
+    def key_values(batch: int, time: int) -> KeyValues:
+        k, v = cache(batch, MODEL.num_kv_heads, time, MODEL.head_dim, BF16)
+        return KeyValues(Stored(k), Stored(v))
+
+    masks = jax.ShapeDtypeStruct((32, 256), bool), jax.ShapeDtypeStruct((128, 4096), bool)
+    past = Past(key_values(32, 256), key_values(128, 4096), *masks, jax.ShapeDtypeStruct((), jnp.int32))
+    x = jax.ShapeDtypeStruct((128, MODEL.embed_dim), BF16)
+    return [variables, *tokens], [[layer] * 2, [past] * 2, x]
+
+
+def programs() -> dict[str, tuple[Callable, list]]:
+    rows = jax.ShapeDtypeStruct((1000, 1024), BF16), jax.ShapeDtypeStruct((16, 1024, 768), BF16)
+    sizes = jax.ShapeDtypeStruct((16,), jnp.int32)
+    of_gradient, of_decode = model_arguments()
+    return {
+        "splash": (gradient(splash, 3), sequences(8, 2, 512, 128, BF16)),
+        "splash, float32, odd sizes": (gradient(splash, 3), sequences(6, 2, 300, 64, jnp.float32)),
+        "decode_splash": (decode_splash, a_decode_step(BF16)),
+        "decode_splash, float32": (decode_splash, a_decode_step(jnp.float32)),
+        "megablox": (gradient(megablox, 2), [*rows, sizes]),
+        "model, gradient": (model_gradient, of_gradient),
+        "model, decode": (model_decode, of_decode),
+    }
+
+
+def memory(f: Callable, arguments: list, sharding: Any) -> list[int]:
+    placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments)
+    donated = (1,) if f is model_decode else ()
+    compiled = jax.jit(f, donate_argnums=donated).lower(*placed).compile()
+    largest = max(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(arguments))
+    return [compiled.memory_analysis().temp_size_in_bytes, largest]
+
+
+def over_a_mesh(devices: list) -> list[int]:
+    """Batch and heads split over four chips: kernels need `jax.shard_map`."""
+    mesh = Mesh(np.array(devices[:4]).reshape(2, 2), ("data", "tensor"))
+    heads, rows = PartitionSpec("data", "tensor"), PartitionSpec("data")
+    split = jax.shard_map(splash, mesh=mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
+    return memory(gradient(split, 3), sequences(8, 2, 512, 128, BF16), NamedSharding(mesh, rows))
+
+
+if __name__ == "__main__":
+    report: dict[str, dict[str, list[int]]] = {}
+    for name in sys.argv[1:]:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        one = SingleDeviceSharding(devices[0])
+        chosen = ("splash", "decode_splash", "megablox") if report else programs()
+        report[name] = {label: memory(*programs()[label], one) for label in chosen}
+        if len(report) == 1:
+            report[name]["splash over a mesh"] = over_a_mesh(devices)
+    print(json.dumps(report))

@@ -1,0 +1,258 @@
+"""Kernels for accelerators: compared with the references where they can be interpreted, compiled where they cannot."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlstab_jax.models.attention import by_lengths, cudnn, decode_reference, reference
+from rlstab_jax.models.attention_tpu import decode_splash, splash
+from rlstab_jax.models.config import has_tokamax
+from rlstab_jax.models.experts import ExpertWeights, dense, megablox, ragged, tokamax
+from rlstab_jax.models.precision import Precision, fp8, quantised, store_weight
+from rlstab_jax.types import UserError
+
+HEADS, KV_HEADS, C = 4, 2, 16
+KERNELS = {"splash": partial(splash, interpret=True), "by lengths": partial(by_lengths, implementation="xla")}
+
+
+def sequences(time: int, dtype: Any = jnp.float32) -> tuple[list[jax.Array], jax.Array]:
+    """Queries, keys and values, and what is fed: all, the middle, the first token, the last ones."""
+    generator = np.random.default_rng(0)
+    shapes = [(4, HEADS, time, C), (4, KV_HEADS, time, C), (4, KV_HEADS, time, C)]
+    column = np.arange(time)
+    first, end = np.array([[0], [time // 3], [0], [time // 2]]), np.array([[time], [time - 3], [1], [time]])
+    fed = (column >= first) & (column < end)
+    return [jnp.asarray(generator.standard_normal(shape), dtype) for shape in shapes], jnp.asarray(fed)
+
+
+@partial(jax.jit, static_argnums=0)
+def with_gradient(kernel: Any, arrays: list[jax.Array], fed: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+    """Output at fed tokens, and the gradient of the sum of its sines."""
+
+    def loss(arrays: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        y = jnp.where(fed[:, None, :, None], kernel(*arrays, fed), 0)
+        return jnp.sin(y).sum(), y
+
+    (_, y), gradient = jax.value_and_grad(loss, has_aux=True)(arrays)
+    return y, gradient
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_whole_sequences_equal_the_reference(kernel: str) -> None:
+    """131 is no multiple of anything: splash pads it to two blocks, cuDNN to an even number."""
+    arrays, fed = sequences(131)
+    wanted, got = (with_gradient(k, arrays, fed) for k in (reference, KERNELS[kernel]))
+    np.testing.assert_allclose(got[0], wanted[0], atol=1e-5)
+    for of_kernel, of_reference in zip(got[1], wanted[1], strict=True):
+        np.testing.assert_allclose(of_kernel, of_reference, atol=2e-5)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_what_is_not_fed_is_not_read(kernel: str) -> None:
+    arrays, fed = sequences(12)
+    other = [jnp.where(fed[:, None, :, None], a, 100.0) for a in arrays]
+    first, second = (with_gradient(KERNELS[kernel], a, fed)[0] for a in (arrays, other))
+    assert np.isfinite(first).all()
+    np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_decode_step_equals_the_reference(dtype: Any) -> None:
+    """Two prompts of three samples; lengths that are no multiples of 128; one response has nothing yet, one row too."""
+    generator = np.random.default_rng(1)
+    rows, prompts, prompt_length, window = 6, 2, 40, 130
+    q = jnp.asarray(generator.standard_normal((rows, HEADS, 1, C)), dtype)
+
+    def cache(batch: int, time: int) -> tuple[jax.Array, jax.Array]:
+        k, v = generator.standard_normal((2, batch, KV_HEADS, C, time))
+        return jnp.asarray(k, dtype), jnp.asarray(v.swapaxes(2, 3), dtype)
+
+    prompt_mask = np.arange(prompt_length) >= np.array([[7], [39]])
+    age = 100 - np.arange(window)
+    response_mask = (age >= 0) & (age < np.array([[1], [5], [101], [0], [30], [64]]))
+    arguments = (q, cache(prompts, prompt_length), cache(rows, window), prompt_mask, response_mask)
+    step = jax.jit(partial(decode_splash, interpret=True))
+    got, wanted = step(*arguments), decode_reference(*arguments)
+    assert got.dtype == dtype
+    tolerance = 1e-6 if dtype == jnp.float32 else 2e-2
+    np.testing.assert_allclose(*(np.asarray(a, np.float32) for a in (got, wanted)), atol=tolerance)
+    nothing = step(*arguments[:3], np.zeros_like(prompt_mask), np.zeros_like(response_mask))
+    assert np.isfinite(np.asarray(nothing, np.float32)).all()
+
+
+def experts_case() -> tuple[dict[str, jax.Array], jax.Array]:
+    """150 tokens, of which every third is not dispatched, and an expert without tokens."""
+    generator = np.random.default_rng(2)
+    num_experts, d, f = 5, 24, 40
+    experts = np.stack([generator.permutation(num_experts - 1)[:2] for _ in range(150)])
+    experts[::3] = num_experts
+    shapes = {"x": (150, d), "gate": (num_experts, d, f), "up": (num_experts, d, f), "down": (num_experts, f, d)}
+    values = {name: jnp.asarray(generator.standard_normal(shape), jnp.float32) for name, shape in shapes.items()}
+    gates = np.where(experts < num_experts, generator.random(experts.shape), 0)
+    return values | {"gates": jnp.asarray(gates, jnp.float32)}, jnp.asarray(experts, jnp.int32)
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def run_experts(kernel: Any, values: dict, experts: jax.Array, precision: Precision) -> tuple[jax.Array, dict]:
+    def loss(values: dict) -> tuple[jax.Array, jax.Array]:
+        weights = ExpertWeights(*(store_weight(values[name], precision) for name in ("gate", "up", "down")))
+        y = kernel(values["x"], experts, values["gates"], weights, precision)
+        return jnp.sin(0.01 * y).sum(), y
+
+    (_, y), gradient = jax.value_and_grad(loss, has_aux=True)(values)
+    return y, gradient
+
+
+@jax.custom_vjp
+def poisoned(x: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Array:
+    """`jax.lax.ragged_dot` as on TPU: what lies past sum(sizes) is NaN here, in the result and in the gradient."""
+    past = jnp.arange(x.shape[0])[:, None] >= sizes.sum()
+    return jnp.where(past, jnp.nan, jax.lax.ragged_dot(x, weight, sizes))
+
+
+def _poisoned_backward(saved: tuple, gradient: jax.Array) -> tuple:
+    x, weight, sizes = saved
+    past = jnp.arange(x.shape[0])[:, None] >= sizes.sum()
+    dx, dw = jax.vjp(lambda x, w: jax.lax.ragged_dot(x, w, sizes), x, weight)[1](gradient)
+    return jnp.where(past, jnp.nan, dx), dw, None
+
+
+poisoned.defvjp(lambda *saved: (poisoned(*saved), saved), _poisoned_backward)
+
+GROUPED_DOTS = {
+    "megablox": partial(megablox, interpret=True),
+    "uninitialised": lambda x, weight, sizes, **how: poisoned(x, weight, sizes),
+}
+
+
+@pytest.mark.parametrize("name", GROUPED_DOTS)
+def test_grouped_products_equal_the_dense_experts(name: str) -> None:
+    values, experts = experts_case()
+    wanted = run_experts(dense, values, experts, Precision())
+    got = run_experts(partial(ragged, grouped_dot=GROUPED_DOTS[name]), values, experts, Precision())
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        scale = np.abs(theirs).max()
+        np.testing.assert_allclose(ours / scale, theirs / scale, atol=2e-6)
+
+
+@pytest.mark.skipif(not has_tokamax(), reason="the optional package tokamax (Python 3.12 or newer) is not installed")
+def test_tokamax_equals_ragged_dot() -> None:
+    """Through its XLA implementation: its GPU kernels are refused elsewhere."""
+    values, experts = experts_case()
+    kernels = [jax.lax.ragged_dot, partial(tokamax, implementation="xla")]
+    wanted, got = (
+        run_experts(partial(ragged, grouped_dot=kernel), values, experts, Precision("bfloat16")) for kernel in kernels
+    )
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        ours, theirs = (np.asarray(a, np.float32) for a in (ours, theirs))
+        np.testing.assert_allclose(ours / np.abs(theirs).max(), theirs / np.abs(theirs).max(), atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "precision", "dtype"),
+    [
+        (megablox, quantised("int8"), "int8"),
+        (megablox, fp8(products="native"), "float8_e4m3fn"),
+        (megablox, Precision("float16"), "float16"),
+        (tokamax, quantised("int8"), "int8"),
+        (tokamax, Precision(), "float32"),
+        (tokamax, fp8(), "float32"),  # emulated
+    ],
+)
+def test_operands_that_a_kernel_lacks_are_refused(kernel: Any, precision: Precision, dtype: str) -> None:
+    values, experts = experts_case()
+    message = f"the expert kernel {kernel.__name__!r} multiplies .*, but this precision multiplies {dtype}: use 'ragged"
+    with pytest.raises(UserError, match=message):
+        run_experts(partial(ragged, grouped_dot=kernel), values, experts, precision)
+
+
+def precisions(jaxpr: Any) -> list:
+    """The precision of every matrix product, within kernels too."""
+    found = [e.params["precision"] for e in jaxpr.eqns if e.primitive.name == "dot_general"]
+    for eqn in jaxpr.eqns:
+        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+            found += precisions(inner)
+    return found
+
+
+@pytest.mark.parametrize("kernel", ["splash", "decode_splash", "megablox"])
+def test_float32_means_float32_within_the_kernels(kernel: str) -> None:
+    """Forward and backward: TPUs would round the operands to bfloat16 by default."""
+
+    def shape(*sizes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    if kernel == "splash":
+        fed = shape(4, 131, dtype=bool)
+        jaxpr = jax.make_jaxpr(partial(with_gradient, splash))([*sequences(131)[0]], fed)
+    elif kernel == "decode_splash":
+        cache = (shape(2, KV_HEADS, C, 128), shape(2, KV_HEADS, 128, C))
+        mask = shape(2, 128, dtype=bool)
+        jaxpr = jax.make_jaxpr(decode_splash)(shape(2, HEADS, 1, C), cache, cache, mask, mask)
+    else:
+        exact = partial(megablox, precision=jax.lax.Precision.HIGHEST)
+        gradient = jax.grad(lambda x, weight, sizes: jnp.sin(exact(x, weight, sizes)).sum(), argnums=(0, 1))
+        jaxpr = jax.make_jaxpr(gradient)(shape(128, 32), shape(4, 32, 64), shape(4, dtype=jnp.int32))
+    found = precisions(jaxpr.jaxpr)
+    assert len(found) >= 3
+    assert set(found) == {(jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)}
+
+
+def test_cudnn_is_lowered_to_its_fused_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For CUDA without a GPU: only the question which cuDNN is installed is answered in its place."""
+    library = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(library, "cuda_versions", SimpleNamespace(cudnn_get_version=lambda: 91000))
+    arrays, fed = sequences(131, jnp.bfloat16)
+    program = jax.jit(partial(with_gradient, cudnn)).trace(arrays, fed).lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaSoftmax(" in program
+    assert "__cudnn$fmhaSoftmaxBackward(" in program
+    assert "4x131x131" not in program  # no mask of [batch, time, time]
+    assert "4x132x132" not in program
+
+
+@pytest.mark.parametrize(("dtype", "c"), [(jnp.float32, 16), (jnp.bfloat16, 12)])
+def test_cudnn_refuses(dtype: Any, c: int) -> None:
+    arrays, fed = sequences(8, dtype)
+    with pytest.raises(UserError, match=r"kernels\.attention = 'cudnn' needs bfloat16 or float16 and model\.head_dim"):
+        cudnn(*(a[..., :c] for a in arrays), fed)
+
+
+# libtpu asks the machine that it is on, unless told what it would find.
+NO_TPU_HERE = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5e-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed; the test extra has it on Linux x86_64"
+)
+def test_tpu_kernels_compile_ahead_of_time() -> None:
+    """For three generations; in a process of its own, since libtpu reads its environment once."""
+    program = Path(__file__).with_name("ahead_of_time.py")
+    root = program.parents[2]
+    environment = os.environ | NO_TPU_HERE | {"PYTHONPATH": str(root)}
+    command = [sys.executable, str(program), "v5e:2x2", "v6e:2x2", "v5p:2x2x1"]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert list(report) == command[2:]
+    assert len(report["v5e:2x2"]) == 8
+    for topology, programs in report.items():
+        assert {"splash", "decode_splash", "megablox"} <= set(programs)
+        for name, (temporaries, largest) in programs.items():
+            if "decode" in name:  # no copy of keys or values, each of which is the largest argument
+                assert temporaries < largest / 2, (topology, name)
