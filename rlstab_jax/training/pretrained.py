@@ -145,7 +145,8 @@ def model_config(directory: Path) -> ModelConfig:
         manifest = read_manifest(directory)
         model = {**manifest["config"]["model"], "vocab_size": manifest["resolved"]["vocab_size"]}
     else:
-        raise UserError(f"{directory}: give a directory that import-hf wrote, or a run's: it has no {CARD}")
+        found = f"it has no {CARD}" if directory.is_dir() else "there is no such directory"
+        raise UserError(f"{directory}: {found}; give one that `rlstab import-hf` wrote, or a run's")
     sizes: Any = {**model, "dense_layers": tuple(model.get("dense_layers", ()))}
     try:
         return ModelConfig(**sizes)

@@ -2,9 +2,11 @@
 file, is evaluated and exported, and answers in transformers as it does here."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -40,6 +42,13 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compile() -> Iterator[None]:
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where all of it happened."""
@@ -72,7 +81,7 @@ def test_the_run_learns_from_the_file(folder: Path) -> None:
     measured = json.loads((folder / "runs" / "eval-math-seed0-heldout-inference" / "eval.json").read_text())
     assert measured["step"] == len(metrics["reward/mean"]) == 4
     assert measured["prompts"] == 96
-    assert measured["accuracy"]["mean"] > CHANCE
+    assert measured["accuracy"]["low"] > CHANCE
     assert measured["accuracy"]["mean"] <= measured["pass_at"]["4"]["mean"]
 
 

@@ -148,8 +148,9 @@ def test_parameters_of_another_model(imported: Path, run: RunConfig) -> None:
         f"model.num_layers = 3, but the parameters in {imported} have 2",
         f"model.rope_theta = 1000000.0, but the parameters in {imported} have 10000.0",
     ]
-    with pytest.raises(UserError, match="give a directory that import-hf wrote, or a run's"):
-        with_initial(run, imported / "checkpoints")
+    for other, found in (("checkpoints", r"it has no model\.json"), ("nowhere", "there is no such directory")):
+        with pytest.raises(UserError, match=f"{found}; give one that `rlstab import-hf` wrote, or a run's"):
+            with_initial(run, imported / other)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
