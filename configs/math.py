@@ -26,6 +26,7 @@ def config() -> RunConfig:
             fields=Fields(demonstration="solution"),
             tokenizer=MODEL,
             chat=True,
+            stop=("<|im_end|>",),  # ends a turn of the chat template; a base model's files do not say so
             response_tokens=16,
             rewards=(Reward("math", MathVerify()),),
         ),

@@ -46,7 +46,10 @@ def write_records(path: Path, records: Sequence[dict[str, Any]]) -> None:
 
 
 def make_tokenizer(texts: Sequence[str]) -> Any:
-    """A byte-level tokeniser with one token a digit, as Qwen's, trained on ``texts``."""
+    """A byte-level tokeniser with one token a digit, trained on ``texts``.
+
+    Its files are like those of Qwen's base models, which do not say that <|im_end|> ends a turn.
+    """
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -63,7 +66,7 @@ def make_tokenizer(texts: Sequence[str]) -> Any:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHAT
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>", chat_template=CHAT
     )
 
 
@@ -72,7 +75,6 @@ def make_model(tokenizer: Any, **sizes: Any) -> Any:
     import torch
     import transformers
 
-    end, start = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>"))
     numbers: dict[str, Any] = {
         "vocab_size": 512,  # more than the tokeniser's, as in published checkpoints
         "hidden_size": 64,
@@ -90,10 +92,8 @@ def make_model(tokenizer: Any, **sizes: Any) -> Any:
         "initializer_range": 0.125,
     }
     torch.manual_seed(0)
-    config = transformers.Qwen3MoeConfig(**(numbers | sizes), eos_token_id=end, pad_token_id=start)
-    model = transformers.Qwen3MoeForCausalLM(config)
-    model.generation_config.eos_token_id = [end, start]
-    return model
+    config = transformers.Qwen3MoeConfig(**(numbers | sizes), eos_token_id=tokenizer.eos_token_id)
+    return transformers.Qwen3MoeForCausalLM(config)
 
 
 def write(directory: Path, *, largest: int = 9, heldout: int = 256, **sizes: Any) -> None:

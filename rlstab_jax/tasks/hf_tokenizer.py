@@ -45,11 +45,7 @@ class HFTokenizer:
         ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
         self._known = frozenset(ids)
         self.vocab_size = max(ids) + 1
-        for token in stop:
-            if self._tokenizer.token_to_id(token) is None:
-                raise UserError(f"{file}: the stop token {token!r} is none of its tokens")
-        own = self._ids("eos")
-        self.stop_ids = tuple(dict.fromkeys([*map(self._tokenizer.token_to_id, stop), *own]))
+        self.stop_ids = tuple(dict.fromkeys([*map(self._id_of, stop), *self._ids("eos")]))
         if not self.stop_ids:
             raise UserError(
                 f"{self.directory}: no token stops a response: name eos_token_id in generation_config.json, or "
@@ -108,6 +104,12 @@ class HFTokenizer:
             return _environment().from_string(source)
         except jinja2.TemplateError as error:
             raise UserError(f"{self.directory}: the chat template is malformed: {error}") from error
+
+    def _id_of(self, stop: str) -> int:
+        token = self._tokenizer.token_to_id(stop)
+        if token is None:
+            raise UserError(f"{self.directory / 'tokenizer.json'}: the stop token {stop!r} is none of its tokens")
+        return token
 
     def _ids(self, kind: str) -> tuple[int, ...]:
         """The ids of "eos" or "pad": of the first file that names any."""

@@ -91,6 +91,8 @@ def test_transformers_gives_the_same_answers(folder: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
     model = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype="float32").eval()
     ours = HFTokenizer(exported)
+    assert [tokenizer.decode([i]) for i in ours.stop_ids] == ["<|im_end|>", "<|endoftext|>"]
+    assert HFTokenizer(folder / DATA / "imported").stop_ids == ours.stop_ids[1:]
     problems = lines(folder / DATA / "heldout.jsonl")
     answered = lines(folder / "runs" / "greedy" / "responses.jsonl")
     assert len({row["responses"][0]["text"] for row in answered}) > 3
