@@ -209,7 +209,8 @@ def test_from_the_hub_the_config_is_judged_first(
 
 def test_what_export_refuses(imported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "is there already" in refused(capsys, "export-hf", imported, imported)
-    assert "it has no model.json; give one that `rlstab import-hf` wrote" in refused(capsys, "export-hf", tmp_path, tmp_path / "out")
+    line = refused(capsys, "export-hf", tmp_path, tmp_path / "out")
+    assert "it has no model.json; give one that `rlstab import-hf` wrote" in line
     odd = ModelConfig(vocab_size=9, num_experts=0, qk_norm="none")
     manifest = {"config": {"model": {**vars(odd), "dense_layers": []}}, "resolved": {"vocab_size": 9}}
     (tmp_path / "odd").mkdir()
