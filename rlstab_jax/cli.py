@@ -256,6 +256,8 @@ def config_of_run(checkpoint: Path) -> tuple[Path, Any]:
     from rlstab_jax.rundir import config_difference, read_manifest
     from rlstab_jax.training.config import MAY_CHANGE
 
+    if not checkpoint.is_dir():
+        raise UserError(f"{checkpoint}: there is no such directory; give a run's, such as runs/quickstart-seed0")
     run = checkpoint.parent if checkpoint.name == "checkpoints" else checkpoint
     help_ = f"name the config: rlstab eval {checkpoint} CONFIG ..."
     manifest = read_manifest(run) if (run / "manifest.json").exists() else {}

@@ -35,13 +35,16 @@ class DatasetConfig(TaskConfig):
     fields: Fields = Fields()
     """Names of the fields of plain records."""
     template: str = "{prompt}"
-    """What the model is shown of a question that is text; ``{prompt}`` stands for it."""
+    """What the model is shown of a question that is text; ``{prompt}`` stands for it. No special token is added."""
     tokenizer: str = ""
     """Directory of a Hugging Face tokeniser; empty for one token a character of ``alphabet``."""
     alphabet: str = ""
     """Characters of the character tokeniser."""
     chat: bool = False
     """Whether prompts go through the tokeniser's chat template, text as one message of the user."""
+    stop: tuple[str, ...] = ()
+    """Tokens that end a response besides the tokeniser's own; the first one ends demonstrations. A base model's files
+    rarely name the one that ends a turn of its chat template."""
     max_prompt_tokens: int = 0
     """Longer prompts are left out, and counted; 0 keeps all."""
     response_tokens: int = 1024
@@ -242,7 +245,7 @@ def _tokenizer(config: DatasetConfig) -> Tokenizer:
         return CharTokenizer(config.alphabet)
     from rlstab_jax.tasks.hf_tokenizer import HFTokenizer  # its packages are an extra
 
-    return HFTokenizer(config.tokenizer)
+    return HFTokenizer(config.tokenizer, config.stop)
 
 
 def _check(config: DatasetConfig) -> None:
@@ -259,6 +262,7 @@ def _check(config: DatasetConfig) -> None:
     )
     require(len(set(config.alphabet)) == len(config.alphabet), "alphabet", "each character once")
     require(not config.chat or bool(config.tokenizer), "chat", "False, without a tokenizer that has a chat template")
+    require(not config.stop or bool(config.tokenizer), "stop", "(), without a tokenizer that has special tokens")
     require(config.max_prompt_tokens >= 0, "max_prompt_tokens", "0 (no limit) or more")
     require(config.response_tokens >= 1, "response_tokens", "at least 1")
     require(0 <= config.max_verifier_failures <= 1, "max_verifier_failures", "a share from 0 to 1")

@@ -19,13 +19,14 @@ class HFTokenizer:
       directory: of a checkpoint or of an import. Beside tokenizer.json it may have tokenizer_config.json (the names of
         special tokens; a chat template), chat_template.jinja, and generation_config.json or config.json (the ids that
         stop a response, and padding).
+      stop: tokens, as text, that stop a response besides; they come first in ``stop_ids``.
 
     Raises:
-      UserError: no tokenizer.json, one that cannot be read, nothing that says which token stops a response, or the
-        extra ``hf`` is not installed.
+      UserError: no tokenizer.json, one that cannot be read, nothing that says which token stops a response, a stop
+        token that is none, or the extra ``hf`` is not installed.
     """
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | Path, stop: Sequence[str] = ()):
         try:
             import tokenizers
         except ImportError as error:
@@ -44,7 +45,7 @@ class HFTokenizer:
         ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
         self._known = frozenset(ids)
         self.vocab_size = max(ids) + 1
-        self.stop_ids = self._ids("eos")
+        self.stop_ids = tuple(dict.fromkeys([*map(self._id_of, stop), *self._ids("eos")]))
         if not self.stop_ids:
             raise UserError(
                 f"{self.directory}: no token stops a response: name eos_token_id in generation_config.json, or "
@@ -103,6 +104,12 @@ class HFTokenizer:
             return _environment().from_string(source)
         except jinja2.TemplateError as error:
             raise UserError(f"{self.directory}: the chat template is malformed: {error}") from error
+
+    def _id_of(self, stop: str) -> int:
+        token = self._tokenizer.token_to_id(stop)
+        if token is None:
+            raise UserError(f"{self.directory / 'tokenizer.json'}: the stop token {stop!r} is none of its tokens")
+        return token
 
     def _ids(self, kind: str) -> tuple[int, ...]:
         """The ids of "eos" or "pad": of the first file that names any."""

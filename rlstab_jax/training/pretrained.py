@@ -113,6 +113,7 @@ def export_checkpoint(options: ExportOptions, say: Say = print, begin: Callable[
         dtype = read_json(directory / CARD)["source"]["dtype"] if imported else "float32"
     base = read_json(origin / "config.json") if (origin / "config.json").exists() else None
     config = write_model_config(model, dtype, base)
+    stop_ids = _stop_ids(directory, origin)
     mesh = make_mesh(options.mesh)
     shapes = parameter_shapes(model)
     names = logical_axes(shapes)
@@ -126,6 +127,8 @@ def export_checkpoint(options: ExportOptions, say: Say = print, begin: Callable[
     step, params = load_parameters(directory, template, best=not options.newest, cast=False, say=say)
     with _aside(options.out) as aside:
         _carry(origin, aside)
+        if stop_ids:
+            _name_stops(aside / "generation_config.json", stop_ids)
         (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         export_model(model, params, aside, dtype, options.shard_bytes)
     if not (options.out / "tokenizer.json").exists():
@@ -145,7 +148,8 @@ def model_config(directory: Path) -> ModelConfig:
         manifest = read_manifest(directory)
         model = {**manifest["config"]["model"], "vocab_size": manifest["resolved"]["vocab_size"]}
     else:
-        raise UserError(f"{directory}: give a directory that import-hf wrote, or a run's: it has no {CARD}")
+        found = f"it has no {CARD}" if directory.is_dir() else "there is no such directory"
+        raise UserError(f"{directory}: {found}; give one that `rlstab import-hf` wrote, or a run's")
     sizes: Any = {**model, "dense_layers": tuple(model.get("dense_layers", ()))}
     try:
         return ModelConfig(**sizes)
@@ -214,6 +218,20 @@ def keep_card(initial: Path, run: Path) -> None:
         with _aside(target) as aside:
             _carry(origin, aside)
             shutil.copyfile(origin / CARD, aside / CARD)
+
+
+def _stop_ids(run: Path, origin: Path) -> tuple[int, ...]:
+    """What ended responses in a run whose task named stop tokens of its own; nothing where the files say it all."""
+    task = read_manifest(run)["config"]["task"] if (run / "manifest.json").exists() else {}
+    if not (task.get("tokenizer") and task.get("stop") and (origin / "tokenizer.json").exists()):
+        return ()
+    return HFTokenizer(origin, task["stop"]).stop_ids
+
+
+def _name_stops(file: Path, stop_ids: tuple[int, ...]) -> None:
+    """Other programs shall end responses where the run did."""
+    generation = read_json(file) if file.exists() else {}
+    file.write_text(json.dumps({**generation, "eos_token_id": list(stop_ids)}, indent=2) + "\n")
 
 
 def _carry(source: Path, target: Path) -> None:

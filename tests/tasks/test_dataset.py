@@ -120,9 +120,9 @@ def test_grain_takes_up_where_it_was(sums):
 class StandIn(CharTokenizer):
     """A character tokeniser that has a chat template."""
 
-    def __init__(self, directory):
+    def __init__(self, directory, stop):
         super().__init__(string.printable)
-        self.directory = directory
+        self.directory, self.stop = directory, stop
 
     def chat(self, messages):
         return "".join(f"<{message['role']}>{message['content']}\n" for message in messages) + "<assistant>"
@@ -142,8 +142,8 @@ MESSAGES = [{"role": "system", "content": "Count."}, {"role": "user", "content":
 def test_templates(tmp_path):
     path = written(tmp_path / "a.jsonl", [{"prompt": "1 + {1}", "answer": 2}, {"messages": MESSAGES, "answer": 5}])
     common = {"alphabet": "", "tokenizer": "some/folder", "heldout_share": 0.0}
-    task = config(path, chat=True, template="{prompt} = ? \\boxed{}", **common).build()
-    assert task.tokenizer.directory == "some/folder"
+    task = config(path, chat=True, template="{prompt} = ? \\boxed{}", stop=("</a>",), **common).build()
+    assert (task.tokenizer.directory, task.tokenizer.stop) == ("some/folder", ("</a>",))
     assert sorted(texts(task, "train")) == [
         "<system>Count.\n<user>2 + 3 =\n<assistant>",
         "<user>1 + {1} = ? \\boxed{}\n<assistant>",
@@ -211,6 +211,7 @@ def test_demonstrations(sums):
         ({"alphabet": ""}, "task.tokenizer = '': expected either a directory, or task.alphabet"),
         ({"tokenizer": "here"}, "task.tokenizer = 'here': expected either a directory, or task.alphabet"),
         ({"alphabet": "aa"}, "task.alphabet = 'aa': expected each character once"),
+        ({"stop": ("</a>",)}, "task.stop = ('</a>',): expected (), without a tokenizer"),
         ({"chat": True}, "task.chat = True: expected False, without a tokenizer"),
         ({"max_prompt_tokens": -1}, "task.max_prompt_tokens = -1: expected 0"),
         ({"response_tokens": 0}, "task.response_tokens = 0: expected at least 1"),

@@ -91,6 +91,15 @@ def test_what_stops_a_response(tmp_path: Path, files: dict, stop: tuple[int, ...
     assert (tokenizer.stop_ids, tokenizer.pad_id) == (stop, pad)
 
 
+def test_stop_tokens_of_ones_own(tmp_path: Path) -> None:
+    """They come first; the files' own still stop, once each."""
+    write(tmp_path, generation_config={"eos_token_id": 0})
+    assert HFTokenizer(tmp_path, stop=("<|im_end|>",)).stop_ids == (2, 0)
+    assert HFTokenizer(tmp_path, stop=("<|endoftext|>",)).stop_ids == (0,)
+    with pytest.raises(UserError, match=r"tokenizer\.json: the stop token '</s>' is none of its tokens"):
+        HFTokenizer(tmp_path, stop=("</s>",))
+
+
 def templated(directory: Path, template: str, **names: Any) -> HFTokenizer:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "chat_template": template}
     return HFTokenizer(write(directory, tokenizer_config=config | names))

@@ -238,7 +238,8 @@ def test_the_other_engine_and_the_config_by_name(whole: Path, questions: Path, t
     ("arguments", "message"),
     [
         (["nowhere", CONFIG], "nowhere holds no checkpoint"),
-        (["nowhere"], "nowhere: no manifest there says which config it was made with; name the config"),
+        (["nowhere"], "nowhere: there is no such directory; give a run's"),
+        (["configs"], "configs: no manifest there says which config it was made with; name the config"),
         ([], "expected a checkpoint first: rlstab eval"),
         (["{run}", "--samples", "0"], "samples = 0: expected at least 1"),
         (["{run}", "--batch", "0"], "batch = 0: expected at least 1"),

@@ -148,8 +148,9 @@ def test_parameters_of_another_model(imported: Path, run: RunConfig) -> None:
         f"model.num_layers = 3, but the parameters in {imported} have 2",
         f"model.rope_theta = 1000000.0, but the parameters in {imported} have 10000.0",
     ]
-    with pytest.raises(UserError, match="give a directory that import-hf wrote, or a run's"):
-        with_initial(run, imported / "checkpoints")
+    for other, found in (("checkpoints", r"it has no model\.json"), ("nowhere", "there is no such directory")):
+        with pytest.raises(UserError, match=f"{found}; give one that `rlstab import-hf` wrote, or a run's"):
+            with_initial(run, imported / other)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -208,7 +209,8 @@ def test_from_the_hub_the_config_is_judged_first(
 
 def test_what_export_refuses(imported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "is there already" in refused(capsys, "export-hf", imported, imported)
-    assert "give a directory that import-hf wrote" in refused(capsys, "export-hf", tmp_path, tmp_path / "out")
+    line = refused(capsys, "export-hf", tmp_path, tmp_path / "out")
+    assert "it has no model.json; give one that `rlstab import-hf` wrote" in line
     odd = ModelConfig(vocab_size=9, num_experts=0, qk_norm="none")
     manifest = {"config": {"model": {**vars(odd), "dense_layers": []}}, "resolved": {"vocab_size": 9}}
     (tmp_path / "odd").mkdir()
