@@ -1,6 +1,6 @@
 """Attention kernels: references, and the accelerators' fused ones. Softmax in float32 in each.
 
-`ATTENTION` are kernels over whole sequences (scoring, updates, prefill): causal, and only fed tokens are attended to.
+`ATTENTION` are kernels over whole sequences (scoring, updates, prefill): causal, within `Segments`.
 `DECODE_ATTENTION` are kernels of one decode step: one query a row, over its prompt's part and its own.
 """
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rlstab_jax.models.attention_tpu import decode_splash, splash
+from rlstab_jax.models.attention_tpu import Segments, decode_splash, splash
 from rlstab_jax.types import UserError
 
 Query = Float[Array, "batch head time c"]
@@ -19,11 +19,11 @@ Keys = Float[Array, "batch kv_head key c"]
 Cache = tuple[Float[Array, "batch kv_head c key"], Float[Array, "batch kv_head key c"]]
 
 
-def reference(q: Query, k: Keys, v: Keys, fed: Bool[Array, "batch time"]) -> Query:
-    """Grouped-query attention by two products. A row that may attend to nothing gives a finite, meaningless result."""
+def reference(q: Query, k: Keys, v: Keys, segments: Segments) -> Query:
+    """Grouped-query attention by two products. What is not fed attends to its like: finite, and meaningless."""
     batch, heads, time, c = q.shape
     grouped = q.reshape(batch, k.shape[1], -1, time, c)
-    mask = jnp.tril(jnp.ones((time, time), bool)) & fed[:, None]
+    mask = jnp.tril(jnp.ones((time, time), bool)) & (segments[:, :, None] == segments[:, None])
     exact = _exact(q)
     scores = jnp.einsum("bkgtc,bksc->bkgts", grouped, k, precision=exact, preferred_element_type=jnp.float32)
     scores = jnp.where(mask[:, None, None], scores * c**-0.5, -1e30)
@@ -31,18 +31,23 @@ def reference(q: Query, k: Keys, v: Keys, fed: Bool[Array, "batch time"]) -> Que
     return jnp.einsum("bkgts,bksc->bkgtc", weights, v, precision=exact).reshape(batch, heads, time, c)
 
 
-def cudnn(q: Query, k: Keys, v: Keys, fed: Bool[Array, "batch time"]) -> Query:
+def cudnn(q: Query, k: Keys, v: Keys, segments: Segments) -> Query:
     """cuDNN's fused attention through `jax.nn.dot_product_attention` (bfloat16 or float16, NVIDIA GPUs).
 
     Raises:
-      UserError: another dtype, or heads whose width is not a multiple of 8.
+      UserError: another dtype, heads whose width is not a multiple of 8, or rows that may hold several sequences.
     """
     if q.dtype not in (jnp.bfloat16, jnp.float16) or q.shape[-1] % 8:
         raise UserError(
             f"kernels.attention = 'cudnn' needs bfloat16 or float16 and model.head_dim a multiple of 8, but got "
             f"{q.dtype} and {q.shape[-1]}: change these, or use 'reference'"
         )
-    return by_lengths(q, k, v, fed, "cudnn")
+    if segments.dtype != bool:
+        raise UserError(
+            "kernels.attention = 'cudnn' takes one sequence a row, but the rows are packed: set learner.packing to "
+            "False, or use 'reference'"
+        )
+    return by_lengths(q, k, v, segments, "cudnn")
 
 
 def by_lengths(

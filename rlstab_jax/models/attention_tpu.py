@@ -12,15 +12,19 @@ from rlstab_jax.models.pallas import exact
 LANES, SUBLANES = 128, 8
 """A TPU register's columns and rows: what lengths of keys, and numbers of queries, are padded to multiples of."""
 
+# The number of the sequence that each token of a row belongs to, 0 where none is fed; a sequence is contiguous. A mask
+# says, at compile time, that rows hold one sequence each.
+Segments = Int[Array, "batch time"] | Bool[Array, "batch time"]
+
 
 def splash(
     q: Float[Array, "batch head time c"],
     k: Float[Array, "batch kv_head time c"],
     v: Float[Array, "batch kv_head time c"],
-    fed: Bool[Array, "batch time"],
+    segments: Segments,
     interpret: bool = False,
 ) -> Float[Array, "batch head time c"]:
-    """Causal attention to fed tokens. What is not fed attends to its like, which is finite and means nothing.
+    """Causal attention within segments. What is not fed attends to its like, which is finite and means nothing.
 
     Scores never exist at once, and blocks above the diagonal are skipped. bfloat16 queries are rounded once more, when
     they are scaled.
@@ -32,7 +36,7 @@ def splash(
 
     heads, time, c = q.shape[1:]
     q, k, v = (_padded(x, 2, LANES) for x in (q, k, v))
-    segments = _segments(_padded(fed, 1, LANES))
+    ids = _padded(_numbers(segments), 1, LANES)
     block = _block(q.shape[2])
     kernel = library.make_splash_mha(
         library.MultiHeadMask([library.CausalMask((q.shape[2], q.shape[2]))] * heads),
@@ -50,10 +54,10 @@ def splash(
         interpret=interpret,
     )
 
-    def attend(q: Array, k: Array, v: Array, segments: Array) -> Array:
-        return jax.vmap(lambda q, k, v, ids: kernel(q, k, v, library.SegmentIds(ids, ids)))(q, k, v, segments)
+    def attend(q: Array, k: Array, v: Array, ids: Array) -> Array:
+        return jax.vmap(lambda q, k, v, ids: kernel(q, k, v, library.SegmentIds(ids, ids)))(q, k, v, ids)
 
-    return (exact(attend) if q.dtype == jnp.float32 else attend)(q * c**-0.5, k, v, segments)[:, :, :time]
+    return (exact(attend) if q.dtype == jnp.float32 else attend)(q * c**-0.5, k, v, ids)[:, :, :time]
 
 
 def decode_splash(
@@ -122,7 +126,7 @@ def _part(
 
     def attend(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array]:
         # The kernel's arguments are [time, c] whatever its layout: it undoes this transposition.
-        segments = library.SegmentIds(jnp.ones(many, jnp.int32), _segments(mask))
+        segments = library.SegmentIds(jnp.ones(many, jnp.int32), _numbers(mask))
         y, (total,) = kernel(q, k.swapaxes(1, 2), v, segments)
         return y, total
 
@@ -131,10 +135,12 @@ def _part(
     return y[:, :, :queries], total[:, :, :queries]
 
 
-def _segments(mask: Bool[Array, "..."]) -> Int[Array, "..."]:
-    """1 where ``mask``, else 0: tokens attend to those of their number."""
+def _numbers(segments: Array) -> Int[Array, "..."]:
+    """Segments as int32; a mask becomes segment 1, and 0 elsewhere."""
+    if segments.dtype != bool:
+        return segments
     # No `astype`: compiling one for TPU v5p ends libtpu 0.0.42 at some shapes.
-    return jnp.where(mask, jnp.ones((), jnp.int32), jnp.zeros((), jnp.int32))
+    return jnp.where(segments, jnp.ones((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
 def _padded(x: Array, axis: int, multiple: int) -> Array:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlstab_jax.models import experts as expert_kernels
 from rlstab_jax.models.attention import ATTENTION, DECODE_ATTENTION
+from rlstab_jax.models.attention_tpu import Segments
 from rlstab_jax.models.config import Kernels, ModelConfig
 from rlstab_jax.models.experts import ExpertWeights
 from rlstab_jax.models.precision import Precision, Stored, as_bytes, from_bytes, matmul, saturating, store, take
@@ -137,10 +138,10 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "batch time d"],
         positions: Int[Array, "batch time"],
-        fed: Bool[Array, "batch time"],
+        segments: Segments,
         past: Past | None = None,
     ) -> tuple[Float[Array, "batch time d"], KeyValues]:
-        """Attends causally to fed tokens, or, in a decode step (time = 1), to ``past``, whose response it extends.
+        """Attends causally within segments, or, in a decode step (time = 1), to ``past``, whose response it extends.
 
         Returns the result, and the keys and values of the tokens or of the extended response.
         """
@@ -163,7 +164,7 @@ class Attention(nn.Module):
         stored_k, stored_v = (as_bytes(store(a, self.precision.kv_cache)) for a in (k, v))
         kv = KeyValues(jax.tree.map(lambda a: a.swapaxes(2, 3), stored_k), stored_v)
         if past is None:
-            y = ATTENTION[self.kernels.attention](q, self._load(stored_k), self._load(stored_v), fed)
+            y = ATTENTION[self.kernels.attention](q, self._load(stored_k), self._load(stored_v), segments)
         else:
             write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=past.column)
             kv = past.response.over_time(write, kv)
@@ -296,14 +297,14 @@ class Block(nn.Module):
         self,
         x: Float[Array, "batch time d"],
         positions: Int[Array, "batch time"],
-        fed: Bool[Array, "batch time"],
+        segments: Segments,
         routes: Array | None = None,
         past: Past | None = None,
     ) -> tuple[Float[Array, "batch time d"], KeyValues, Routing | None]:
         cfg = self.config
         with jax.named_scope("attention"):
             y, kv = Attention(cfg, self.precision, self.kernels, name="attention")(
-                RMSNorm(cfg.norm_eps, name="attention_norm")(x), positions, fed, past
+                RMSNorm(cfg.norm_eps, name="attention_norm")(x), positions, segments, past
             )
         x = saturating(jnp.add, x, y)
         y = RMSNorm(cfg.norm_eps, name="mlp_norm")(x)
@@ -312,7 +313,7 @@ class Block(nn.Module):
                 return saturating(jnp.add, x, Dense(cfg, self.precision, name="mlp")(y)), kv, None
         with jax.named_scope("moe"):
             kernel = self.kernels.experts if past is None else self.kernels.decode_experts
-            y, routing = MoE(cfg, self.precision, kernel, name="moe")(y, fed, routes)
+            y, routing = MoE(cfg, self.precision, kernel, name="moe")(y, segments.astype(bool), routes)
         return saturating(jnp.add, x, y), kv, routing
 
 
@@ -325,12 +326,12 @@ class Period(nn.Module):
     kernels: Kernels
 
     @nn.compact
-    def __call__(self, x, positions, fed, routes):
+    def __call__(self, x, positions, segments, routes):
         keys_values, routing, moe_layer = [], [], 0
         for i, moe in enumerate(self.kinds):
             block = Block(self.config, moe, self.precision, self.kernels, name=f"block_{i}")
             recorded = routes[moe_layer] if moe and routes is not None else None
-            x, kv, layer_routing = block(x, positions, fed, recorded)
+            x, kv, layer_routing = block(x, positions, segments, recorded)
             keys_values.append(kv)
             if moe:
                 moe_layer += 1
@@ -374,17 +375,18 @@ class Transformer(nn.Module):
     def __call__(
         self,
         tokens: Int[Array, "batch time"],
-        mask: Bool[Array, "batch time"],
+        segments: Segments,
         routes: Routes | None = None,
     ) -> Output:
         """Hidden states of every fed token, causally.
 
         Args:
           tokens: what is fed.
-          mask: True on tokens that are really fed; others are never attended to nor dispatched. Contiguous in each row.
+          segments: numbers of the sequences in each row, or a mask where it holds one. Tokens attend to their own
+            sequence, and count positions from its first one; what is not fed is never attended to nor dispatched.
           routes: recorded experts [layer, batch, time, k], or None to route live. The value num_experts routes live.
         """
-        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        positions = positions_in(segments)
         x = self.embed(tokens)
         keys_values, routing, depth = [], [], 0
         for segment, (kinds, repeats) in zip(self.segments, self.config.segments, strict=True):
@@ -393,7 +395,7 @@ class Transformer(nn.Module):
             if routes is not None and count:
                 recorded = routes[depth : depth + count].reshape(repeats, sum(kinds), *routes.shape[1:])
             depth += count
-            x, (kv, layers) = segment(x, positions, mask, recorded)
+            x, (kv, layers) = segment(x, positions, segments, recorded)
             keys_values.append(kv)
             if layers is not None:
                 routing.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), layers))
@@ -421,15 +423,27 @@ class Transformer(nn.Module):
         return matmul(hidden, weight, self._head_precision, "float32")
 
 
+def positions_in(segments: Segments) -> Int[Array, "batch time"]:
+    """Each token's position in its segment, from 0.
+
+    >>> positions_in(jnp.array([[0, 0, 1, 1, 1, 2, 2]])).tolist()
+    [[0, 1, 0, 1, 2, 0, 1]]
+    """
+    column = jnp.arange(segments.shape[1])
+    begins = segments[:, 1:] != segments[:, :-1]
+    first = jnp.pad(jnp.where(begins, column[1:], 0), ((0, 0), (1, 0)))
+    return column - jax.lax.cummax(first, axis=1)
+
+
 def forward(
     model: Transformer,
     variables: dict,
     tokens: Int[Array, "batch time"],
-    mask: Bool[Array, "batch time"],
+    segments: Segments,
     routes: Routes | None = None,
 ) -> Output:
     """`Transformer.__call__` on ``variables``."""
-    return cast(Output, model.apply(variables, tokens, mask, routes))
+    return cast(Output, model.apply(variables, tokens, segments, routes))
 
 
 def embed(model: Transformer, variables: dict, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch d"]:

@@ -38,10 +38,10 @@ def sequences(time: int, dtype: Any = jnp.float32) -> tuple[list[jax.Array], jax
 
 @partial(jax.jit, static_argnums=0)
 def with_gradient(kernel: Any, arrays: list[jax.Array], fed: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-    """Output at fed tokens, and the gradient of the sum of its sines."""
+    """Output at fed tokens, and the gradient of the sum of its sines. ``fed`` may number several sequences."""
 
     def loss(arrays: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-        y = jnp.where(fed[:, None, :, None], kernel(*arrays, fed), 0)
+        y = jnp.where(fed[:, None, :, None] != 0, kernel(*arrays, fed), 0)
         return jnp.sin(y).sum(), y
 
     (_, y), gradient = jax.value_and_grad(loss, has_aux=True)(arrays)
@@ -53,6 +53,20 @@ def test_whole_sequences_equal_the_reference(kernel: str) -> None:
     """131 is no multiple of anything: splash pads it to two blocks, cuDNN to an even number."""
     arrays, fed = sequences(131)
     wanted, got = (with_gradient(k, arrays, fed) for k in (reference, KERNELS[kernel]))
+    np.testing.assert_allclose(got[0], wanted[0], atol=1e-5)
+    for of_kernel, of_reference in zip(got[1], wanted[1], strict=True):
+        np.testing.assert_allclose(of_kernel, of_reference, atol=2e-5)
+
+
+def test_splash_of_several_sequences_a_row_equals_the_reference() -> None:
+    """Three sequences and gaps between them, across the borders of blocks."""
+    arrays, _ = sequences(131)
+    column = np.arange(131)
+    segments = (
+        np.where((column > 4) & (column < 60), 1, 0) + np.where(column >= 60, 2, 0) + np.where(column > 127, 3, 0)
+    )
+    segments = jnp.asarray(np.stack([segments, segments[::-1], np.ones(131), np.where(column == 130, 7, 0)]), jnp.int32)
+    wanted, got = (with_gradient(k, arrays, segments) for k in (reference, KERNELS["splash"]))
     np.testing.assert_allclose(got[0], wanted[0], atol=1e-5)
     for of_kernel, of_reference in zip(got[1], wanted[1], strict=True):
         np.testing.assert_allclose(of_kernel, of_reference, atol=2e-5)
@@ -226,6 +240,12 @@ def test_cudnn_refuses(dtype: Any, c: int) -> None:
     arrays, fed = sequences(8, dtype)
     with pytest.raises(UserError, match=r"kernels\.attention = 'cudnn' needs bfloat16 or float16 and model\.head_dim"):
         cudnn(*(a[..., :c] for a in arrays), fed)
+
+
+def test_cudnn_refuses_several_sequences_a_row() -> None:
+    arrays, fed = sequences(8, jnp.bfloat16)
+    with pytest.raises(UserError, match="takes one sequence a row, but the rows are packed"):
+        cudnn(*arrays, fed.astype(jnp.int32))
 
 
 # libtpu asks the machine that it is on, unless told what it would find.

@@ -1,4 +1,4 @@
-"""The reference attention against a loop in NumPy, with grouped heads."""
+"""The reference attention against a loop in NumPy, with grouped heads and several sequences in a row."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +27,16 @@ def test_grouped_query_attention() -> None:
     wanted = oracle(q, k, v, np.tril(np.ones((7, 7), bool)) & (fed[:, None] | np.eye(7, dtype=bool)))
     for row in range(2):
         np.testing.assert_allclose(got[row][:, fed[row]], wanted[row][:, fed[row]], atol=1e-6)
+
+
+def test_sequences_of_a_row_do_not_see_each_other() -> None:
+    generator = np.random.default_rng(2)
+    q = generator.standard_normal((2, 6, 7, 4))
+    k, v = generator.standard_normal((2, 2, 3, 7, 4))
+    segments = np.array([[0, 1, 1, 2, 2, 2, 0], [3, 3, 3, 3, 1, 2, 2]], np.int32)
+    got = reference(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), jnp.asarray(segments))
+    wanted = oracle(q, k, v, np.tril(np.ones((7, 7), bool)) & (segments[:, :, None] == segments[:, None]))
+    np.testing.assert_allclose(got, wanted, atol=1e-6)
 
 
 def test_what_is_not_fed_is_not_read_and_a_row_without_keys_is_finite() -> None:

@@ -108,3 +108,20 @@ def test_forward_is_the_one_written_down(options: dict) -> None:
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
     if cfg.num_experts:
         np.testing.assert_array_equal(np.sort(output.routing.used[:, 0, 3:]), np.sort(routes))
+
+
+def test_sequences_packed_into_a_row_are_what_each_is_alone() -> None:
+    cfg = ModelConfig(**SIZES)
+    random = np.random.default_rng(1)
+    first, second = random.integers(0, cfg.vocab_size, 4), random.integers(0, cfg.vocab_size, 6)
+    row = np.concatenate([first, second, [0, 0]])[None]
+    segments = np.array([[1] * 4 + [2] * 6 + [0] * 2], np.int32)
+    params = tiny.parameters(cfg)
+    output = forward(tiny.model(cfg), {"params": params}, jnp.asarray(row), jnp.asarray(segments))
+    got = logits_of(tiny.model(cfg), {"params": params}, output.hidden[0])
+    exact = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+    for tokens, columns in ((first, slice(0, 4)), (second, slice(4, 10))):
+        expected, routes = oracle(cfg, exact, tokens)
+        np.testing.assert_allclose(got[columns], expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(np.sort(output.routing.used[:, 0, columns]), np.sort(routes))
+    assert (np.asarray(output.routing.used)[:, 0, 10:] == cfg.num_experts).all()
