@@ -1,4 +1,4 @@
-"""The global step, and the loop around it. Read `global_step` first: it is the method.
+"""The global step. Read `global_step` first, then `produce` and `learn`, its halves: they are the method.
 
 prompts -> inference engine (mu_old) -> rollout with log-probs and routes -> rewards -> training engine (pi_old)
 -> advantages -> N updates (pi_theta).
@@ -7,7 +7,7 @@ prompts -> inference engine (mu_old) -> rollout with log-probs and routes -> rew
 import contextlib
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -39,6 +39,21 @@ class RunState:
 Metrics = dict[str, float]
 
 
+@dataclass(frozen=True)
+class Experience:
+    """A rollout batch, with all that learning from it takes and what is logged of it.
+
+    Attributes:
+      rows: rollout, pi_old's scores, advantages, groups and reference log-probs of the whole batch.
+      metrics: of sampling, judging and scoring.
+      samples: some responses with their rewards, for samples.jsonl.
+    """
+
+    rows: Minibatch
+    metrics: Metrics
+    samples: list[dict[str, Any]]
+
+
 def global_step(
     engines: Engines,
     state: RunState,
@@ -58,7 +73,26 @@ def global_step(
     Returns:
       The new state, the metrics of the step, and some responses with their rewards.
     """
-    config, params = engines.config, state.train.params
+    experience = produce(engines, state.train.params, state.reference, prompts, step, further)
+    train, metrics = learn(engines, state.train, experience.rows, step)
+    return replace(state, train=train), experience.metrics | metrics, experience.samples
+
+
+def produce(
+    engines: Engines,
+    params: dict,
+    reference: dict | None,
+    prompts: list[Prompt],
+    step: int,
+    further: Iterable[list[Prompt]] = (),
+) -> Experience:
+    """Both engines at the same weights ``params``: responses, rewards, pi_old and advantages for global step ``step``.
+
+    Args:
+      reference: frozen parameters of a KL regulariser, or None.
+      prompts, step, further: as in `global_step`.
+    """
+    config = engines.config
     groups = np.repeat(np.arange(len(prompts), dtype=np.int32), config.samples_per_prompt)
 
     # y ~ mu_old, with the log-probs and routes of the inference engine, and R(x, y).
@@ -83,31 +117,46 @@ def global_step(
         # Replay alters the policy that is measured, so the gap with live routes is measured as well.
         replayed = engines.replay is RoutingReplay.R3
         live = score_old(engines, params, rollout, RoutingReplay.LIVE)[0] if replayed else old
-        reference = None
-        if state.reference is not None:
-            reference = score_old(engines, state.reference, rollout, RoutingReplay.LIVE)[0].log_probs
+        of_reference = None
+        if reference is not None:
+            of_reference = score_old(engines, reference, rollout, RoutingReplay.LIVE)[0].log_probs
         statistics = old_statistics
         if config.rollout.log_probs == "rescore":
             decoded, rollout = rollout, rescore(engines, params, rollout)
             statistics = statistics | decode_statistics(decoded, rollout.log_probs)
         statistics = statistics | rollout_statistics(rollout, old, live.log_probs, config.model.num_experts)
         metrics = batch.metrics | rollout_metrics(statistics)
+    metrics |= scoring_time
+    sampled = metrics["response/length"] * metrics["response/count"]
+    metrics["throughput/sample_tokens_per_s"] = sampled / metrics["time/sample"]
 
     # A: once, over the whole batch, before it is split into mini-batches of whole groups.
     rewards_on_mesh = engines.place_rows(rewards)
-    advantage = rollout_advantages(engines.objective, rollout, old, reference, rewards_on_mesh, groups)
+    advantage = rollout_advantages(engines.objective, rollout, old, of_reference, rewards_on_mesh, groups)
     engines.settle(advantage)
     trained = without_truncated(rollout) if config.rollout.overlong == "drop" else rollout
-    whole = Minibatch(trained, old, advantage, engines.place_rows(groups), reference)
+    rows = Minibatch(trained, old, advantage, engines.place_rows(groups), of_reference)
 
-    # N updates of pi_theta.
-    with timed("update") as updating_time:
-        train, updates = state.train, []
-        for rows in minibatch_rows(config.seed, step, len(prompts), config.samples_per_prompt, config.minibatches):
+    stride = max(1, len(batch.texts) // max(1, config.logged_samples))
+    shown = list(range(0, len(batch.texts), stride))[: config.logged_samples]
+    samples = [
+        {"prompt": batch.prompts[groups[i]].text, "answer": batch.prompts[groups[i]].answer,
+         "response": batch.texts[i], "reward": float(rewards[i])} for i in shown
+    ]  # fmt: skip
+    return Experience(rows, metrics, samples + batch.failed[: config.logged_samples])
+
+
+def learn(engines: Engines, train: TrainState, rows: Minibatch, step: int) -> tuple[TrainState, Metrics]:
+    """N updates of pi_theta on a whole batch, in an order that depends on ``step``. ``train`` is consumed."""
+    config, updates = engines.config, []
+    with timed("update") as metrics:
+        for of_update in minibatch_rows(
+            config.seed, step, config.prompts_per_step, config.samples_per_prompt, config.minibatches
+        ):
             train, *measured = update(
                 engines.training,
                 train,
-                engines.settle(minibatch(whole, engines.place(rows))),
+                engines.settle(minibatch(rows, engines.place(of_update))),
                 engines.objective,
                 engines.numbers,
                 replay=engines.replay,
@@ -118,19 +167,11 @@ def global_step(
             if engines.mesh.size > 1:  # the compiler chooses where results lie, and that decides what it compiles
                 train = engines.place(train)
             updates.append(tuple(engines.settle(measured)))
-        metrics |= update_metrics(updates)
-
-    metrics |= scoring_time | updating_time
-    sampled, updated = metrics["response/length"] * metrics["response/count"], int(np.sum(trained.response_mask))
-    metrics["throughput/sample_tokens_per_s"] = sampled / metrics["time/sample"]
+        of_updates = update_metrics(updates)
+    metrics |= of_updates
+    updated = int(np.sum(rows.rollout.response_mask))
     metrics["throughput/update_tokens_per_s"] = updated / metrics["time/update"]
-    stride = max(1, len(batch.texts) // max(1, config.logged_samples))
-    shown = list(range(0, len(batch.texts), stride))[: config.logged_samples]
-    samples = [
-        {"prompt": batch.prompts[groups[i]].text, "answer": batch.prompts[groups[i]].answer,
-         "response": batch.texts[i], "reward": float(rewards[i])} for i in shown
-    ]  # fmt: skip
-    return replace(state, train=train), metrics, samples + batch.failed[: config.logged_samples]
+    return train, metrics
 
 
 minibatch = jax.jit(take_rows)
