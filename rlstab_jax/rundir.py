@@ -63,7 +63,7 @@ _ROUTING = {
 # In a name, `layer_NN` and `minibatch_NN` stand for every number, from 00 on, and `NAME` for a reward's. "Response
 # tokens" count up to and including the stop token; "fed tokens" are those that the model was fed, prompts included.
 METRICS: dict[str, Metric] = {
-    "reward/mean": Metric("R(x, y) of the responses sampled in this step", "mean, responses", "1"),
+    "reward/mean": Metric("R(x, y) of the responses sampled for this step", "mean, responses", "1"),
     "reward/without_signal": Metric("groups whose rewards are all equal", "share of groups sampled", "1"),
     "reward/component/NAME": Metric(
         "one reward of those that R is the weighted sum of, unweighted", "mean, responses", "1"
@@ -73,7 +73,7 @@ METRICS: dict[str, Metric] = {
         "answers that used up a verifier's time or memory; they count as 0", "count", "verdicts"
     ),
     "reward/overlong": Metric("the punishment for length, in addition to R", "mean, responses trained on", "1"),
-    "response/count": Metric("responses sampled in this step, whether trained on or not", "count", "responses"),
+    "response/count": Metric("responses sampled for this step, whether trained on or not", "count", "responses"),
     "response/length": Metric("response tokens", "mean, responses", "tokens"),
     "response/truncated": Metric("responses that met the length limit without a stop token", "share of responses", "1"),
     "dynamic/attempts": Metric("batches sampled for this step", "count", "batches"),
@@ -89,6 +89,7 @@ METRICS: dict[str, Metric] = {
     **_f2("discrepancy_live"),
     **_gap("staleness", "pi_theta", "pi_old"),
     **_gap("staleness/minibatch_NN", "pi_theta", "pi_old"),
+    "staleness/lag": Metric("global steps from pi_old's parameters to those that the step began with", "all", "steps"),
     "weight/mean": Metric("importance weight of a token as the loss uses it, truncated", "mean, tokens", "1"),
     "weight/max": Metric("importance weight of a token as the loss uses it, truncated", "maximum, tokens", "1"),
     "weight/ess": Metric("effective sample size (sum w)^2 / (n sum w^2)", "share of tokens", "1"),
@@ -133,8 +134,15 @@ METRICS: dict[str, Metric] = {
     "progress/tokens": Metric("response tokens sampled so far for training", "count", "tokens"),
 }
 
-# Those that only some runs have: with verifiers of their own, a punishment for length, dynamic sampling.
-_OF_SOME_RUNS = ("discrepancy/decode_vs_score/", "reward/component/", "reward/verifier_", "reward/overlong", "dynamic/")
+# Those that only some runs have: with verifiers of their own, a punishment for length, dynamic sampling, a lag.
+_OF_SOME_RUNS = (
+    "discrepancy/decode_vs_score/",
+    "reward/component/",
+    "reward/verifier_",
+    "reward/overlong",
+    "dynamic/",
+    "staleness/lag",
+)
 OPTIONAL = frozenset(name for name in METRICS if name.startswith(_OF_SOME_RUNS))
 
 

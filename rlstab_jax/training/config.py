@@ -35,6 +35,9 @@ class RolloutConfig:
     """mu's log-probs. decode: those that drove the draws. rescore: of a scoring pass by the inference engine's weights,
     whose distance to the former is logged. matched: sampling and the training engine's pass are one batch-invariant
     program, slow, so that every discrepancy is exactly 0; both engines' precision must be equal."""
+    lag: int = 0
+    """Global steps by which sampling is ahead of learning, as in an asynchronous system: the batch that step s learns
+    from was sampled, and scored for pi_old, by the parameters after step s - 1 - lag; see `training.queue`."""
     slots: int = 0
     """Responses in flight under continuous batching; 0 samples the whole batch at once."""
     response_length: int = 0
@@ -188,6 +191,7 @@ def validate(config: RunConfig) -> None:
             f"rollout.log_probs = 'matched' with rollout.precision = {rollout.precision}, learner.precision = "
             f"{learner.precision} and rollout.slots = {rollout.slots}: give both engines one precision, and 0 slots"
         )
+    require(rollout.lag >= 0, "rollout.lag", rollout.lag, "0 (learn from what was just sampled) or more")
     require(rollout.slots >= 0, "rollout.slots", rollout.slots, "0 (all at once) or more")
     require(rollout.response_length >= 0, "rollout.response_length", rollout.response_length, "0 or more")
     require(rollout.prompt_length >= 0, "rollout.prompt_length", rollout.prompt_length, "0 or more")

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from rlstab_jax.inference import Sampling
-from rlstab_jax.learner import TrainState, state_shardings
+from rlstab_jax.learner import Minibatch, TrainState, state_shardings
 from rlstab_jax.learner.update import LearnerNumbers
 from rlstab_jax.models import Transformer, resolve_kernels
 from rlstab_jax.models.sharding import logical_axes
@@ -49,7 +49,8 @@ class Engines:
     sampling: Sampling
 
     def places(self, tree: Any) -> Any:
-        """A sharding for each leaf: training states and parameters by the table ``TRAINING``, all else on each device.
+        """A sharding for each leaf: training states and parameters by the table ``TRAINING``, rows of a batch over the
+        data-parallel devices, all else on each device.
 
         A dict is taken for parameters. On one device all of these are the same place, and one name for it keeps a
         function from being traced again for its own result.
@@ -63,9 +64,11 @@ class Engines:
                 return state_shardings(self.mesh, node, TRAINING)
             if isinstance(node, dict):
                 return shardings(self.mesh, logical_axes(node), TRAINING)
+            if isinstance(node, Minibatch):
+                return jax.tree.map(self._over_rows, node)
             return everywhere
 
-        return jax.tree.map(of, tree, is_leaf=lambda node: isinstance(node, TrainState | dict))
+        return jax.tree.map(of, tree, is_leaf=lambda node: isinstance(node, TrainState | Minibatch | dict))
 
     def place(self, tree: Any) -> Any:
         """Puts a state onto the mesh, a fresh one like a restored one, so that each function is compiled once."""
@@ -90,14 +93,13 @@ class Engines:
 
     def place_rows(self, tree: Any) -> Any:
         """Puts arrays that travel onto the mesh, their rows over the data-parallel devices."""
+        return jax.tree.map(lambda leaf: jax.device_put(leaf, self._over_rows(leaf)), tree)
 
-        def put(leaf: Any) -> jax.Array:
-            axes: list[tuple[str, ...] | None] = [None] * np.ndim(leaf)
-            if axes:
-                axes[row_axis(leaf)] = ("data", "fsdp")
-            return jax.device_put(leaf, NamedSharding(self.mesh, PartitionSpec(*axes)))
-
-        return jax.tree.map(put, tree)
+    def _over_rows(self, leaf: Any) -> NamedSharding:
+        axes: list[tuple[str, ...] | None] = [None] * np.ndim(leaf)
+        if axes:
+            axes[row_axis(leaf)] = ("data", "fsdp")
+        return NamedSharding(self.mesh, PartitionSpec(*axes))
 
 
 def build(config: RunConfig) -> Engines:

@@ -7,7 +7,6 @@ prompts -> inference engine (mu_old) -> rollout with log-probs and routes -> rew
 import contextlib
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ from rlstab_jax.training.collect import Responses, collect, length_punishment, w
 from rlstab_jax.training.engines import Engines, judge
 from rlstab_jax.training.measure import decode_statistics, rollout_metrics, rollout_statistics, update_metrics
 from rlstab_jax.training.passes import rescore, sample_responses, score_old
+from rlstab_jax.training.queue import Experience, Queue, waiting
 from rlstab_jax.types import Rollout, RoutingReplay, Scores, take_rows
 
 
@@ -29,53 +29,41 @@ from rlstab_jax.types import Rollout, RoutingReplay, Scores, take_rows
 class RunState:
     """What a run carries from one global step to the next, and a checkpoint holds.
 
-    ``reference`` are the frozen parameters of a KL regulariser, or None.
+    Attributes:
+      reference: frozen parameters of a KL regulariser, or None.
+      queue: ``rollout.lag`` batches to learn from in the next steps, once the run has begun.
     """
 
     train: TrainState
     reference: dict | None
+    queue: Queue = ()
 
 
 Metrics = dict[str, float]
 
 
-@dataclass(frozen=True)
-class Experience:
-    """A rollout batch, with all that learning from it takes and what is logged of it.
-
-    Attributes:
-      rows: rollout, pi_old's scores, advantages, groups and reference log-probs of the whole batch.
-      metrics: of sampling, judging and scoring.
-      samples: some responses with their rewards, for samples.jsonl.
-    """
-
-    rows: Minibatch
-    metrics: Metrics
-    samples: list[dict[str, Any]]
-
-
 def global_step(
-    engines: Engines,
-    state: RunState,
-    prompts: list[Prompt],
-    step: int,
-    further: Iterable[list[Prompt]] = (),
+    engines: Engines, state: RunState, prompts: Iterator[list[Prompt]], step: int
 ) -> tuple[RunState, Metrics, list[dict[str, Any]]]:
-    """One rollout batch and its N updates.
+    """One rollout batch and its N updates. Under ``rollout.lag`` it is not the batch that is made in this step.
 
     Args:
       engines: of the run.
       state: consumed.
-      prompts: N mini-batches of them.
+      prompts: batches of N mini-batches of them, each for one step; groups without signal are replaced from further
+        ones, where the config says so.
       step: number of this global step, from 1; keys of draws and the order of mini-batches depend on it.
-      further: more batches of prompts, from which groups without signal are replaced, where the config says so.
 
     Returns:
       The new state, the metrics of the step, and some responses with their rewards.
     """
-    experience = produce(engines, state.train.params, state.reference, prompts, step, further)
+    queue, params = state.queue, state.train.params
+    while len(queue) <= engines.config.rollout.lag:
+        made = produce(engines, params, state.reference, next(prompts), step + len(queue), prompts)
+        queue += (waiting(engines, made, len(queue)),)
+    experience, queue = queue[0], queue[1:]
     train, metrics = learn(engines, state.train, experience.rows, step)
-    return replace(state, train=train), experience.metrics | metrics, experience.samples
+    return RunState(train, state.reference, queue), experience.metrics | metrics, experience.samples
 
 
 def produce(
@@ -90,7 +78,9 @@ def produce(
 
     Args:
       reference: frozen parameters of a KL regulariser, or None.
-      prompts, step, further: as in `global_step`.
+      prompts: N mini-batches of them.
+      step: the global step that will learn from the batch; keys of draws depend on it.
+      further: more batches of prompts, from which groups without signal are replaced, where the config says so.
     """
     config = engines.config
     groups = np.repeat(np.arange(len(prompts), dtype=np.int32), config.samples_per_prompt)

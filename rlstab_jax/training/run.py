@@ -26,6 +26,7 @@ from rlstab_jax.training.evaluate import evaluate
 from rlstab_jax.training.interrupt import Stop, stop_on_signal
 from rlstab_jax.training.loop import Metrics, RunState, global_step
 from rlstab_jax.training.pretrained import keep_card
+from rlstab_jax.training.queue import Queue, annotated, blank, notes
 from rlstab_jax.types import UserError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "rlstab_jax")
@@ -41,14 +42,15 @@ class Progress:
     tokens: int = 0
     prompts: dict[str, Any] = dataclasses.field(default_factory=dict)  # the prompt iterator's position
     monitor: dict[str, Any] = dataclasses.field(default_factory=dict)  # what the monitor remembers
+    queue: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # what waits, besides its arrays
 
-    def advance(self, config: RunConfig, metrics: Metrics, prompts: dict[str, Any]) -> None:
-        """Counts one global step, with its metrics and the prompt iterator's position after it."""
+    def advance(self, config: RunConfig, metrics: Metrics, prompts: dict[str, Any], queue: Queue) -> None:
+        """Counts one global step, with its metrics, and the prompt iterator's position and the queue after it."""
         self.global_steps += 1
         self.gradient_steps += config.minibatches
         self.responses += int(metrics["response/count"])
         self.tokens += round(metrics["response/length"] * metrics["response/count"])
-        self.prompts = prompts
+        self.prompts, self.queue = prompts, notes(queue)
 
     def metrics(self) -> Metrics:
         names = ("global_steps", "gradient_steps", "responses", "tokens")
@@ -117,14 +119,16 @@ def resume_or_begin(
 
     def fresh() -> RunState:
         params = initial_params(engines.training, 0)
-        return RunState(train=init_state(params, engines.numbers), reference=params if needs_reference else None)
+        reference = params if needs_reference else None
+        return RunState(init_state(params, engines.numbers), reference, blank(engines))
 
     restored = checkpoints.restore(engines.placed_like(fresh))
     if restored is not None:
         step, state, saved = restored
         run.truncate_after(step)
         say(f"resuming after global step {step}")
-        return engines.place(state), Progress(**saved)
+        state, progress = engines.place(state), Progress(**saved)
+        return dataclasses.replace(state, queue=annotated(state.queue, progress.queue)), progress
     run.truncate_after(-1)
     started = cold_start(engines, run.path.parent / "cold_start", say, stop)
     if started is None:
@@ -163,12 +167,12 @@ def _train(
         with _profiled(run, step == profile, say):
             previous = jax.tree.map(lambda x: x.copy(), state.train) if monitor.may_discard else None
             lowered = _at_rate(engines, monitor.learning_rate_scale)
-            state, metrics, samples = global_step(lowered, state, next(data), step, further=data)
+            state, metrics, samples = global_step(lowered, state, data, step)
         if previous is not None and monitor.discards(metrics):
             state = dataclasses.replace(state, train=previous)
             say(f"monitor: the updates of global step {step} are discarded")
         before = progress.gradient_steps
-        progress.advance(config, metrics, data.get_state())
+        progress.advance(config, metrics, data.get_state(), state.queue)
         accuracy = math.nan
         if _due(before, progress.gradient_steps, config.evaluation.every):
             evaluated = evaluate(engines, state.train.params, evaluation_key)

@@ -216,7 +216,7 @@ def test_over_long_responses_in_the_updates(overlong: str, monkeypatch: pytest.M
     changes = {"overlong": overlong, "overlong_margin": margin, "response_length": 10}
     engines = build(configured(rollout=changes, **DENSE))
     source = engines.task.split("train")
-    _, metrics, _ = loop.global_step(engines, fresh_state(engines), [source[i] for i in range(4)], 1)
+    _, metrics, _ = loop.global_step(engines, fresh_state(engines), iter([[source[i] for i in range(4)]]), 1)
     truncated = np.concatenate([part.rollout.truncated for part in given])
     mask = np.concatenate([part.rollout.response_mask for part in given])
     assert 0 < truncated.mean() == metrics["response/truncated"] < 1

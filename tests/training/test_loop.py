@@ -57,7 +57,7 @@ def two_steps(config: RunConfig) -> tuple[loop.RunState, tuple[loop.Metrics, ...
     state, metrics = fresh_state(engines), []
     data = prompt_iterator(engines.task.split("train"), config.prompts_per_step, seed=config.seed)
     for step in (1, 2):
-        state, of_step, _ = loop.global_step(engines, state, next(data), step)
+        state, of_step, _ = loop.global_step(engines, state, data, step)
         metrics.append(of_step)
     return state, tuple(metrics)
 
@@ -145,7 +145,7 @@ def test_what_the_updates_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
     config = configured()
     engines = build(config)
     data = prompt_iterator(engines.task.split("train"), config.prompts_per_step, seed=0)
-    loop.global_step(engines, fresh_state(engines), next(data), 7)
+    loop.global_step(engines, fresh_state(engines), data, 7)
     (_, (_, judged)) = calls["judge"][0]
     rewards = judged.total
     assert len(set(rewards)) > 2
@@ -279,8 +279,8 @@ def test_every_recipe_takes_a_step(name: str) -> None:
     engines = build(config)
     state = fresh_state(engines)
     before = jax.device_get(state.train.params)
-    prompts = next(prompt_iterator(engines.task.split("train"), config.prompts_per_step, seed=0))
-    state, metrics, samples = loop.global_step(engines, state, prompts, 1)
+    data = prompt_iterator(engines.task.split("train"), config.prompts_per_step, seed=0)
+    state, metrics, samples = loop.global_step(engines, state, data, 1)
     assert all(np.isfinite(value) and describe(name) for name, value in metrics.items())
     assert metrics["learner/broken"] == 0
     assert metrics["learner/grad_norm"] > 0

@@ -1,0 +1,95 @@
+"""Batches between sampling and learning, under ``rollout.lag``.
+
+Let theta_s be the parameters after global step s, and theta_0 those that the run begins from. Global step s learns from
+the batch that theta_{s-1-lag} made: sampled by the inference engine at those weights, and scored at the very same
+weights by the training engine, right after, so that pi_old and its routes (R2) are of the version that sampled. Where
+s-1-lag < 0 it is theta_0: in step 1 it makes the batches of the steps 1 to lag + 1, and step s, from then on, that of
+step s + lag. So each prompt is used once, in its order, and lag 0 waits for nothing. The last batches of a run are made
+and not learnt from, so that a run that is made longer is the run that was that long from the start.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import jax.numpy as jnp
+from flax import struct
+
+from rlstab_jax.learner import Minibatch, PolicyScores
+from rlstab_jax.objectives import advantages_of
+from rlstab_jax.training.config import truncates
+from rlstab_jax.training.engines import Engines
+from rlstab_jax.types import Rollout, Scores, route_dtype
+
+
+@struct.dataclass
+class Experience:
+    """A rollout batch, with all that learning from it takes and what is logged of it.
+
+    Attributes:
+      rows: rollout, pi_old's scores, advantages, groups and reference log-probs of the whole batch.
+      metrics: of sampling, judging and scoring.
+      samples: some responses with their rewards, for samples.jsonl.
+    """
+
+    rows: Minibatch
+    metrics: dict[str, float] = struct.field(pytree_node=False)
+    samples: list[dict[str, Any]] = struct.field(pytree_node=False)
+
+
+Queue = tuple[Experience, ...]
+
+
+def waiting(engines: Engines, made: Experience, ahead: int) -> Experience:
+    """What was made ``ahead`` global steps before it is learnt from, laid out as it is restored from a checkpoint."""
+    if not engines.config.rollout.lag:
+        return made
+    return replace(made, rows=engines.place(made.rows), metrics=made.metrics | {"staleness/lag": ahead})
+
+
+def blank(engines: Engines) -> Queue:
+    """A full queue of zeros: what a checkpoint's arrays are restored into."""
+    config, model, rollout = engines.config, engines.config.model, engines.config.rollout
+    if not rollout.lag:
+        return ()
+    batch, prompt_length, length = config.responses_per_step, rollout.prompt_length, rollout.response_length
+    layers, k = model.num_moe_layers, model.experts_per_token
+    of_tokens = jnp.zeros((batch, length), jnp.float32)
+    routes = router = None
+    if layers:
+        routes = jnp.zeros((layers, batch, prompt_length + length - 1, k), route_dtype(model.num_experts))
+        router = jnp.zeros((batch, length, layers * k), jnp.float32)
+    support = None
+    if truncates(rollout):
+        support = jnp.zeros((batch, length, min(rollout.support, model.vocab_size)), jnp.int32)
+    response_mask, groups = of_tokens > 0, jnp.zeros(batch, jnp.int32)
+    reference = of_tokens if config.objective.needs_reference else None
+    rewards = of_tokens[:, 0]
+    rollout_rows = Rollout(
+        tokens=jnp.zeros((batch, prompt_length + length), jnp.int32),
+        prompt_mask=jnp.zeros((batch, prompt_length), bool),
+        response_mask=response_mask,
+        log_probs=of_tokens,
+        truncated=rewards > 0,
+        routes=routes,
+        temperature=rewards,
+        support=support,
+    )
+    scores = Scores(of_tokens, of_tokens, of_tokens, response_mask, groups, reference, router_old=router)
+    rows = Minibatch(
+        rollout=rollout_rows,
+        old=PolicyScores(of_tokens, of_tokens, routes, routes, router),
+        advantage=advantages_of(engines.objective, scores, rewards),
+        groups=groups,
+        reference=reference,
+    )
+    return (Experience(rows, {}, []),) * rollout.lag
+
+
+def notes(queue: Queue) -> list[dict[str, Any]]:
+    """What a queue holds besides arrays, as JSON."""
+    return [{"metrics": one.metrics, "samples": one.samples} for one in queue]
+
+
+def annotated(queue: Queue, saved: list[dict[str, Any]]) -> Queue:
+    """The arrays of a restored queue with their `notes`."""
+    return tuple(replace(one, **of_one) for one, of_one in zip(queue, saved, strict=True))
