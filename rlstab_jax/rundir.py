@@ -116,6 +116,7 @@ METRICS: dict[str, Metric] = {
     "time/sample": Metric("wall-clock time of sampling", "sum", "s"),
     "time/judge": Metric("wall-clock time of judging the responses", "sum", "s"),
     "time/score": Metric("wall-clock time of the training engine's pass for pi_old", "sum", "s"),
+    "time/step": Metric("wall-clock time of the global step, in which the former may overlap", "sum", "s"),
     "time/update": Metric("wall-clock time of the updates", "sum", "s"),
     "throughput/sample_tokens_per_s": Metric("response tokens sampled over time/sample", "ratio of sums", "tokens/s"),
     "throughput/update_tokens_per_s": Metric(

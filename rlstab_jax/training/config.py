@@ -38,6 +38,11 @@ class RolloutConfig:
     lag: int = 0
     """Global steps by which sampling is ahead of learning, as in an asynchronous system: the batch that step s learns
     from was sampled, and scored for pi_old, by the parameters after step s - 1 - lag; see `training.queue`."""
+    devices: int = 0
+    """Devices set aside for sampling and scoring, so that these overlap with the updates; it needs a lag. 0: each
+    device does both, in turns."""
+    mesh: MeshConfig = MeshConfig()
+    """How the devices set aside are split; ``mesh`` of the run splits the others."""
     slots: int = 0
     """Responses in flight under continuous batching; 0 samples the whole batch at once."""
     response_length: int = 0
@@ -192,6 +197,12 @@ def validate(config: RunConfig) -> None:
             f"{learner.precision} and rollout.slots = {rollout.slots}: give both engines one precision, and 0 slots"
         )
     require(rollout.lag >= 0, "rollout.lag", rollout.lag, "0 (learn from what was just sampled) or more")
+    require(rollout.devices >= 0, "rollout.devices", rollout.devices, "0 (none set aside) or more")
+    if rollout.devices and not rollout.lag:
+        raise UserError(
+            f"rollout.devices = {rollout.devices} with rollout.lag = 0: each step would wait for its own batch while "
+            "the other devices idle; give a lag of 1 or more, or set no devices aside"
+        )
     require(rollout.slots >= 0, "rollout.slots", rollout.slots, "0 (all at once) or more")
     require(rollout.response_length >= 0, "rollout.response_length", rollout.response_length, "0 or more")
     require(rollout.prompt_length >= 0, "rollout.prompt_length", rollout.prompt_length, "0 or more")

@@ -41,12 +41,23 @@ class Engines:
     config: RunConfig  # as resolved: kernels, vocabulary and lengths are filled in
     task: Task
     mesh: Mesh
+    rollout_mesh: Mesh | None  # of the devices that are set aside for making batches
     inference: Transformer
     training: Transformer
     objective: Objective
     numbers: LearnerNumbers
     replay: RoutingReplay
     sampling: Sampling
+
+    @property
+    def making(self) -> "Engines":
+        """The engines that make batches: on the devices set aside, or else these."""
+        return self if self.rollout_mesh is None else dataclasses.replace(self, mesh=self.rollout_mesh)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether batches are made while updates run. Not where virtual CPU devices do it: see `settle`."""
+        return self.rollout_mesh is not None and not (_starves(self.mesh) or _starves(self.rollout_mesh))
 
     def places(self, tree: Any) -> Any:
         """A sharding for each leaf: training states and parameters by the table ``TRAINING``, rows of a batch over the
@@ -88,8 +99,7 @@ class Engines:
 
         Collectives of programs that are in flight together can starve each other of threads there, for ever.
         """
-        virtual = self.mesh.size > 1 and self.mesh.devices.flat[0].platform == "cpu"
-        return jax.block_until_ready(tree) if virtual else tree
+        return jax.block_until_ready(tree) if _starves(self.mesh) else tree
 
     def place_rows(self, tree: Any) -> Any:
         """Puts arrays that travel onto the mesh, their rows over the data-parallel devices."""
@@ -100,6 +110,10 @@ class Engines:
         if axes:
             axes[row_axis(leaf)] = ("data", "fsdp")
         return NamedSharding(self.mesh, PartitionSpec(*axes))
+
+
+def _starves(mesh: Mesh) -> bool:
+    return mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
 
 
 def build(config: RunConfig) -> Engines:
@@ -143,16 +157,24 @@ def build(config: RunConfig) -> Engines:
             f"{config.cold_start.check_prompts}, but the task holds out {heldout} prompts: "
             "ask for fewer, or hold out more"
         )
-    mesh = make_mesh(config.mesh)
-    if rollout.slots and mesh.size > 1:
+    mesh, rollout_mesh = meshes(config)
+    sampling_mesh = rollout_mesh or mesh
+    if rollout.slots and sampling_mesh.size > 1:
         raise UserError(
-            f"rollout.slots = {rollout.slots} on {mesh.size} devices: continuous batching runs on one device; use 0"
+            f"rollout.slots = {rollout.slots} on {sampling_mesh.size} devices: continuous batching runs on one device; "
+            "use 0"
         )
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.prompts_per_minibatch % rows:
         raise UserError(
             f"prompts_per_minibatch = {config.prompts_per_minibatch} does not divide over {rows} data-parallel devices "
             f"(mesh.data x mesh.fsdp): choose a multiple of {rows}"
+        )
+    rollout_rows = sampling_mesh.shape["data"] * sampling_mesh.shape["fsdp"]
+    if config.prompts_per_step % rollout_rows:
+        raise UserError(
+            f"prompts_per_minibatch x minibatches = {config.prompts_per_step} does not divide over {rollout_rows} "
+            f"data-parallel devices (rollout.mesh.data x rollout.mesh.fsdp): choose a multiple of {rollout_rows}"
         )
     if config.cold_start.max_steps and config.cold_start.batch_size % rows:
         raise UserError(
@@ -168,13 +190,15 @@ def build(config: RunConfig) -> Engines:
         )
     config = dataclasses.replace(config, model=model, rollout=rollout, kernels=kernels)
     training = Transformer(model, config.learner.precision, kernels, remat=config.learner.remat)
-    if mesh.size > 1:
-        shapes = jax.eval_shape(partial(initial_params, training), 0)
-        check_divides(mesh, shapes, logical_axes(shapes), TRAINING)
+    for one in {mesh, sampling_mesh}:
+        if one.size > 1:
+            shapes = jax.eval_shape(partial(initial_params, training), 0)
+            check_divides(one, shapes, logical_axes(shapes), TRAINING)
     return Engines(
         config=config,
         task=task,
         mesh=mesh,
+        rollout_mesh=rollout_mesh,
         inference=Transformer(model, rollout.precision, kernels.for_inference()),
         training=training,
         objective=objective,
@@ -189,6 +213,26 @@ def build(config: RunConfig) -> Engines:
             pad_id=np.int32(tokenizer.pad_id),
         ),
     )
+
+
+def meshes(config: RunConfig) -> tuple[Mesh, Mesh | None]:
+    """The mesh that trains, and that of the last ``rollout.devices`` devices, which makes batches, or None.
+
+    Raises UserError where there are too few devices, or several processes, whose devices are not set aside.
+    """
+    devices, aside = jax.devices(), config.rollout.devices
+    if not aside:
+        return make_mesh(config.mesh), None
+    if jax.process_count() > 1:
+        raise UserError(
+            f"rollout.devices = {aside} with {jax.process_count()} processes: devices are set aside within one "
+            "process; use 0"
+        )
+    if aside >= len(devices):
+        raise UserError(
+            f"rollout.devices = {aside}, but there are {len(devices)} devices and at least one must train: lower it"
+        )
+    return make_mesh(config.mesh, devices[:-aside]), make_mesh(config.rollout.mesh, devices[-aside:])
 
 
 def _check_objective(objective: Objective) -> None:

@@ -21,7 +21,7 @@ from rlstab_jax.training.collect import Responses, collect, length_punishment, w
 from rlstab_jax.training.engines import Engines, judge
 from rlstab_jax.training.measure import decode_statistics, rollout_metrics, rollout_statistics, update_metrics
 from rlstab_jax.training.passes import rescore, sample_responses, score_old
-from rlstab_jax.training.queue import Experience, Queue, waiting
+from rlstab_jax.training.queue import Experience, Queue, start, waiting
 from rlstab_jax.types import Rollout, RoutingReplay, Scores, take_rows
 
 
@@ -57,13 +57,22 @@ def global_step(
     Returns:
       The new state, the metrics of the step, and some responses with their rewards.
     """
-    queue, params = state.queue, state.train.params
-    while len(queue) <= engines.config.rollout.lag:
-        made = produce(engines, params, state.reference, next(prompts), step + len(queue), prompts)
-        queue += (waiting(engines, made, len(queue)),)
-    experience, queue = queue[0], queue[1:]
-    train, metrics = learn(engines, state.train, experience.rows, step)
-    return RunState(train, state.reference, queue), experience.metrics | metrics, experience.samples
+    making, lag = engines.making, engines.config.rollout.lag
+    params, reference = making.place((state.train.params, state.reference))
+
+    def make(ahead: int) -> Experience:
+        made = produce(making, params, reference, next(prompts), step + ahead, prompts)
+        return waiting(engines, made, ahead)
+
+    with timed("step") as step_time:
+        queue = state.queue
+        while len(queue) < lag:  # as the run begins
+            queue += (make(len(queue)),)
+        newest = start(lambda: make(lag), in_thread=engines.overlaps)
+        experience = queue[0] if lag else newest()
+        train, metrics = learn(engines, state.train, experience.rows, step)
+        queue = (*queue, newest())[1:]
+    return RunState(train, state.reference, queue), experience.metrics | metrics | step_time, experience.samples
 
 
 def produce(

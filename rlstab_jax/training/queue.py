@@ -6,8 +6,13 @@ weights by the training engine, right after, so that pi_old and its routes (R2) 
 s-1-lag < 0 it is theta_0: in step 1 it makes the batches of the steps 1 to lag + 1, and step s, from then on, that of
 step s + lag. So each prompt is used once, in its order, and lag 0 waits for nothing. The last batches of a run are made
 and not learnt from, so that a run that is made longer is the run that was that long from the start.
+
+With ``rollout.devices``, a step makes its batch on devices of its own, in a thread, while the others learn: it takes as
+long as the longer of the two. Nothing else changes: which parameters make and learn from what is settled by the lag.
 """
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -44,6 +49,17 @@ def waiting(engines: Engines, made: Experience, ahead: int) -> Experience:
     if not engines.config.rollout.lag:
         return made
     return replace(made, rows=engines.place(made.rows), metrics=made.metrics | {"staleness/lag": ahead})
+
+
+def start(make: Callable[[], Experience], *, in_thread: bool) -> Callable[[], Experience]:
+    """Calls ``make`` at once, or in a thread of its own. What it returns waits for the result, or raises its error."""
+    if not in_thread:
+        made = make()
+        return lambda: made
+    pool = ThreadPoolExecutor(1, "rollout")
+    result = pool.submit(make)
+    pool.shutdown(wait=False)
+    return result.result
 
 
 def blank(engines: Engines) -> Queue:

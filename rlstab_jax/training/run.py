@@ -93,7 +93,8 @@ def train(
     kernels = engines.config.kernels
     for line in engines.task.remarks() if isinstance(engines.task, DescribedTask) else ():
         say(line)
-    say(f"kernels: attention {kernels.attention}, experts {kernels.experts}; mesh {dict(engines.mesh.shape)}")
+    aside = f", and {dict(engines.rollout_mesh.shape)} makes batches" if engines.rollout_mesh else ""
+    say(f"kernels: attention {kernels.attention}, experts {kernels.experts}; mesh {dict(engines.mesh.shape)}{aside}")
     with (
         stop_on_signal() as stop,
         Checkpoints(run.checkpoints_path, keep_last=config.keep_checkpoints, notify=say) as checkpoints,
@@ -150,6 +151,7 @@ def _train(
     watch: Callable[[Metrics], None],
 ) -> None:
     config = engines.config
+    state = dataclasses.replace(state, reference=engines.making.place(state.reference))  # once
     data = prompt_iterator(engines.task.split("train"), config.prompts_per_step, seed=config.seed)
     if progress.prompts:
         data.set_state(progress.prompts)
@@ -263,5 +265,6 @@ def manifest(engines: Engines, config: RunConfig) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **versions},
         "devices": {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)},
         "mesh": dict(engines.mesh.shape),
+        **({"rollout_mesh": dict(engines.rollout_mesh.shape)} if engines.rollout_mesh else {}),
         "command": sys.argv,
     }

@@ -35,7 +35,8 @@ def test_which_batch_is_learnt_from(lag: int, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(loop, "produce", produce)
     monkeypatch.setattr(loop, "learn", learn)
-    engines: Any = SimpleNamespace(config=configured(rollout={"lag": lag}), place=lambda rows: rows)
+    here = {"config": configured(rollout={"lag": lag}), "place": lambda tree: tree}
+    engines: Any = SimpleNamespace(**here, making=SimpleNamespace(**here), overlaps=False)
     state, prompts, lags = loop.RunState(SimpleNamespace(params=0), None), iter(range(1, 99)), []
     for step in range(1, 8):
         state, metrics, _ = loop.global_step(engines, state, prompts, step)
