@@ -6,9 +6,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from rlstab_jax.models.transformer import Routing, Transformer, forward, logits_of
+from rlstab_jax.learner.head import head_log_probs
+from rlstab_jax.models.transformer import Routing, Transformer, forward
 from rlstab_jax.stability.reduce import Mean, Statistics, mean_of
 from rlstab_jax.stability.routing import margin_statistics
 from rlstab_jax.types import Rollout, Routes, RoutingReplay, UserError, join_rows, masked, split_rows
@@ -47,59 +48,6 @@ def replayed_routes(replay: RoutingReplay, rollout: Rollout, old: Routes | None)
             "records routes, or replay = 'live'"
         )
     return routes
-
-
-def head_log_probs(
-    model: Transformer,
-    variables: dict,
-    hidden: Float[Array, "rows d"],
-    targets: Int[Array, "rows"],
-    temperature: Float[Array, "rows"],
-    support: Int[Array, "rows kept"] | None,
-    logits_per_chunk: int,
-) -> tuple[Float[Array, "rows"], Float[Array, "rows"]]:
-    """Log-probs of ``targets`` and entropies over ``support``, in chunks of about ``logits_per_chunk`` logits.
-
-    [rows, vocab] never exists at once; the backward pass recomputes each chunk.
-    """
-    rows = hidden.shape[0]
-    chunk = min(rows, max(1, logits_per_chunk // model.config.vocab_size))
-    chunks = -(-rows // chunk)
-
-    @jax.checkpoint
-    def one(arguments: tuple[Array, ...]) -> tuple[Array, Array]:
-        h, target, t, kept = arguments
-        logits = logits_of(model, variables, h) / t[:, None]
-        if support is not None:
-            # Only these could be drawn: what is left of the policy is renormalised over them.
-            inside = jnp.take_along_axis(logits, jnp.minimum(kept, logits.shape[-1] - 1), axis=-1)
-            inside = jnp.where(kept < logits.shape[-1], inside, -jnp.inf)
-            log_probs = inside - jax.nn.logsumexp(inside, axis=-1, keepdims=True)
-            chosen = jnp.where(kept == target[:, None], log_probs, 0.0).sum(-1)
-            possible = log_probs > -jnp.inf
-            log_probs = jnp.where(possible, log_probs, 0.0)
-            return chosen, -jnp.sum(jnp.where(possible, jnp.exp(log_probs), 0.0) * log_probs, axis=-1)
-        log_probs = jax.nn.log_softmax(logits, axis=-1)
-        entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
-        return jnp.take_along_axis(log_probs, target[:, None], axis=-1)[:, 0], entropy
-
-    # What lies outside a response has no support: an arbitrary one keeps its numbers finite.
-    kept = (
-        jnp.zeros((rows, 1), jnp.int32)
-        if support is None
-        else jnp.where((support < model.config.vocab_size).any(-1, keepdims=True), support, 0)
-    )
-    operands = (hidden, targets, temperature, kept)
-    if chunks == 1:
-        return one(operands)
-    padding = chunks * chunk - rows
-
-    def split(x: Array) -> Array:
-        padded = jnp.pad(x, ((0, padding), *[(0, 0)] * (x.ndim - 1)), mode="edge")
-        return padded.reshape(chunks, chunk, *x.shape[1:])
-
-    log_probs, entropy = jax.lax.map(one, jax.tree.map(split, operands))
-    return log_probs.reshape(-1)[:rows], entropy.reshape(-1)[:rows]
 
 
 def policy_scores(
@@ -154,7 +102,7 @@ def score(
     *,
     replay: RoutingReplay = RoutingReplay.LIVE,
     micro_batches: int = 1,
-    logits_per_chunk: int = 2**24,
+    logits_per_chunk: int = 2**20,
 ) -> tuple[PolicyScores, Statistics]:
     """The `old` pass: pi_old on a rollout. Under R3 it replays the rollout's routes; R2 records, so it routes live.
 

@@ -49,8 +49,8 @@ class LearnerConfig:
     """Parts that a mini-batch is computed in, with accumulated gradients: less memory, the same update."""
     score_micro_batches: int = 1
     """Parts that the old pass scores a global batch in."""
-    logits_per_chunk: int = 2**24
-    """Float32 logits that exist at once in the LM head."""
+    logits_per_chunk: int = 2**20
+    """Float32 logits that exist at once in the LM head, on all devices together; larger ones suit accelerators."""
     remat: bool = True
     """Recompute layers in the backward pass instead of keeping their activations."""
     precision: Precision = dataclasses.field(default_factory=Precision)
@@ -209,7 +209,7 @@ def update(
     *,
     replay: RoutingReplay,
     micro_batches: int = 1,
-    logits_per_chunk: int = 2**24,
+    logits_per_chunk: int = 2**20,
     use_router_losses: bool = False,
 ) -> tuple[TrainState, Statistics, dict[str, Float[Array, ""]]]:
     """One gradient step on a mini-batch.

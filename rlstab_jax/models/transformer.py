@@ -366,10 +366,11 @@ class Transformer(nn.Module):
         ]
         self.final_norm = RMSNorm(cfg.norm_eps)
         if not cfg.tie_embeddings:
-            self.lm_head = Linear(cfg.vocab_size, self._head_precision, out="float32")
+            self.lm_head = Linear(cfg.vocab_size, self.head_precision, out="float32")
 
     @property
-    def _head_precision(self) -> Precision:
+    def head_precision(self) -> Precision:
+        """Of the LM head."""
         return self.precision if self.precision.quantise_lm_head else self.precision.exempt()
 
     def __call__(
@@ -420,7 +421,7 @@ class Transformer(nn.Module):
             return self.lm_head(hidden)
         scale: Array | None = self.get_variable(SCALE, "embedding")
         weight = Stored(self.embedding.T, None if scale is None else scale.T)
-        return matmul(hidden, weight, self._head_precision, "float32")
+        return matmul(hidden, weight, self.head_precision, "float32")
 
 
 def positions_in(segments: Segments) -> Int[Array, "batch time"]:
@@ -454,6 +455,19 @@ def embed(model: Transformer, variables: dict, tokens: Int[Array, "*batch"]) -> 
 def finish(model: Transformer, variables: dict, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
     """`Transformer.finish` on ``variables``."""
     return cast(Array, model.apply(variables, x, method=Transformer.finish))
+
+
+def head_of(model: Transformer, variables: dict) -> tuple[Precision, Stored]:
+    """The LM head's precision, and its weight: [vocab, d] if it is the embedding, else [d, vocab]."""
+    path = ("embedding",) if model.config.tie_embeddings else ("lm_head", "kernel")
+
+    def of(collection: str) -> Any:
+        node = variables.get(collection, {})
+        for name in path:
+            node = node.get(name, {})
+        return node if not isinstance(node, dict) else None
+
+    return model.head_precision, Stored(of("params"), of(SCALE))
 
 
 def logits_of(model: Transformer, variables: dict, hidden: Float[Array, "rows d"]) -> Float[Array, "rows vocab"]:

@@ -1,17 +1,14 @@
 """The old pass: padding, slots, chunks of logits, the order of recorded experts change nothing (identities 5, 6)."""
 
 import dataclasses
-from collections.abc import Iterator
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import tiny
 
 from rlstab_jax.learner import PolicyScores, score
-from rlstab_jax.learner.score import head_log_probs
 from rlstab_jax.types import Rollout, RoutingReplay, split_rows, take_rows
 
 MODEL = tiny.model(remat=True)
@@ -121,74 +118,6 @@ def test_micro_batches_change_nothing() -> None:
     np.testing.assert_array_equal(statistics["routing/load"].total, others["routing/load"].total)
     for name in ("policy/entropy", "routing/margin"):
         np.testing.assert_allclose(statistics[name].value(), others[name].value(), rtol=1e-5)
-
-
-@pytest.mark.parametrize("truncated", [False, True])
-def test_entropy_and_log_probs_by_hand(truncated: bool) -> None:
-    """At each row's temperature, over its support where there is one, from the model's logits, in NumPy."""
-    hidden = np.random.default_rng(0).standard_normal((5, 32)).astype(np.float32)
-    targets = np.array([0, 16, 3, 3, 8])
-    temperature = np.float32([0.7, 0.7, 1.0, 0.5, 2.0])
-    support = np.array([[0, 4, 17], [16, 17, 17], [2, 9, 3], [3, 1, 17], [5, 8, 17]]) if truncated else None
-    log_probs, entropy = head_log_probs(
-        MODEL, variables(), jnp.asarray(hidden), jnp.asarray(targets), jnp.asarray(temperature), support, 10**6
-    )
-    logits = hidden.astype(np.float64) @ np.asarray(tiny.parameters()["embedding"], np.float64).T
-    logits /= temperature[:, None]
-    if truncated:
-        kept = (support[..., None] == np.arange(VOCAB)).any(1)
-        logits = np.where(kept, logits, -1e30)
-    p = np.exp(logits - logits.max(1, keepdims=True))
-    p /= p.sum(1, keepdims=True)
-    np.testing.assert_allclose(log_probs, np.log(p[np.arange(5), targets]), atol=1e-5)
-    np.testing.assert_allclose(entropy, -(p * np.log(np.maximum(p, 1e-300))).sum(1), atol=1e-5)
-
-
-@pytest.mark.parametrize(("rows_per_chunk", "truncated"), [(1, False), (3, True), (5, False), (7, False)])
-def test_chunks_of_logits_change_nothing(rows_per_chunk: int, truncated: bool) -> None:
-    hidden = jnp.asarray(np.random.default_rng(0).standard_normal((7, 32)), jnp.float32)
-    targets, temperature = jnp.arange(7), jnp.linspace(0.8, 1.2, 7)
-    support = (targets[:, None] + jnp.arange(4)) % VOCAB
-
-    @partial(jax.jit, static_argnums=2)
-    def run(params: dict, hidden: jax.Array, logits: int) -> tuple:
-        def loss(params: dict, hidden: jax.Array) -> tuple[jax.Array, tuple]:
-            log_probs, entropy = head_log_probs(
-                MODEL, {"params": params}, hidden, targets, temperature, support if truncated else None, logits
-            )
-            return jnp.sum(jnp.cos(targets) * log_probs + entropy), (log_probs, entropy)
-
-        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, hidden)
-
-    whole, parts = (run(tiny.parameters(), hidden, logits) for logits in (10**6, rows_per_chunk * VOCAB))
-    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-6), whole, parts)
-
-
-def shapes_in(jaxpr: jax.extend.core.Jaxpr) -> Iterator[tuple[int, ...]]:
-    """The shape of every intermediate value, inner programs included."""
-    for equation in jaxpr.eqns:
-        for variable in equation.outvars:
-            yield getattr(variable.aval, "shape", ())
-        for inner in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns")
-        ):
-            if hasattr(inner, "jaxpr") or hasattr(inner, "eqns"):
-                yield from shapes_in(getattr(inner, "jaxpr", inner))
-
-
-@pytest.mark.parametrize("chunked", [True, False])
-def test_batch_by_time_by_vocabulary_never_exists(chunked: bool) -> None:
-    rollout = tiny.rollout()
-    chunk = 4 * VOCAB if chunked else 2**24
-
-    def loss(params: dict) -> jax.Array:
-        return score(MODEL, {"params": params}, rollout, logits_per_chunk=chunk)[0].log_probs.sum()
-
-    shapes = list(shapes_in(jax.make_jaxpr(jax.value_and_grad(loss))(tiny.parameters()).jaxpr))
-    logits = [shape for shape in shapes if shape and shape[-1] == VOCAB and 32 not in shape]
-    assert logits  # or the search is blind
-    largest = max(int(np.prod(shape)) for shape in logits)
-    assert largest == (chunk if chunked else 8 * tiny.RESPONSE * VOCAB)
 
 
 def test_rows_split_and_join() -> None:

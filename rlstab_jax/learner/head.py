@@ -1,0 +1,256 @@
+"""The LM head of the training engine: log-probs and entropies in tiles of logits, with a gradient of its own.
+
+[batch, time, vocab] never exists at once, in either direction. A tile is a block of rows times a block of the
+vocabulary; rows carry a running maximum and sums from tile to tile, and the backward pass computes each tile's logits
+once more. With z = logits / temperature, p = softmax(z) over the support, y the target and H the entropy,
+
+    d log p_y / dz = 1[y] - p        dH / dz = -p (log p + H).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from rlstab_jax.models.precision import Precision, Stored, matmul
+from rlstab_jax.models.transformer import Transformer, head_of, logits_of
+
+# Rows of a tile, where there are so many: the head's weight is read once for each block of rows.
+ROWS = 1024
+# Accelerators' units are so many columns wide.
+LANES = 128
+# Below every logit, and finite: what a running maximum begins from.
+LOW = -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """How ``row_blocks`` x ``blocks`` tiles of at most ``rows`` x ``columns`` logits cover all of them."""
+
+    rows: int
+    row_blocks: int
+    columns: int
+    blocks: int
+    vocab: int
+
+    @staticmethod
+    def of(rows: int, vocab: int, logits: int) -> "Tiles":
+        """Tiles of at most ``logits`` logits, with the whole vocabulary where `ROWS` rows of it fit."""
+        height = min(rows, logits, max(logits // vocab, ROWS))
+        row_blocks = -(-rows // height)
+        width = min(vocab, logits // height)
+        if LANES < width < vocab:
+            width -= width % LANES
+        return Tiles(-(-rows // row_blocks), row_blocks, width, -(-vocab // width), vocab)
+
+    def start(self, block: Int[Array, ""]) -> Int[Array, ""]:
+        """First column of a block. The last one begins early enough to be as wide as the others."""
+        return jnp.minimum(block * self.columns, self.vocab - self.columns)
+
+    def split(self, x: Array, mode: str = "edge") -> Array:
+        """[rows, ...] to [row_blocks, height, ...], padded by ``mode`` (of `jnp.pad`).
+
+        Every ``row_blocks``-th row makes a block, so that on a mesh each device keeps its share of every block.
+        """
+        padding = self.rows * self.row_blocks - x.shape[0]
+        padded = jnp.pad(x, ((0, padding), *[(0, 0)] * (x.ndim - 1)), mode=mode)
+        return padded.reshape(self.rows, self.row_blocks, *x.shape[1:]).swapaxes(0, 1)
+
+    def join(self, x: Array, rows: int) -> Array:
+        """The inverse of ``split``."""
+        return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:rows]
+
+
+@struct.dataclass
+class Rows:
+    """(A block of) the rows to score: which token, at which temperature, among which tokens (None: all)."""
+
+    target: Int[Array, "rows"]
+    temperature: Float[Array, "rows"]
+    support: Int[Array, "rows kept"] | None
+
+
+@struct.dataclass
+class Running:
+    """Sums over the columns seen so far, relative to the largest z among them.
+
+    ``weight`` is sum exp(z - maximum), ``moment`` sum exp(z - maximum) (z - maximum), ``chosen`` the target's z, or
+    `LOW` while it has not been seen.
+    """
+
+    maximum: Float[Array, "rows"]
+    weight: Float[Array, "rows"]
+    moment: Float[Array, "rows"]
+    chosen: Float[Array, "rows"]
+
+    @property
+    def normaliser(self) -> Float[Array, "rows"]:
+        return self.maximum + jnp.log(self.weight)
+
+    @property
+    def found(self) -> Bool[Array, "rows"]:
+        """Whether the target lies in the support. Where it does not, no draw was made."""
+        return ~(self.chosen <= LOW)  # NaN is to show
+
+    @property
+    def log_prob(self) -> Float[Array, "rows"]:
+        return jnp.where(self.found, self.chosen - self.normaliser, 0.0)
+
+    @property
+    def entropy(self) -> Float[Array, "rows"]:
+        return jnp.log(self.weight) - self.moment / self.weight
+
+
+def head_log_probs(
+    model: Transformer,
+    variables: dict,
+    hidden: Float[Array, "rows d"],
+    targets: Int[Array, "rows"],
+    temperature: Float[Array, "rows"],
+    support: Int[Array, "rows kept"] | None,
+    logits_per_chunk: int,
+) -> tuple[Float[Array, "rows"], Float[Array, "rows"]]:
+    """Log-probs of ``targets`` and entropies over ``support``, in nats; ``logits_per_chunk`` logits exist at once.
+
+    Differentiable in hidden states and the head's weight, unless the head is quantised. The weight's gradient is
+    accumulated in float32.
+    """
+    vocab = model.config.vocab_size
+    if support is not None:  # what lies outside a response has none: an arbitrary one keeps its numbers finite
+        support = jnp.where((support < vocab).any(-1, keepdims=True), support, 0)
+    rows = Rows(targets, jax.lax.stop_gradient(temperature), support)
+    precision, weight = head_of(model, variables)
+    if weight.scale is not None or precision.activations != "none":
+        height = max(1, min(hidden.shape[0], logits_per_chunk // vocab))
+        tiles = Tiles(height, -(-hidden.shape[0] // height), vocab, 1, vocab)
+        running = _run(tiles, lambda h, start: logits_of(model, variables, h), hidden, rows)
+        return running.log_prob, running.entropy
+    tiles = Tiles.of(hidden.shape[0], vocab, logits_per_chunk)
+    return _log_probs(tiles, precision, model.config.tie_embeddings, weight.values, hidden, rows)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _log_probs(
+    tiles: Tiles, precision: Precision, tied: bool, weight: Array, hidden: Float[Array, "rows d"], rows: Rows
+) -> tuple[Float[Array, "rows"], Float[Array, "rows"]]:
+    return _forward(tiles, precision, tied, weight, hidden, rows)[0]
+
+
+def _forward(tiles, precision, tied, weight, hidden, rows):
+    def product(h: Array, start: Array) -> Array:
+        return _product(h, _columns(tiles, tied, weight, start), precision, tied)
+
+    running = _run(tiles, product, hidden, rows)
+    return (running.log_prob, running.entropy), (weight, hidden, rows, running)
+
+
+def _backward(tiles, precision, tied, saved, cotangents):
+    weight, hidden, rows, running = saved
+    of_log_prob, of_entropy = cotangents
+    of_log_prob = jnp.where(running.found, of_log_prob, 0.0)
+    narrow = jnp.bfloat16 if precision.dtype == "bfloat16" else jnp.float32
+    dot = partial(
+        jax.lax.dot_general,
+        precision=jax.lax.Precision.HIGHEST if narrow == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+    of_log_prob, of_entropy = (tiles.split(x, "constant") for x in (of_log_prob, of_entropy))
+    parts = jax.tree.map(tiles.split, (hidden, rows, running.normaliser, running.entropy))
+    operands = (*parts, of_log_prob, of_entropy)
+
+    def over_columns(carry, block):
+        d_hidden, d_weight = carry
+        start = tiles.start(block)
+        part = _columns(tiles, tied, weight, start)
+
+        def over_rows(d_part, xs):
+            (h, rows, normaliser, entropy, of_log_prob, of_entropy), d_h = xs
+            z, column = _scaled(tiles, _product(h, part, precision, tied), rows, block, start)
+            log_p = z - normaliser[:, None]
+            d_z = -jnp.exp(log_p) * (
+                of_log_prob[:, None] + of_entropy[:, None] * jnp.maximum(log_p, LOW) + (of_entropy * entropy)[:, None]
+            )
+            d_z = d_z + jnp.where((column == rows.target[:, None]) & (z > -jnp.inf), of_log_prob[:, None], 0.0)
+            d_logits = (d_z / rows.temperature[:, None]).astype(narrow)
+            # [height, columns] with [columns, d] or [d, columns]; then [height, columns] and [height, d].
+            d_h = d_h + dot(d_logits, part.astype(narrow), (((1,), (0 if tied else 1,)), ((), ())))
+            both = (d_logits, h.astype(narrow)) if tied else (h.astype(narrow), d_logits)
+            return d_part + dot(*both, (((0,), (0,)), ((), ()))), d_h
+
+        d_part, d_hidden = jax.lax.scan(over_rows, jnp.zeros(part.shape, jnp.float32), (operands, d_hidden))
+        d_part = d_part + _columns(tiles, tied, d_weight, start)
+        return (d_hidden, jax.lax.dynamic_update_slice_in_dim(d_weight, d_part, start, 0 if tied else 1)), None
+
+    zeros = jnp.zeros(operands[0].shape, jnp.float32), jnp.zeros(weight.shape, jnp.float32)
+    (d_hidden, d_weight), _ = jax.lax.scan(over_columns, zeros, jnp.arange(tiles.blocks))
+    return d_weight.astype(weight.dtype), tiles.join(d_hidden, hidden.shape[0]).astype(hidden.dtype), None
+
+
+_log_probs.defvjp(_forward, _backward)
+
+
+def _run(tiles: Tiles, product: Callable[[Array, Array], Array], hidden: Float[Array, "rows d"], rows: Rows) -> Running:
+    """All tiles, the rows of one block of columns after another; ``product(hidden, start)`` gives a tile's logits."""
+    operands = jax.tree.map(tiles.split, (hidden, rows))
+
+    def over_columns(running: Running, block: Array) -> tuple[Running, None]:
+        start = tiles.start(block)
+
+        def tile(xs: tuple) -> Running:
+            (h, rows), running = xs
+            z, _ = _scaled(tiles, product(h, start), rows, block, start)
+            return _extended(running, z, rows.target - start)
+
+        return jax.lax.map(tile, (operands, running)), None
+
+    low = jnp.full((tiles.row_blocks, tiles.rows), LOW)
+    running, _ = jax.lax.scan(
+        over_columns, Running(low, jnp.zeros_like(low), jnp.zeros_like(low), low), jnp.arange(tiles.blocks)
+    )
+    return jax.tree.map(lambda x: tiles.join(x, hidden.shape[0]), running)
+
+
+def _extended(running: Running, z: Array, at: Int[Array, "rows"]) -> Running:
+    """The sums with one more tile, in whose column ``at`` the target is, if in any; -inf is outside the support."""
+    maximum = jnp.maximum(running.maximum, z.max(1))
+    below = z - maximum[:, None]
+    weight = jnp.exp(below)
+    moment = jnp.where(weight > 0, weight * below, 0.0).sum(1)
+    old, shrink = running.maximum - maximum, jnp.exp(running.maximum - maximum)
+    chosen = jnp.take_along_axis(z, jnp.clip(at, 0, z.shape[1] - 1)[:, None], axis=1)[:, 0]
+    chosen = jnp.where((at >= 0) & (at < z.shape[1]), jnp.maximum(chosen, LOW), LOW)
+    return Running(
+        maximum,
+        running.weight * shrink + weight.sum(1),
+        (running.moment + running.weight * old) * shrink + moment,
+        jnp.maximum(running.chosen, chosen),
+    )
+
+
+def _scaled(
+    tiles: Tiles, logits: Float[Array, "height columns"], rows: Rows, block: Array, start: Array
+) -> tuple[Float[Array, "height columns"], Int[Array, "1 columns"]]:
+    """z of a tile, -inf outside the support and where an earlier block has been; and the numbers of its columns."""
+    column = start + jnp.arange(tiles.columns)[None]
+    z = logits / rows.temperature[:, None]
+    if tiles.vocab % tiles.columns:
+        z = jnp.where(column >= block * tiles.columns, z, -jnp.inf)
+    if rows.support is not None:
+        at = rows.support - start
+        at = jnp.where(at < 0, tiles.columns, at)  # negative indices would count from the end
+        inside = jnp.zeros(z.shape, bool).at[jnp.arange(len(at))[:, None], at].set(True, mode="drop")
+        z = jnp.where(inside, z, -jnp.inf)
+    return z, column
+
+
+def _columns(tiles: Tiles, tied: bool, weight: Array, start: Array) -> Array:
+    """A block of the vocabulary: [columns, d] of a tied embedding, else [d, columns]."""
+    return jax.lax.dynamic_slice_in_dim(weight, start, tiles.columns, axis=0 if tied else 1)
+
+
+def _product(h: Float[Array, "height d"], part: Array, precision: Precision, tied: bool) -> Array:
+    return matmul(h, Stored(part.T if tied else part), precision, "float32")
