@@ -12,6 +12,7 @@ from rlstab_jax.inference import Sampling, prepare, sample, sample_keys
 from rlstab_jax.learner import LearnerConfig, Minibatch, PolicyScores, TrainState, init_state
 from rlstab_jax.learner.update import LearnerNumbers
 from rlstab_jax.models import Kernels, ModelConfig, Precision, Transformer, fp8
+from rlstab_jax.models.remat import Remat
 from rlstab_jax.objectives import Objective, advantages_of, minirl
 from rlstab_jax.types import Rollout, Scores
 
@@ -37,7 +38,7 @@ FLOAT32, FP8 = Precision(), fp8()
 
 
 def model(
-    config: ModelConfig = MIXED, precision: Precision = FLOAT32, remat: bool = False, **kernels: Any
+    config: ModelConfig = MIXED, precision: Precision = FLOAT32, remat: Remat = "none", **kernels: Any
 ) -> Transformer:
     return Transformer(config, precision, dataclasses.replace(TILES, **kernels), remat)
 

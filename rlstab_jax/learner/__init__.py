@@ -1,7 +1,8 @@
 """The training engine pi: score log-probs, update."""
 
+from rlstab_jax.learner.optimizer import TrainState, init_state, state_shardings
 from rlstab_jax.learner.score import PolicyScores, score
-from rlstab_jax.learner.update import LearnerConfig, Minibatch, TrainState, init_state, state_shardings, update
+from rlstab_jax.learner.update import LearnerConfig, Minibatch, update
 
 __all__ = [
     "LearnerConfig",

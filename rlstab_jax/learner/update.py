@@ -1,4 +1,4 @@
-"""One update of the target policy pi_theta: loss, gradient accumulation, global-norm clipping, optimiser step."""
+"""One update of the target policy pi_theta: loss, gradient accumulation, optimiser step."""
 
 import dataclasses
 from functools import partial, reduce
@@ -6,17 +6,15 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import struct
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from rlstab_jax.learner.optimizer import LearnerNumbers, TrainState, apply_gradient
 from rlstab_jax.learner.score import PolicyScores, policy_scores, replayed_routes
 from rlstab_jax.models.precision import Precision
-from rlstab_jax.models.sharding import logical_axes
+from rlstab_jax.models.remat import Remat
 from rlstab_jax.models.transformer import RouterSums, Routing, Transformer
 from rlstab_jax.objectives import Objective, coefficients, surrogate
-from rlstab_jax.parallel.sharding import Rules, shardings
 from rlstab_jax.stability.gaps import first_order, staleness, trust_statistics, weight_statistics
 from rlstab_jax.stability.reduce import Statistics, mean_of, merge
 from rlstab_jax.stability.routing import disagreement
@@ -51,8 +49,13 @@ class LearnerConfig:
     """Parts that the old pass scores a global batch in."""
     logits_per_chunk: int = 2**20
     """Float32 logits that exist at once in the LM head, on all devices together; larger ones suit accelerators."""
-    remat: bool = True
-    """Recompute layers in the backward pass instead of keeping their activations."""
+    remat: Remat = "full"
+    """What layers keep for the backward pass: none recomputes nothing; dots keeps matrix products; full keeps the input
+    of each layer alone; offload as full, but in the host's memory."""
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"
+    """How Adam's moments are kept between updates; bfloat16 rounds them stochastically."""
+    offload_optimizer: bool = False
+    """Keep Adam's moments in the host's memory between updates."""
     precision: Precision = dataclasses.field(default_factory=Precision)
     """Number formats of the training engine."""
     replay: Literal["live", "r2", "r3"] = "r3"
@@ -62,30 +65,6 @@ class LearnerConfig:
         """The traced part: changing one of these recompiles nothing."""
         names = [field.name for field in dataclasses.fields(LearnerNumbers)]
         return LearnerNumbers(**{name: jnp.float32(getattr(self, name)) for name in names})
-
-
-@struct.dataclass
-class LearnerNumbers:
-    """Float32 scalars of `LearnerConfig`, as traced arguments of the jitted update."""
-
-    learning_rate: Any
-    warmup_steps: Any
-    adam_b1: Any
-    adam_b2: Any
-    adam_eps: Any
-    weight_decay: Any
-    max_grad_norm: Any
-    load_balance: Any
-    router_z: Any
-
-
-@struct.dataclass
-class TrainState:
-    """What an update changes: float32 parameters, the optimiser's state, gradient steps taken."""
-
-    params: dict
-    opt_state: Any
-    step: Int[Array, ""]
 
 
 @struct.dataclass
@@ -105,50 +84,6 @@ class Minibatch:
     advantage: Float[Array, "batch *R"]
     groups: Int[Array, "batch"]
     reference: Float[Array, "batch R"] | None = None
-
-
-def optimizer(numbers: LearnerNumbers, step: Int[Array, ""] | int) -> optax.GradientTransformation:
-    """Global-norm clipping, Adam, decoupled weight decay, linear warm-up. Built inside jit: its numbers are traced."""
-    return optax.chain(
-        optax.clip_by_global_norm(numbers.max_grad_norm),
-        optax.scale_by_adam(b1=numbers.adam_b1, b2=numbers.adam_b2, eps=numbers.adam_eps),
-        optax.add_decayed_weights(numbers.weight_decay, mask=_decayed),
-        optax.scale(-learning_rate(numbers, step)),
-    )
-
-
-def _decayed(params: dict) -> dict:
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "gain", params)
-
-
-def learning_rate(numbers: LearnerNumbers, step: Int[Array, ""] | int) -> Float[Array, ""]:
-    """The rate of the update after ``step`` updates: linear warm-up, then constant."""
-    return numbers.learning_rate * jnp.minimum(1.0, (step + 1) / jnp.maximum(numbers.warmup_steps, 1.0))
-
-
-def init_state(params: dict, numbers: LearnerNumbers) -> TrainState:
-    """A state at gradient step 0."""
-    return TrainState(params, optimizer(numbers, 0).init(params), jnp.int32(0))
-
-
-def state_shardings(mesh: Mesh, state: TrainState, rules: Rules) -> TrainState:
-    """A sharding for each leaf of a state. What the optimiser keeps of a parameter is split as the parameter is.
-
-    Args:
-      state: arrays or ``ShapeDtypeStruct``.
-    """
-    axes = logical_axes(state.params)
-    like_params: Any = jax.tree.structure(state.params)
-
-    def is_params(node: Any) -> bool:
-        return isinstance(node, dict) and jax.tree.structure(node) == like_params
-
-    def of(node: Any) -> Any:
-        return axes if is_params(node) else (None,) * node.ndim
-
-    opt_state = jax.tree.map(of, state.opt_state, is_leaf=is_params)
-    scalar: Any = ()
-    return shardings(mesh, TrainState(axes, opt_state, scalar), rules)
 
 
 def router_losses(sums: RouterSums, load: Array, tokens: Array, numbers: LearnerNumbers, k: int) -> Array:
@@ -178,21 +113,6 @@ def accumulate(loss: Any, params: dict, parts: Any, micro_batches: int) -> tuple
     gradient, (values, statistics) = jax.lax.scan(add, zeros, split_rows(parts, micro_batches))
     each = [jax.tree.map(lambda leaf, i=i: leaf[i], statistics) for i in range(micro_batches)]
     return values.sum(), reduce(merge, each), gradient
-
-
-def apply_gradient(
-    state: TrainState, gradient: dict, numbers: LearnerNumbers
-) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """One optimiser step. A gradient that is not finite changes the step count alone, and is reported as it is."""
-    norm = optax.tree.norm(gradient)
-    updates, opt_state = optimizer(numbers, state.step).update(gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    finite = jnp.isfinite(norm)
-    params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
-    )
-    measures = {"learner/grad_norm": norm, "learner/learning_rate": learning_rate(numbers, state.step)}
-    return TrainState(params, opt_state, state.step + 1), measures
 
 
 @partial(

@@ -22,6 +22,7 @@ from rlstab_jax.models.attention_tpu import Segments
 from rlstab_jax.models.config import Kernels, ModelConfig
 from rlstab_jax.models.experts import ExpertWeights
 from rlstab_jax.models.precision import Precision, Stored, as_bytes, from_bytes, matmul, saturating, store, take
+from rlstab_jax.models.remat import Remat, recomputed, residual
 from rlstab_jax.types import Routes, route_dtype
 
 # Quantised weights travel as two collections: "params" holds the stored values, SCALE their scales, by the same names.
@@ -327,6 +328,7 @@ class Period(nn.Module):
 
     @nn.compact
     def __call__(self, x, positions, segments, routes):
+        x = residual(x)
         keys_values, routing, moe_layer = [], [], 0
         for i, moe in enumerate(self.kinds):
             block = Block(self.config, moe, self.precision, self.kernels, name=f"block_{i}")
@@ -341,22 +343,21 @@ class Period(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The whole decoder. ``remat`` recomputes each period in the backward pass instead of keeping its activations."""
+    """The whole decoder. ``remat`` says what each period keeps for the backward pass."""
 
     config: ModelConfig
     precision: Precision = Precision()
     kernels: Kernels = Kernels()
-    remat: bool = False
+    remat: Remat = "none"
 
     def setup(self):
         cfg = self.config
         # Unit rows learn fastest, but as a tied head they would start with logits of size sqrt(d).
         init = nn.initializers.normal(cfg.embed_dim**-0.5 if cfg.tie_embeddings else 1.0)
         self.embedding = self.param("embedding", init, (cfg.vocab_size, cfg.embed_dim), jnp.float32)
-        body = nn.remat(Period, prevent_cse=False) if self.remat else Period
         self.segments = [
             nn.scan(
-                body,
+                recomputed(Period, self.remat),
                 variable_axes={"params": 0, SCALE: 0},
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, nn.broadcast, 0),

@@ -96,7 +96,7 @@ def assess(
     done = _whole_batches(path, len(prompts), asked.batch)
     if done:
         say(f"going on after {done} prompts")
-    model = engines.inference if asked.engine == "inference" else engines.training.clone(remat=False)
+    model = engines.inference if asked.engine == "inference" else engines.training.clone(remat="none")
     prepared = engines.settle(prepare(params, model.precision, engines.mesh))
     for start in range(done, len(prompts), asked.batch):
         part = slice(start, start + asked.batch)

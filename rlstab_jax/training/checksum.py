@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, UInt
 
+from rlstab_jax.parallel.host_memory import on_device
+
 
 def checksums(tree: Any) -> dict[str, int]:
     """The checksum of each leaf by its name."""
@@ -25,6 +27,7 @@ def leaf_name(path: jax.tree_util.KeyPath) -> str:
 
 @jax.jit
 def _checksum(x: Array) -> UInt[Array, ""]:
+    x = on_device(x)
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if x.dtype.itemsize == 8:

@@ -14,11 +14,13 @@ from jaxtyping import Array, Int
 
 from rlstab_jax.inference import Sampling
 from rlstab_jax.learner import Minibatch, TrainState, state_shardings
+from rlstab_jax.learner.optimizer import offloaded
 from rlstab_jax.learner.update import LearnerNumbers
 from rlstab_jax.models import Transformer, resolve_kernels
 from rlstab_jax.models.sharding import logical_axes
 from rlstab_jax.objectives import Objective, advantages, advantages_of, check_rewards, coefficients, surrogate
 from rlstab_jax.objectives import build as build_objective
+from rlstab_jax.parallel.host_memory import check_offload
 from rlstab_jax.parallel.mesh import make_mesh
 from rlstab_jax.parallel.sharding import TRAINING, check_divides, shardings
 from rlstab_jax.tasks import BatchTask, Prompt, Rewards, Task, decode_responses
@@ -67,17 +69,18 @@ class Engines:
         function from being traced again for its own result.
         """
         everywhere = NamedSharding(self.mesh, PartitionSpec())
-        if self.mesh.size == 1:
-            return jax.tree.map(lambda _: everywhere, tree)
+        alone = self.mesh.size == 1
 
         def of(node: Any) -> Any:
             if isinstance(node, TrainState):
-                return state_shardings(self.mesh, node, TRAINING)
-            if isinstance(node, dict):
+                one = jax.tree.map(lambda _: everywhere, node)
+                places = one if alone else state_shardings(self.mesh, node, TRAINING)
+                return offloaded(places, node) if self.config.learner.offload_optimizer else places
+            if isinstance(node, dict) and not alone:
                 return shardings(self.mesh, logical_axes(node), TRAINING)
-            if isinstance(node, Minibatch):
+            if isinstance(node, Minibatch) and not alone:
                 return jax.tree.map(self._over_rows, node)
-            return everywhere
+            return jax.tree.map(lambda _: everywhere, node)
 
         return jax.tree.map(of, tree, is_leaf=lambda node: isinstance(node, TrainState | Minibatch | dict))
 
@@ -122,6 +125,10 @@ def build(config: RunConfig) -> Engines:
     task = config.task.build()
     tokenizer = task.tokenizer
     kernels = resolve_kernels(config.kernels, jax.default_backend())
+    if config.learner.remat == "offload":
+        check_offload(jax.local_devices(), "learner.remat = 'offload'")
+    if config.learner.offload_optimizer:
+        check_offload(jax.local_devices(), "learner.offload_optimizer = True")
     model = config.model
     if config.initial:
         model = matched(model, Path(config.initial))

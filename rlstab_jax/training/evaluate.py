@@ -65,7 +65,7 @@ def evaluate(engines: Engines, params: dict, key: jax.Array) -> dict[str, float]
     """The ``eval/*`` metrics of these parameters: sampled by the inference engine, and by the training engine."""
     evaluation = engines.config.evaluation
     numbers = {"prompts": evaluation.prompts, "samples": evaluation.samples}
-    training = engines.training.clone(remat=False)
+    training = engines.training.clone(remat="none")
     rollout = accuracy(engines, engines.inference, params, key, **numbers)
     by_training = accuracy(engines, training, params, key, **numbers)
     return {

@@ -48,7 +48,7 @@ def score_old(
     if engines.config.rollout.log_probs == "matched":
         routes = replayed_routes(replay, rollout, None) if replay is RoutingReplay.R3 else None
         return matched_scores(
-            score_matched(engines.training.clone(remat=False), {"params": params}, rollout, engines.sampling, routes),
+            score_matched(engines.training.clone(remat="none"), {"params": params}, rollout, engines.sampling, routes),
             engines.config.model.num_experts,
         )
     return _score(engines, engines.training, {"params": params}, rollout, replay)

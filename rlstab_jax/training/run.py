@@ -121,7 +121,8 @@ def resume_or_begin(
     def fresh() -> RunState:
         params = initial_params(engines.training, 0)
         reference = params if needs_reference else None
-        return RunState(init_state(params, engines.numbers), reference, blank(engines))
+        train = init_state(params, engines.numbers, engines.config.learner.moments_dtype)
+        return RunState(train, reference, blank(engines))
 
     restored = checkpoints.restore(engines.placed_like(fresh))
     if restored is not None:
@@ -136,7 +137,11 @@ def resume_or_begin(
         return None
     # Copied: an update donates its state, and the reference must outlive it.
     reference = jax.tree.map(lambda x: x.copy(), started.params) if needs_reference else None
-    return engines.place(RunState(train=init_state(started.params, engines.numbers), reference=reference)), Progress()
+    return engines.place(
+        RunState(
+            train=init_state(started.params, engines.numbers, engines.config.learner.moments_dtype), reference=reference
+        )
+    ), Progress()
 
 
 def _train(

@@ -35,7 +35,7 @@ CONFIG = ModelConfig(
     dense_layers=(1,),
     tie_embeddings=False,
 )
-MODEL = tiny.model(CONFIG, remat=True)
+MODEL = tiny.model(CONFIG, remat="full")
 MESHES = [MeshConfig(8, 1, 1, 1), MeshConfig(2, 2, 2, 1), MeshConfig(1, 2, 2, 2)]
 
 

@@ -14,7 +14,7 @@ from rlstab_jax.learner import PolicyScores, score, update
 from rlstab_jax.learner.score import policy_scores
 from rlstab_jax.types import Rollout, Routes, RoutingReplay, UserError
 
-MODEL = tiny.model(remat=True)
+MODEL = tiny.model(remat="full")
 EXPERTS = tiny.MIXED.num_experts
 LIVE, R2, R3 = RoutingReplay.LIVE, RoutingReplay.R2, RoutingReplay.R3
 

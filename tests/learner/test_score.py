@@ -11,7 +11,7 @@ import tiny
 from rlstab_jax.learner import PolicyScores, score
 from rlstab_jax.types import Rollout, RoutingReplay, split_rows, take_rows
 
-MODEL = tiny.model(remat=True)
+MODEL = tiny.model(remat="full")
 EXPERTS, VOCAB = tiny.MIXED.num_experts, tiny.MIXED.vocab_size
 CLOSE = partial(np.testing.assert_allclose, atol=1e-5)
 

@@ -19,7 +19,7 @@ from rlstab_jax.types import RoutingReplay, UserError
 
 # Two MoE layers, as many as the rollout's routes have, and no dense ones: half the time to compile.
 CONFIG = dataclasses.replace(tiny.MIXED, num_layers=2, dense_layers=())
-MODEL = tiny.model(CONFIG, remat=True)
+MODEL = tiny.model(CONFIG, remat="full")
 R3 = RoutingReplay.R3
 
 

@@ -63,7 +63,7 @@ def a_decode_step(dtype: Any) -> list:
 
 def model_gradient(variables: dict, tokens: jax.Array, mask: jax.Array) -> Any:
     """Scanned and recomputed layers, as the training engine has them, with products in float32."""
-    model = Transformer(MODEL, Precision(), KERNELS, remat=True)
+    model = Transformer(MODEL, Precision(), KERNELS, remat="full")
     return jax.grad(lambda v: jnp.sum(jnp.square(forward(model, v, tokens, mask).hidden.astype(jnp.float32))))(
         variables
     )

@@ -25,7 +25,7 @@ def config() -> RunConfig:
         checkpoint_every=2,
         logged_samples=2,
         model=dataclasses.replace(run.model, num_experts=0),
-        learner=dataclasses.replace(run.learner, replay="live", remat=False),
+        learner=dataclasses.replace(run.learner, replay="live", remat="none"),
         rollout=RolloutConfig(precision=run.rollout.precision, attempts=2),
         evaluation=dataclasses.replace(run.evaluation, every=0),
         task=DatasetConfig(

@@ -25,7 +25,7 @@ def config(gradient_steps: int, mesh: MeshConfig):
         prompts_per_minibatch=8,
         samples_per_prompt=2,
         mesh=mesh,
-        learner=dataclasses.replace(default.learner, remat=False),
+        learner=dataclasses.replace(default.learner, remat="none"),
         evaluation=dataclasses.replace(default.evaluation, every=4),
     )
 

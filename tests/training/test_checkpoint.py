@@ -96,6 +96,18 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path: pathlib.Path) -> None:
     assert_equal(restored[1], state)
 
 
+def test_what_lies_in_the_host_s_memory_returns_there(tmp_path: pathlib.Path) -> None:
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    there = here.with_memory_kind("pinned_host")
+    state = {"device": jax.device_put(jnp.arange(9.0), here), "host": jax.device_put(jnp.arange(8.0), there)}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(0, state, {})
+        restored = checkpoints.restore(state)
+    assert restored is not None
+    assert_equal(restored[1], state)
+    assert {name: leaf.sharding for name, leaf in restored[1].items()} == {"device": here, "host": there}
+
+
 def test_arrays_may_be_donated_once_save_returns(tmp_path: pathlib.Path) -> None:
     with Checkpoints(tmp_path) as checkpoints:
         state = {"w": jnp.arange(100_000.0)}

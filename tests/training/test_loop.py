@@ -34,7 +34,7 @@ FLOAT32 = Precision()
 def configured(**changes: Any) -> RunConfig:
     """The tiny run with changes; those of a room as a dict. No remat: it compiles faster."""
     config = tiny_run.config()
-    changes["learner"] = {"remat": False, **changes.get("learner", {})}
+    changes["learner"] = {"remat": "none", **changes.get("learner", {})}
     for name, change in changes.items():
         room = getattr(config, name)
         value = dataclasses.replace(room, **change) if isinstance(change, dict) else change
@@ -314,7 +314,12 @@ def test_micro_batches_change_nothing() -> None:
 
 
 def test_a_reference_is_frozen_and_survives_a_resume(tmp_path: Path) -> None:
-    config = configured(objective={"kl_coefficient": 0.1, "kl_estimator": "k3"}, evaluation={"every": 0})
+    """So do moments in bfloat16, off the device."""
+    config = configured(
+        objective={"kl_coefficient": 0.1, "kl_estimator": "k3"},
+        evaluation={"every": 0},
+        learner={"moments_dtype": "bfloat16", "offload_optimizer": True},
+    )
     columns = {}
     for out, stops in (("whole", (12,)), ("resumed", (4, 12))):
         for gradient_steps in stops:
@@ -327,7 +332,7 @@ def test_a_reference_is_frozen_and_survives_a_resume(tmp_path: Path) -> None:
     engines = build(config)
     first = initial_params(engines.training, 0)
     with Checkpoints(tmp_path / "resumed" / "checkpoints", read_only=True) as checkpoints:
-        restored = checkpoints.restore(loop.RunState(init_state(first, engines.numbers), first))
+        restored = checkpoints.restore(loop.RunState(init_state(first, engines.numbers, "bfloat16"), first))
     assert restored is not None
     step, state, progress = restored
     assert (step, Progress(**progress).gradient_steps) == (6, 12)

@@ -1,0 +1,141 @@
+"""The training state and its optimiser step: clipping by global norm, Adam, decoupled weight decay, linear warm-up."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float, Int
+
+from rlstab_jax.models.sharding import logical_axes
+from rlstab_jax.parallel.host_memory import HOST, kept_like, on_device
+from rlstab_jax.parallel.sharding import Rules, shardings
+
+
+@struct.dataclass
+class LearnerNumbers:
+    """Float32 scalars of `LearnerConfig`, as traced arguments of the jitted update."""
+
+    learning_rate: Any
+    warmup_steps: Any
+    adam_b1: Any
+    adam_b2: Any
+    adam_eps: Any
+    weight_decay: Any
+    max_grad_norm: Any
+    load_balance: Any
+    router_z: Any
+
+
+@struct.dataclass
+class TrainState:
+    """What an update changes: float32 parameters, the optimiser's state, gradient steps taken."""
+
+    params: dict
+    opt_state: Any
+    step: Int[Array, ""]
+
+
+def optimizer(numbers: LearnerNumbers, step: Int[Array, ""] | int) -> optax.GradientTransformation:
+    """Global-norm clipping, Adam, decoupled weight decay, linear warm-up. Built inside jit: its numbers are traced."""
+    return optax.chain(
+        optax.clip_by_global_norm(numbers.max_grad_norm),
+        optax.scale_by_adam(b1=numbers.adam_b1, b2=numbers.adam_b2, eps=numbers.adam_eps),
+        optax.add_decayed_weights(numbers.weight_decay, mask=_decayed),
+        optax.scale(-learning_rate(numbers, step)),
+    )
+
+
+def _decayed(params: dict) -> dict:
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "gain", params)
+
+
+def learning_rate(numbers: LearnerNumbers, step: Int[Array, ""] | int) -> Float[Array, ""]:
+    """The rate of the update after ``step`` updates: linear warm-up, then constant."""
+    return numbers.learning_rate * jnp.minimum(1.0, (step + 1) / jnp.maximum(numbers.warmup_steps, 1.0))
+
+
+def init_state(params: dict, numbers: LearnerNumbers, moments_dtype: str = "float32") -> TrainState:
+    """A state at gradient step 0, with Adam's moments in ``moments_dtype``."""
+
+    def typed(leaf: Array) -> Array:
+        return leaf.astype(moments_dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return TrainState(params, jax.tree.map(typed, optimizer(numbers, 0).init(params)), jnp.int32(0))
+
+
+def state_shardings(mesh: Mesh, state: TrainState, rules: Rules) -> TrainState:
+    """A sharding for each leaf of a state. What the optimiser keeps of a parameter is split as the parameter is.
+
+    Args:
+      state: arrays or ``ShapeDtypeStruct``.
+    """
+    axes = logical_axes(state.params)
+    like_params: Any = jax.tree.structure(state.params)
+
+    def is_params(node: Any) -> bool:
+        return isinstance(node, dict) and jax.tree.structure(node) == like_params
+
+    def of(node: Any) -> Any:
+        return axes if is_params(node) else (None,) * node.ndim
+
+    opt_state = jax.tree.map(of, state.opt_state, is_leaf=is_params)
+    scalar: Any = ()
+    return shardings(mesh, TrainState(axes, opt_state, scalar), rules)
+
+
+def offloaded(places: TrainState, state: TrainState) -> TrainState:
+    """``places``, the shardings of a ``state``, with the optimiser's arrays in the host's memory."""
+
+    def place(at: NamedSharding, leaf: Any) -> NamedSharding:
+        return at.with_memory_kind(HOST) if leaf.ndim else at
+
+    return dataclasses.replace(places, opt_state=jax.tree.map(place, places.opt_state, state.opt_state))
+
+
+def apply_gradient(
+    state: TrainState, gradient: dict, numbers: LearnerNumbers
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """One optimiser step. A gradient that is not finite changes the step count alone, and is reported as it is.
+
+    The optimiser's state is computed with in float32 on the device, and kept in the types and the memory it came in.
+    """
+    norm = optax.tree.norm(gradient)
+    kept = jax.tree.map(on_device, state.opt_state)
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf, kept)
+    updates, opt_state = optimizer(numbers, state.step).update(gradient, wide, state.params)
+    opt_state = _narrow_like(opt_state, kept, state.step)
+    params = optax.apply_updates(state.params, updates)
+    finite = jnp.isfinite(norm)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, kept)
+    )
+    opt_state = jax.tree.map(kept_like, opt_state, state.opt_state)
+    measures = {"learner/grad_norm": norm, "learner/learning_rate": learning_rate(numbers, state.step)}
+    return TrainState(params, opt_state, state.step + 1), measures
+
+
+def stochastically_rounded(x: Float[Array, "..."], key: Array) -> Array:
+    """``x`` in bfloat16: up or down at random, such that the mean is ``x``.
+
+    To nearest, an average of slow decay would stand still: (1 - b2) v is less than half of a step below v once 1 - b2
+    is below 2^-9.
+    """
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    raised = bits + jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    rounded = jax.lax.bitcast_convert_type((raised >> 16).astype(jnp.uint16), jnp.bfloat16)
+    return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
+
+
+def _narrow_like(tree: Any, kept: Any, step: Int[Array, ""]) -> Any:
+    """``tree`` in the types of ``kept``; what is rounded to bfloat16 depends on the step and the place in the tree."""
+    key = jax.random.fold_in(jax.random.key(0), step)
+    leaves, structure = jax.tree.flatten(tree)
+    narrow = [
+        stochastically_rounded(leaf, jax.random.fold_in(key, i)) if old.dtype == jnp.bfloat16 else leaf
+        for i, (leaf, old) in enumerate(zip(leaves, jax.tree.leaves(kept), strict=True))
+    ]
+    return jax.tree.unflatten(structure, narrow)

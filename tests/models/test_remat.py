@@ -1,0 +1,43 @@
+"""What layers keep for the backward pass changes memory, and neither values nor gradients."""
+
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tiny
+
+from rlstab_jax.models import ModelConfig
+from rlstab_jax.models.remat import Remat
+from rlstab_jax.models.transformer import forward
+
+CONFIG = ModelConfig(
+    vocab_size=17, num_layers=6, embed_dim=32, num_heads=2, num_kv_heads=1, num_experts=4, expert_dim=32
+)
+TOKENS = np.random.default_rng(0).integers(0, 17, (4, 64))
+
+
+@cache
+def results(remat: Remat) -> tuple[Any, Any]:
+    """The gradient of a scalar of the hidden states, and what the compiled program needs."""
+
+    def loss(params: dict) -> jax.Array:
+        output = forward(tiny.model(CONFIG, remat=remat), {"params": params}, jnp.asarray(TOKENS), TOKENS > 0)
+        return jnp.sin(output.hidden).sum()
+
+    compiled = jax.jit(jax.grad(loss)).lower(tiny.parameters(CONFIG)).compile()
+    return compiled(tiny.parameters(CONFIG)), compiled.memory_analysis()
+
+
+def test_gradients_are_equal_under_each_policy() -> None:
+    wanted = results("none")[0]
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(wanted))
+    for remat in ("full", "dots", "offload"):
+        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5 * scale), results(remat)[0], wanted)
+
+
+def test_policies_keep_less_and_less() -> None:
+    none, dots, full = (results(remat)[1].temp_size_in_bytes for remat in ("none", "dots", "full"))
+    print(f"temporaries in KiB: none {none / 1024:.0f}, dots {dots / 1024:.0f}, full {full / 1024:.0f}")
+    assert none > 1.2 * dots > 1.2 * 1.2 * full
