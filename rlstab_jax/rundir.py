@@ -112,6 +112,7 @@ METRICS: dict[str, Metric] = {
         "share of tokens",
         "1",
     ),
+    "learner/packed_rows": Metric("rows that a mini-batch was packed into", "mean, updates of the step", "rows"),
     "learner/learning_rate": Metric("learning rate of the step's last update", "last", "1"),
     "time/sample": Metric("wall-clock time of sampling", "sum", "s"),
     "time/judge": Metric("wall-clock time of judging the responses", "sum", "s"),

@@ -9,6 +9,7 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from rlstab_jax.learner.head import head_log_probs
+from rlstab_jax.learner.packing import Packing, packed_forward
 from rlstab_jax.models.transformer import Routing, Transformer, forward
 from rlstab_jax.stability.reduce import Mean, Statistics, mean_of
 from rlstab_jax.stability.routing import margin_statistics
@@ -51,13 +52,23 @@ def replayed_routes(replay: RoutingReplay, rollout: Rollout, old: Routes | None)
 
 
 def policy_scores(
-    model: Transformer, variables: dict, rollout: Rollout, routes: Routes | None, logits_per_chunk: int
+    model: Transformer,
+    variables: dict,
+    rollout: Rollout,
+    routes: Routes | None,
+    logits_per_chunk: int,
+    packing: Packing | None = None,
 ) -> tuple[PolicyScores, Routing | None]:
     """Scores a rollout teacher-forced, with the given routes or live ones. Differentiable in ``variables``.
 
+    With a ``packing`` of its rows the model runs on fewer ones, with the same results.
+
     Also returns the whole routing, for diagnostics and router losses; what nobody uses is never computed.
     """
-    output = forward(model, variables, rollout.tokens[:, :-1], rollout.fed_mask, routes)
+    if packing is None:
+        output = forward(model, variables, rollout.tokens[:, :-1], rollout.fed_mask, routes)
+    else:
+        output = packed_forward(model, variables, rollout, routes, packing)
     first = rollout.prompt_length - 1  # the last prompt token predicts the first response token
     hidden = output.hidden[:, first:]
     batch, length, d = hidden.shape
@@ -103,6 +114,7 @@ def score(
     replay: RoutingReplay = RoutingReplay.LIVE,
     micro_batches: int = 1,
     logits_per_chunk: int = 2**20,
+    packing: Packing | None = None,
 ) -> tuple[PolicyScores, Statistics]:
     """The `old` pass: pi_old on a rollout. Under R3 it replays the rollout's routes; R2 records, so it routes live.
 
@@ -113,6 +125,7 @@ def score(
       replay: static; it decides whether the rollout's routes are passed in.
       micro_batches: the rows are scored in that many parts, one after another.
       logits_per_chunk: how many float32 logits exist at once.
+      packing: a `plan` of the rollout's rows for these ``micro_batches``, or None to run the rows as they are.
 
     Returns:
       The scores, and the `score_statistics`.
@@ -122,12 +135,13 @@ def score(
     else:
         rollout = replace(rollout, routes=None)
 
-    def one(part: Rollout) -> tuple[PolicyScores, Statistics]:
-        scores, routing = policy_scores(model, variables, part, part.routes, logits_per_chunk)
+    def one(parts: tuple[Rollout, Packing | None]) -> tuple[PolicyScores, Statistics]:
+        part, packing = parts
+        scores, routing = policy_scores(model, variables, part, part.routes, logits_per_chunk, packing)
         margin, load = (None, None) if routing is None else (routing.margin, routing.sums.load)
         return scores, score_statistics(part, scores.entropy, margin, load)
 
     if micro_batches == 1:
-        return one(rollout)
-    scores, statistics = jax.lax.map(one, split_rows(rollout, micro_batches))
+        return one((rollout, packing))
+    scores, statistics = jax.lax.map(one, split_rows((rollout, packing), micro_batches))
     return join_rows(scores), jax.tree.map(lambda leaf: leaf.sum(0), statistics)

@@ -10,6 +10,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from rlstab_jax.learner.optimizer import LearnerNumbers, TrainState, apply_gradient
+from rlstab_jax.learner.packing import Packing
 from rlstab_jax.learner.score import PolicyScores, policy_scores, replayed_routes
 from rlstab_jax.models.precision import Precision
 from rlstab_jax.models.remat import Remat
@@ -49,6 +50,8 @@ class LearnerConfig:
     """Parts that the old pass scores a global batch in."""
     logits_per_chunk: int = 2**20
     """Float32 logits that exist at once in the LM head, on all devices together; larger ones suit accelerators."""
+    packing: bool = False
+    """Put several short sequences into one row: a program for each eighth of the rows, the smallest that holds all."""
     remat: Remat = "full"
     """What layers keep for the backward pass: none recomputes nothing; dots keeps matrix products; full keeps the input
     of each layer alone; offload as full, but in the host's memory."""
@@ -131,6 +134,7 @@ def update(
     micro_batches: int = 1,
     logits_per_chunk: int = 2**20,
     use_router_losses: bool = False,
+    packing: Packing | None = None,
 ) -> tuple[TrainState, Statistics, dict[str, Float[Array, ""]]]:
     """One gradient step on a mini-batch.
 
@@ -142,6 +146,7 @@ def update(
       numbers: of the learner; traced.
       replay: static; it decides which recorded routes are passed in (`replayed_routes`).
       use_router_losses: compile the router losses in.
+      packing: a `plan` of the mini-batch's rows for these ``micro_batches``, or None to run the rows as they are.
 
     Returns:
       The new state, unreduced statistics (to merge over a step's updates), and the measures of this update alone.
@@ -162,12 +167,12 @@ def update(
         router_old=old.router,
     )
     rollout = dataclasses.replace(rollout, routes=None)
-    part = _Part(rollout, routes, scores, old.live, minibatch.advantage, coefficients(objective, scores))
+    part = _Part(rollout, routes, packing, scores, old.live, minibatch.advantage, coefficients(objective, scores))
     if use_router_losses:
         load, tokens = _whole_load(model, state.params, part, micro_batches, logits_per_chunk)
 
     def loss(params: dict, part: "_Part") -> tuple[Array, Statistics]:
-        target, routing = policy_scores(model, {"params": params}, part.rollout, part.routes, logits_per_chunk)
+        target, routing = _scores(model, params, part, logits_per_chunk)
         scores = dataclasses.replace(
             part.scores, target=target.log_probs, entropy=target.entropy, router_target=target.router
         )
@@ -178,6 +183,8 @@ def update(
 
     value, statistics, gradient = accumulate(loss, state.params, part, micro_batches)
     state, measures = apply_gradient(state, gradient, numbers)
+    if packing is not None:
+        measures["learner/packed_rows"] = jnp.float32(packing.source.shape[0])
     return state, statistics, {"learner/loss": value, **measures}
 
 
@@ -187,17 +194,22 @@ class _Part:
 
     rollout: Rollout
     routes: Routes | None
+    packing: Packing | None
     scores: Scores
     old_live: Routes | None
     advantage: Array
     c: Array
 
 
+def _scores(model: Transformer, params: dict, part: _Part, chunk: int) -> tuple[PolicyScores, Routing | None]:
+    return policy_scores(model, {"params": params}, part.rollout, part.routes, chunk, part.packing)
+
+
 def _whole_load(model: Transformer, params: dict, part: _Part, micro_batches: int, chunk: int) -> tuple[Array, Array]:
     """Assignments per layer and expert, and tokens, over all micro-batches: a forward pass of its own."""
 
     def one(part: _Part) -> tuple[Array, Array]:
-        _, routing = policy_scores(model, {"params": params}, part.rollout, part.routes, chunk)
+        _, routing = _scores(model, params, part, chunk)
         if routing is None:
             raise UserError("router losses need an MoE model: set learner.load_balance and learner.router_z to 0")
         return routing.sums.load, routing.sums.tokens

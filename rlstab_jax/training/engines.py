@@ -104,6 +104,11 @@ class Engines:
         """
         return jax.block_until_ready(tree) if _starves(self.mesh) else tree
 
+    @property
+    def row_shards(self) -> int:
+        """Devices, or groups of them, that the rows of a batch are split over."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
     def place_rows(self, tree: Any) -> Any:
         """Puts arrays that travel onto the mesh, their rows over the data-parallel devices."""
         return jax.tree.map(lambda leaf: jax.device_put(leaf, self._over_rows(leaf)), tree)
@@ -129,6 +134,11 @@ def build(config: RunConfig) -> Engines:
         check_offload(jax.local_devices(), "learner.remat = 'offload'")
     if config.learner.offload_optimizer:
         check_offload(jax.local_devices(), "learner.offload_optimizer = True")
+    if config.learner.packing and kernels.attention == "cudnn":
+        raise UserError(
+            "learner.packing = True with kernels.attention = 'cudnn', which takes one sequence a row: use "
+            "packing = False, or 'reference'"
+        )
     model = config.model
     if config.initial:
         model = matched(model, Path(config.initial))

@@ -65,6 +65,8 @@ def update_metrics(updates: list[tuple[Statistics, dict[str, Float[Array, ""]]]]
             metrics[f"routing/minibatch_{number:02d}/old_vs_target"] = float(mean.value())
     for name in ("learner/loss", "learner/grad_norm"):
         metrics[name] = float(np.mean([measures[name] for _, measures in updates]))
+    if "learner/packed_rows" in updates[0][1]:
+        metrics["learner/packed_rows"] = float(np.mean([measures["learner/packed_rows"] for _, measures in updates]))
     metrics["learner/learning_rate"] = float(updates[-1][1]["learner/learning_rate"])
     return metrics
 

@@ -6,10 +6,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
 
 from rlstab_jax.inference import prepare, sample, sample_continuously, sample_keys, sample_matched, score_matched
 from rlstab_jax.inference.matched import MatchedPass
-from rlstab_jax.learner import PolicyScores, score
+from rlstab_jax.learner import Packing, PolicyScores, plan, score
 from rlstab_jax.learner.score import replayed_routes, score_statistics
 from rlstab_jax.models import Transformer
 from rlstab_jax.stability.reduce import Statistics
@@ -79,6 +81,13 @@ def matched_scores(matched: MatchedPass, num_experts: int) -> tuple[PolicyScores
     return scores, score_statistics(rollout, matched.entropy, matched.margin, load)
 
 
+def packing_of(engines: Engines, fed: Array | np.ndarray, micro_batches: int) -> Packing | None:
+    """Where the sequences of rows with that mask go, if the config has them packed. Waits for the mask."""
+    if not engines.config.learner.packing:
+        return None
+    return engines.place_rows(plan(np.asarray(fed), micro_batches, engines.row_shards))
+
+
 def _score(
     engines: Engines, model: Transformer, variables: dict, rollout: Rollout, replay: RoutingReplay
 ) -> tuple[PolicyScores, Statistics]:
@@ -91,5 +100,6 @@ def _score(
             replay=replay,
             micro_batches=learner.score_micro_batches,
             logits_per_chunk=learner.logits_per_chunk,
+            packing=packing_of(engines, rollout.fed_mask, learner.score_micro_batches),
         )
     )

@@ -26,7 +26,7 @@ def config(gradient_steps: int, **rollout: Any) -> RunConfig:
         gradient_steps=gradient_steps,
         mesh=MeshConfig(data=1, fsdp=-1),
         rollout=dataclasses.replace(tiny.rollout, lag=1, **rollout),
-        learner=dataclasses.replace(tiny.learner, remat=False),
+        learner=dataclasses.replace(tiny.learner, remat="none"),
         objective=dataclasses.replace(tiny.objective, kl_coefficient=0.1),
         evaluation=dataclasses.replace(tiny.evaluation, every=0),
     )

@@ -313,6 +313,16 @@ def test_micro_batches_change_nothing() -> None:
             assert parts[name] == pytest.approx(whole[name], rel=2e-3, abs=1e-6), name
 
 
+def test_packing_changes_nothing() -> None:
+    apart, packed = metrics_of(), metrics_of(learner={"packing": True, "micro_batches": 2})
+    rows = packed.pop("learner/packed_rows")
+    assert 2 <= rows < 8
+    assert set(apart) == set(packed)
+    for name in apart:
+        if not name.startswith(("time/", "throughput/")):
+            assert packed[name] == pytest.approx(apart[name], rel=2e-3, abs=1e-6), name
+
+
 def test_a_reference_is_frozen_and_survives_a_resume(tmp_path: Path) -> None:
     """So do moments in bfloat16, off the device."""
     config = configured(
