@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from rlstab_jax.report import draw_run
-from rlstab_jax.report.figure import PANELS, X, _draw_panel, _running_mean
+from rlstab_jax.report.curves import charts, running_mean
+from rlstab_jax.report.figure import draw_chart
+from rlstab_jax.report.panels import PANELS, X
 from rlstab_jax.rundir import describe
 from rlstab_jax.types import UserError
 
