@@ -13,7 +13,8 @@ Metrics = Mapping[str, Float[np.ndarray, "step"]]
 Groups = Mapping[str, Sequence[Metrics]]  # by name, the runs that differ only in their seed
 Series = tuple[Float[np.ndarray, "step"], Float[np.ndarray, "step"]]  # gradient steps and values, finite
 
-DECADES = 7  # a logarithmic axis shows at most so many: what lies below is rounding error
+BELOW = 4  # decades that a logarithmic axis shows at most below the median: what lies lower is rounding error
+SHARED = 5  # decades that a logarithmic axis of several charts spans at most; else each has its own
 MARKED = 40  # series of more points are smoothed, others show each point
 
 
@@ -119,7 +120,7 @@ def thinned(x: Float[np.ndarray, "step"], y: Float[np.ndarray, "step"], most: in
 
 def charts(panel: Panel, groups: Groups) -> list[Chart]:
     """The charts of a panel: of one group all series in one chart; of several groups a chart for each series, with
-    one vertical axis for all. A series that no run has is left out, and so is a chart without any."""
+    equal vertical axes unless these would span more than `SHARED` decades. What no run has is left out."""
     runs = [metrics for group in groups.values() for metrics in group]
     present = [name for name in panel.series if any(len(finite_series(metrics, name)[0]) for metrics in runs)]
     if not present:
@@ -132,7 +133,7 @@ def charts(panel: Panel, groups: Groups) -> list[Chart]:
         looks = {name: look for look, name in enumerate(panel.series)}
         curves = [_curve(panel.series[name], looks[name], group, name, log) for name in present]
         limits = y_limits([values for curve in curves for values in _shown(curve)], log, room=1.2)
-        return [Chart(panel.title, "", panel.unit, log, curves, x_end, limits, tuple(present))]
+        return [Chart(panel.title, "", panel.unit, log, _noted(curves, limits), x_end, limits, tuple(present))]
     compared = {
         name: [
             _curve(label, i, group, name, log, i)
@@ -141,10 +142,24 @@ def charts(panel: Panel, groups: Groups) -> list[Chart]:
         ]
         for name in present
     }
-    limits = y_limits([curve.seeds.drawn for curves in compared.values() for curve in curves], log, room=1.06)
+    limits = {name: y_limits([curve.seeds.drawn for curve in compared[name]], log, room=1.06) for name in present}
+    bottom, top = min(low for low, _ in limits.values()), max(high for _, high in limits.values())
+    if not log or top < bottom * 10.0**SHARED:
+        limits = dict.fromkeys(present, (bottom, top))
     titles = panel.series if len(panel.series) > 1 else dict.fromkeys(panel.series, "")
+    drawn = {name: _noted(compared[name], limits[name]) for name in present}
     return [
-        Chart(panel.title, titles[name], panel.unit, log, compared[name], x_end, limits, (name,)) for name in present
+        Chart(panel.title, titles[name], panel.unit, log, drawn[name], x_end, limits[name], (name,)) for name in present
+    ]
+
+
+def _noted(curves: list[Curve], limits: tuple[float, float]) -> list[Curve]:
+    """The curves, with a note at those that lie below the axis."""
+    return [
+        curve._replace(label=f"{curve.label} (below {limits[0]:.1g})")
+        if len(curve.seeds.drawn) and curve.seeds.drawn.max() < limits[0]
+        else curve
+        for curve in curves
     ]
 
 
@@ -161,13 +176,14 @@ def _shown(curve: Curve) -> list[np.ndarray]:
 
 
 def y_limits(values: Sequence[Float[np.ndarray, "point"]], log: bool, room: float) -> tuple[float, float]:
-    """Limits of a vertical axis that shows ``values``: with 0 and ``room`` above, or at most `DECADES` decades."""
+    """Limits of a vertical axis that shows ``values``: with 0 and ``room`` above; or, on a logarithmic one, from the
+    lowest, but at most `BELOW` decades below the median."""
     together = np.concatenate(list(values)) if values else np.zeros(0)
-    lowest, highest = float(together.min(initial=np.inf)), float(together.max(initial=-np.inf))
     if not len(together):
         return (0.1, 1.0) if log else (0.0, 1.0)
+    lowest, highest = float(together.min()), float(together.max())
     if log:
-        bottom = max(lowest, highest * 10.0**-DECADES)
+        bottom = max(lowest, float(np.median(together)) * 10.0**-BELOW)
         margin = max((highest / bottom) ** 0.06, 1.1)
         return bottom / margin, highest * margin
     return min(0.0, 1.06 * lowest), max(0.0, room * highest) or (1.0 if lowest == 0 else 0.0)

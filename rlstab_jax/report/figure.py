@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, told apart by colour-blind readers; the dashes tell them apart in black and white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
+FEW = 12  # points of a group's curve that are marked; more would hide other curves
 LOOKS = 24  # curves that colour and dashes together tell apart
 MAKER = "rlstab report"  # in a picture's and a page's description, by which a later report knows its own
 
@@ -115,7 +116,7 @@ def draw_chart(ax: "Axes", chart: Chart, title: str) -> None:
     """Draws a chart under a title; with a legend where it shows several metrics (groups have one for all charts)."""
     _prepare(ax, title, chart.unit, chart.x_end)
     for curve in chart.curves:
-        _draw_curve(ax, curve)
+        _draw_curve(ax, curve, band=0.2 if len(chart.curves) < 5 else 0.1)
     if chart.log:
         from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
@@ -147,8 +148,8 @@ def _draw_nothing(ax: "Axes", panel: Panel) -> None:
     ax.set_yticks([])
 
 
-def _draw_curve(ax: "Axes", curve: Curve) -> None:
-    """Band and light lines below, the mean above; what belongs to a group carries its number as an id."""
+def _draw_curve(ax: "Axes", curve: Curve, band: float) -> None:
+    """Band and light lines below, the mean above; ``band`` is the opacity of the first. What belongs to a group carries its number as an id."""
     seeds, look = curve.seeds, look_of(curve.look)
     gid = None if curve.group is None else f"g{curve.group}"
     if curve.raw is not None:
@@ -156,11 +157,11 @@ def _draw_curve(ax: "Axes", curve: Curve) -> None:
     if (seeds.high > seeds.low).any():
         x, low = thinned(seeds.x, seeds.low)
         high = seeds.high[np.searchsorted(seeds.x, x)]
-        ax.fill_between(x, low, high, color=look["color"], alpha=0.2, linewidth=0, gid=gid)
+        ax.fill_between(x, low, high, color=look["color"], alpha=band, linewidth=0, gid=gid)
     for x, y in seeds.rest:
         ax.plot(*thinned(x, y), linewidth=0.8, alpha=0.8, gid=gid, **look)
     x, y = thinned(seeds.x, seeds.mean)
-    marked = 0 < len(x) <= MARKED
+    marked = 0 < len(x) <= (MARKED if curve.group is None else FEW)
     ax.plot(x, y, label=curve.label, linewidth=1.4, marker="o" if marked else None, markersize=2.5, gid=gid, **look)
 
 

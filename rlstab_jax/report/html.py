@@ -50,6 +50,25 @@ def escaped(text: str) -> str:
     return html.escape(text, quote=True)
 
 
+def subscripted(text: str) -> Html:
+    """Text with the subscripts of policies.
+
+    >>> subscripted("π_old & π_θ")
+    'π<sub>old</sub> &amp; π<sub>θ</sub>'
+    """
+    return Html(re.sub("([μπ])_(old|θ)", r"\1<sub>\2</sub>", escaped(text)))
+
+
+def section(name: str, title: str, *content: str) -> Html:
+    """A section of the page, to which ``#name`` leads."""
+    return element("section", element("h2", title, id=name), *content, aria_labelledby=name)
+
+
+def folded(summary: str, *content: str) -> Html:
+    """What is shown when a reader asks for it."""
+    return element("details", element("summary", summary), *content)
+
+
 def table(caption: str, heads: list[str], rows: list[list[str]], class_: str | None = None) -> Html:
     """A table whose first column names its rows; it scrolls within itself where the page is too narrow."""
     head = element("tr", *(element("th", text, scope="col") for text in heads))

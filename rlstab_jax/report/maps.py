@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from rlstab_jax.report.curves import DECADES, Groups, Metrics
+from rlstab_jax.report.curves import Groups, Metrics
 from rlstab_jax.report.panels import LayerMap, X
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLUMNS = 160  # steps that a map shows at most; neighbours are averaged
+DECADES = 4  # a logarithmic scale of colours shows so many
 COLOUR_MAP = "cividis"  # even in lightness, and the same to colour-blind readers
 
 
@@ -76,15 +77,15 @@ def _mean(values: Float[np.ndarray, "n ..."]) -> Float[np.ndarray, "..."]:
     return np.where(count > 0, np.nansum(values, 0) / np.maximum(count, 1), np.nan)
 
 
-def draw_maps(quantity: LayerMap, maps: Sequence[HeatMap], x_end: float, width: float = 4.6) -> "Figure":
+def draw_maps(quantity: LayerMap, maps: Sequence[HeatMap], x_end: float, width: float = 4.2) -> "Figure":
     """The maps of all groups below each other, on one scale of colours and one of steps."""
     from matplotlib.figure import Figure
 
     heights = [min(max(0.13 * len(one.rows), 0.34), 1.5) for one in maps]
-    bottom, gap, top = 0.95, 0.24, 0.3
+    bottom, gap, top = 1.0, 0.22, 0.24
     height = bottom + sum(heights) + gap * len(maps) + top
     figure = Figure(figsize=(width, height), facecolor="none")
-    figure.text(0.02, 1 - 0.16 / height, quantity.title, fontsize=9, va="center")
+    figure.text(0.02, 1 - 0.13 / height, quantity.title, fontsize=9, va="center")
     norm = _norm(quantity, maps)
     place = height - top
     for one, tall in zip(maps, heights, strict=True):
@@ -92,7 +93,7 @@ def draw_maps(quantity: LayerMap, maps: Sequence[HeatMap], x_end: float, width: 
         ax = figure.add_axes((0.12, place / height, 0.85, tall / height))
         last = one is maps[-1]
         _draw_map(ax, one, norm, x_end, quantity.rows, labelled=last, named=len(maps) > 1)
-    _colour_bar(figure.add_axes((0.12, 0.42 / height, 0.85, 0.1 / height)), norm, quantity.unit)
+    _colour_bar(figure.add_axes((0.12, 0.46 / height, 0.85, 0.1 / height)), norm, quantity.unit)
     return figure
 
 

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rlstab_jax.report import sections
+from rlstab_jax.report import pictures, sections
 from rlstab_jax.report.figure import BANDS, HEAVY, LOOKS, MAKER, draw_runs
 from rlstab_jax.report.html import Html, element
 from rlstab_jax.report.runs import Group, group_runs, read_runs
@@ -85,11 +85,11 @@ def page(title: str, groups: Sequence[Group], over: Sequence[str]) -> str:
     said = {run.path: remarks_of(run) for group in groups for run in group.runs}
     parts = [
         sections.overview(groups, said),
-        sections.curves_of("learning", "Learning", "", sections.LEARNING, metrics, figures),
-        sections.curves_of("gaps", "The two gaps", sections.NOTE_ON_GAPS, sections.BOTH_GAPS, metrics, figures),
-        sections.routing(metrics, figures),
-        sections.curves_of(
-            "trust", "Trust region and weights", sections.NOTE_ON_TRUST, sections.TRUST, metrics, figures
+        pictures.curves_of("learning", "Learning", "", pictures.LEARNING, metrics, figures),
+        pictures.curves_of("gaps", "The two gaps", pictures.NOTE_ON_GAPS, pictures.BOTH_GAPS, metrics, figures),
+        pictures.routing(metrics, figures),
+        pictures.curves_of(
+            "trust", "Trust region and weights", pictures.NOTE_ON_TRUST, pictures.TRUST, metrics, figures
         ),
         sections.monitor(groups, said, figures),
         sections.configs(groups),
@@ -135,6 +135,10 @@ def how_to_read(groups: Sequence[Group], over: Sequence[str]) -> list[str]:
         return [HEAVY]
     fields = " and ".join(over)
     lines = [f"Runs whose configs differ only in {fields} (and in their length) are one group. {BANDS}"]
+    if len(groups) > 1:
+        lines.append(
+            "Charts under one heading have equal vertical axes unless these would span more than five decades."
+        )
     if len(groups) > LOOKS:
         lines.append(f"Colours and dashes repeat after {LOOKS} groups: hide some to tell them apart.")
     return lines

@@ -90,6 +90,7 @@ SIDES = Panel(
     {"trust/masked_high": "stopped above, A > 0", "trust/masked_low": "stopped below, A < 0"},
 )
 SAMPLE_SIZE = Panel("Effective sample size of the weights", "share of tokens", {"weight/ess": "effective sample size"})
+WEIGHT = Panel("Largest weight in the loss", "weight", {"weight/max": "largest"}, log=True)
 TRUNCATED = Panel("Responses cut off", "share of responses", {"response/truncated": "met the length limit"})
 
 LAYER_MAPS = (

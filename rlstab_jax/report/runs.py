@@ -131,7 +131,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 def group_runs(runs: Sequence[Run], over: Sequence[str] = ("seed",)) -> list[Group]:
     """Groups runs whose configs are equal but for the fields ``over`` and for their length; both in the given order.
 
-    A group is named by what its runs' names begin with, and with numbers where such names are equal.
+    A group is named by what its runs' names begin with, and by all these names where two groups' begin alike.
 
     Raises:
       UserError: no run's config has a field of that name.
@@ -145,11 +145,12 @@ def group_runs(runs: Sequence[Run], over: Sequence[str] = ("seed",)) -> list[Gro
         rest = {name: value for name, value in values.items() if name not in (*over, *LENGTHS)}
         kept.setdefault(json.dumps(rest, sort_keys=True), []).append(run)
     labels = [common_name([run.name for run in group]) for group in kept.values()]
-    repeated = {label for label in labels if labels.count(label) > 1}
-    numbered = [
-        f"{label} ({labels[: i + 1].count(label)})" if label in repeated else label for i, label in enumerate(labels)
+    # Names of runs differ, so that a list of them tells apart what begins alike.
+    unique = [
+        label if labels.count(label) == 1 else ", ".join(run.name for run in group)
+        for label, group in zip(labels, kept.values(), strict=True)
     ]
-    return [Group(label, group) for label, group in zip(numbered, kept.values(), strict=True)]
+    return [Group(label, group) for label, group in zip(unique, kept.values(), strict=True)]
 
 
 def common_name(names: Sequence[str]) -> str:

@@ -2,9 +2,14 @@
 
 
 def style(groups: int) -> str:
-    """The page's style sheet; a group whose box is not ticked has its curves hidden."""
-    hidden = "".join(f"body:has(#show{i}:not(:checked)) .g{i}{{display:none}}\n" for i in range(groups))
-    return f"{STYLE}\n{hidden if groups > 1 else ''}"
+    """The page's style sheet. A group whose box is not ticked has its curves hidden; where the pointer or the keyboard
+    is on a group's box, the other groups' curves fade."""
+    rules = ""
+    for i in range(groups if groups > 1 else 0):
+        rules += f"body:has(#show{i}:not(:checked)) .g{i} {{ display: none; }}\n"
+        chosen = f":is(label:hover > #show{i}, #show{i}:focus-visible)"
+        rules += f"@media screen {{ body:has({chosen}) .curve:not(.g{i}) {{ opacity: 0.12; }} }}\n"
+    return STYLE + rules
 
 
 STYLE = """
@@ -20,11 +25,12 @@ STYLE = """
   }
 }
 * { box-sizing: border-box; }
+html { scroll-padding-top: 7rem; }
+sub { line-height: 0; }
 body { margin: 0 auto; max-width: 84rem; padding: 1rem clamp(0.75rem, 3vw, 2rem) 3rem; background: var(--paper);
   color: var(--ink); font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0.5rem 0; overflow-wrap: anywhere; }
-h2 { font-size: 1.3rem; margin: 2.5rem 0 0.5rem; padding-top: 0.5rem; border-top: 1px solid var(--line);
-  scroll-margin-top: 6rem; }
+h2 { font-size: 1.3rem; margin: 2.5rem 0 0.5rem; padding-top: 0.5rem; border-top: 1px solid var(--line); }
 h3 { font-size: 1.05rem; margin: 1.5rem 0 0.25rem; }
 p { max-width: 48rem; margin: 0.5rem 0; }
 a { color: var(--link); }
@@ -33,9 +39,8 @@ a { color: var(--link); }
 .skip:focus { left: 1rem; background: var(--paper); padding: 0.5rem; z-index: 3; }
 nav ul { display: flex; flex-wrap: wrap; gap: 0.25rem 1rem; list-style: none; padding: 0; margin: 0.5rem 0; }
 .groups { position: sticky; top: 0; z-index: 2; display: flex; flex-wrap: wrap; gap: 0.1rem 1.1rem; margin: 1rem 0 0;
-  padding: 0.35rem 0.6rem; max-height: 22vh; overflow-y: auto; background: var(--paper); border: 1px solid var(--line);
-  border-radius: 4px; font-size: 0.875rem; }
-.groups legend { color: var(--faint); font-size: 0.75rem; padding: 0 0.3rem; }
+  padding: 0.35rem 0.6rem; max-height: min(6.4rem, 22vh); overflow-y: auto; background: var(--paper);
+  border: 1px solid var(--line); border-radius: 4px; font-size: 0.875rem; }
 .groups label { display: inline-flex; align-items: center; gap: 0.35rem; min-height: 1.6rem; overflow-wrap: anywhere; }
 .groups input { margin: 0; width: 1rem; height: 1rem; accent-color: var(--link); flex: none; }
 .swatch { width: 2.25rem; height: 0.625rem; flex: none; vertical-align: middle; margin-right: 0.35rem; }
@@ -59,15 +64,19 @@ th, td { text-align: left; vertical-align: top;
   padding: 0.35rem 0.75rem 0.35rem 0; border-bottom: 1px solid var(--grid); }
 thead th { border-bottom: 2px solid var(--line); vertical-align: bottom; }
 tbody th { font-weight: 600; min-width: 8rem; }
+th code { overflow-wrap: normal; }
+td { min-width: 6.5rem; }
 table.values td { min-width: 6rem; overflow-wrap: anywhere; }
 table.samples { width: 100%; }
-table.samples tbody th { font-weight: 400; min-width: 3rem; }
+table.samples th, table.samples td { min-width: 3rem; }
+table.samples tbody th { font-weight: 400; }
 .text { font-family: ui-monospace, "DejaVu Sans Mono", Consolas, monospace; white-space: pre-wrap;
   overflow-wrap: anywhere; min-width: 9rem; max-height: 24rem; overflow-y: auto; unicode-bidi: isolate; }
 code { font-family: ui-monospace, "DejaVu Sans Mono", Consolas, monospace; font-size: 0.92em;
   overflow-wrap: anywhere; }
 details { margin: 0.5rem 0; }
-summary { cursor: pointer; color: var(--link); padding: 0.15rem 0; }
+summary { cursor: pointer; padding: 0.15rem 0; color: var(--link); }
+.panel summary, .panel dl { font-size: 0.8125rem; }
 dl { margin: 0.25rem 0; font-size: 0.875rem; max-width: 60rem; }
 dt { margin-top: 0.35rem; font-weight: 600; }
 dd { margin: 0 0 0 1.25rem; }

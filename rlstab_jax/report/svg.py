@@ -1,7 +1,7 @@
 """A matplotlib figure as SVG within an HTML page: small, in the page's colours and letters, light and dark.
 
 Text stays text. Colours become CSS variables: ``--c0`` to ``--c5`` for the curves' colours, ``--grid``, ``--paper``,
-and black becomes ``currentColor``. Curves of groups carry the class ``g0``, ``g1``, ...
+and black becomes ``currentColor``. Curves of groups carry the classes ``curve`` and ``g0``, ``g1``, ...
 """
 
 import io
@@ -44,7 +44,7 @@ def inline(figure: "Figure", number: int, description: str) -> Html:
     body = re.sub(
         r"<metadata>.*?</metadata>|<!--.*?-->|<defs>\s*<style.*?</style>\s*</defs>", "", text[start:], flags=re.S
     )
-    body = re.sub(r'<g id="(g\d+)">', r'<g class="\1">', body)
+    body = re.sub(r'<g id="(g\d+)">', r'<g class="curve \1">', body)
     body = re.sub(r'<g id="[^"]*">', "<g>", body)
     body = re.sub(r'id="([^"]*)"', rf'id="f{number}-\1"', body)
     body = re.sub(r'(?:xlink:)?href="#([^"]*)"', rf'href="#f{number}-\1"', body).replace("xlink:href", "href")

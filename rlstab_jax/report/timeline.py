@@ -57,15 +57,14 @@ def draw_timeline(runs: Sequence[tuple[str, int]], remarks: Sequence[Sequence[Re
     from matplotlib.ticker import MaxNLocator
 
     spoke = [check for check in CHECKS if any(remark.check == check for said in remarks for remark in said)]
-    height = 0.95 + 0.24 * len(runs)
+    height = 0.75 + 0.24 * len(runs)
     figure = Figure(figsize=(8.6, height), facecolor="none")
     left = min(0.45, 0.02 + 0.0095 * max(len(name) for name, _ in runs))
     ax = figure.add_axes((left, 0.5 / height, 0.98 - left, 0.24 * len(runs) / height), facecolor="none")
     for row, (_, steps) in enumerate(runs):
         ax.plot([0, steps], [row, row], color="0.9", linewidth=5, solid_capstyle="butt", zorder=1)
-    for check in spoke:
+    for number, check in enumerate(spoke):
         places = [(remark.step, row) for row, said in enumerate(remarks) for remark in said if remark.check == check]
-        number = CHECKS.index(check)
         x, y = zip(*places, strict=True)
         look = {"color": COLOURS[number % 6], "marker": MARKERS[number], "linestyle": ""}
         ax.plot(x, y, label=check.replace("_", " "), markersize=6, clip_on=False, zorder=3, **look)
