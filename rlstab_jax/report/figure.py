@@ -4,6 +4,7 @@ which gap grew first."""
 import io
 import math
 import os
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,7 +78,8 @@ def draw_runs(groups: Groups, path: str | os.PathLike, title: str) -> None:
     if alone:
         figure.suptitle(title, fontsize=11, fontweight="bold")
     seeds = max((len(group) for group in groups.values()), default=1)
-    figure.supxlabel(HEAVY if alone and seeds == 1 else BANDS, fontsize=7)
+    words = HEAVY if alone and seeds == 1 else BANDS
+    figure.supxlabel(textwrap.fill(words, 120 if alone else 160), fontsize=7)
     axes = figure.subplots(rows, columns, squeeze=False)
     for item, ax in zip(drawn, axes.flat, strict=False):
         if isinstance(item, Chart):
@@ -149,7 +151,8 @@ def _draw_nothing(ax: "Axes", panel: Panel) -> None:
 
 
 def _draw_curve(ax: "Axes", curve: Curve, band: float) -> None:
-    """Band and light lines below, the mean above; ``band`` is the opacity of the first. What belongs to a group carries its number as an id."""
+    """Band and light lines below, the mean above. What belongs to a group carries its number as an id; ``band`` is the
+    opacity of the band."""
     seeds, look = curve.seeds, look_of(curve.look)
     gid = None if curve.group is None else f"g{curve.group}"
     if curve.raw is not None:

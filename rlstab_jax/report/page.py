@@ -53,7 +53,7 @@ def write_report(
     begin()
     names = [group.label for group in groups]
     title = names[0] if len(names) == 1 else f"{len(runs)} runs in {len(groups)} groups"
-    text = page(title, groups, over)
+    text = page_of(title, groups, over)
     out.parent.mkdir(parents=True, exist_ok=True)
     draw_runs({group.label: [run.metrics for run in group.runs] for group in groups}, picture, title)
     write_aside(out, text.encode())
@@ -72,7 +72,7 @@ def _check_target(out: Path, picture: Path) -> None:
             raise UserError(f"{path} is there and is no report: give another --out, or move it away")
 
 
-def page(title: str, groups: Sequence[Group], over: Sequence[str]) -> str:
+def page_of(title: str, groups: Sequence[Group], over: Sequence[str]) -> str:
     """The whole page as text.
 
     Args:

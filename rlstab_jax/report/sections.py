@@ -15,6 +15,7 @@ from rlstab_jax.report.timeline import draw_timeline
 from rlstab_jax.rundir import read_samples
 from rlstab_jax.stability.monitor import ADVICE, Remark
 
+FEW = 8  # remarks that are not folded away
 Said = Mapping[
     Path, tuple[list[Remark], bool]
 ]  # by a run's path: the monitor's remarks, by thresholds of its own or not
@@ -125,9 +126,8 @@ def monitor(groups: Sequence[Group], said: Said, figures: Iterator[int]) -> Html
     tries = [item for check in spoke for item in (element("dt", _words(check)), element("dd", ADVICE[check]))]
     words = table("Remarks", ["run", "gradient step", "check", "finding", "policy"], rows)
     count = f"All {len(rows)} remarks in words, and what to try" if len(rows) > 1 else "The remark, and what to try"
-    return section(
-        "monitor", "The monitor's remarks", element("p", note), frame, folded(count, words, element("dl", *tries))
-    )
+    inwords = element("details", element("summary", count), words, element("dl", *tries), open=len(rows) <= FEW)
+    return section("monitor", "The monitor's remarks", element("p", note), frame, inwords)
 
 
 def _words(check: str) -> str:

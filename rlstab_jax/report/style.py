@@ -80,13 +80,14 @@ summary { cursor: pointer; padding: 0.15rem 0; color: var(--link); }
 dl { margin: 0.25rem 0; font-size: 0.875rem; max-width: 60rem; }
 dt { margin-top: 0.35rem; font-weight: 600; }
 dd { margin: 0 0 0 1.25rem; }
+@page { margin: 1.4cm; }
 @media print {
   :root { color-scheme: light; --paper: #ffffff; --ink: #000000; --faint: #444444; --grid: #dddddd; --line: #999999;
     --link: #000000; --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #cc79a7; --c4: #e69f00; --c5: #56b4e9; }
   body { max-width: none; padding: 0; font-size: 10pt; }
-  nav, .skip { display: none; }
+  nav, .skip, details:not([open]) { display: none; }
   .groups { position: static; max-height: none; }
-  .groups label:has(:not(:checked)) { display: none; }
+  .groups label:has(input:not(:checked)) { display: none; }
   .groups input { display: none; }
   figure, tr, .swatch { break-inside: avoid; }
   h2, h3 { break-after: avoid; }

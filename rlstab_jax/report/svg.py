@@ -46,7 +46,14 @@ def inline(figure: "Figure", number: int, description: str) -> Html:
     )
     body = re.sub(r'<g id="(g\d+)">', r'<g class="curve \1">', body)
     body = re.sub(r'<g id="[^"]*">', "<g>", body)
-    body = re.sub(r'id="([^"]*)"', rf'id="f{number}-\1"', body)
+    seen: set[str] = set()  # matplotlib defines a marker again where another curve uses it
+
+    def own(match: re.Match[str]) -> str:
+        repeated = match[1] in seen
+        seen.add(match[1])
+        return "" if repeated else f' id="f{number}-{match[1]}"'
+
+    body = re.sub(r' id="([^"]*)"', own, body)
     body = re.sub(r'(?:xlink:)?href="#([^"]*)"', rf'href="#f{number}-\1"', body).replace("xlink:href", "href")
     body = re.sub(r"url\(#([^)]*)\)", rf"url(#f{number}-\1)", body)
     body = re.sub(r"#[0-9a-f]{6}\b", lambda match: VARIABLES.get(match[0], match[0]), body)
