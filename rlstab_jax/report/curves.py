@@ -142,14 +142,14 @@ def charts(panel: Panel, groups: Groups) -> list[Chart]:
         ]
         for name in present
     }
-    limits = {name: y_limits([curve.seeds.drawn for curve in compared[name]], log, room=1.06) for name in present}
-    bottom, top = min(low for low, _ in limits.values()), max(high for _, high in limits.values())
+    axes = {name: y_limits([curve.seeds.drawn for curve in compared[name]], log, room=1.06) for name in present}
+    bottom, top = min(low for low, _ in axes.values()), max(high for _, high in axes.values())
     if not log or top < bottom * 10.0**SHARED:
-        limits = dict.fromkeys(present, (bottom, top))
+        axes = dict.fromkeys(present, (bottom, top))
     titles = panel.series if len(panel.series) > 1 else dict.fromkeys(panel.series, "")
-    drawn = {name: _noted(compared[name], limits[name]) for name in present}
+    drawn = {name: _noted(compared[name], axes[name]) for name in present}
     return [
-        Chart(panel.title, titles[name], panel.unit, log, drawn[name], x_end, limits[name], (name,)) for name in present
+        Chart(panel.title, titles[name], panel.unit, log, drawn[name], x_end, axes[name], (name,)) for name in present
     ]
 
 

@@ -67,9 +67,10 @@ def draw_runs(groups: Groups, path: str | os.PathLike, title: str) -> None:
     if any(metrics and X not in metrics for group in groups.values() for metrics in group):
         raise UserError(f"the metrics hold no {X}: give the metrics of a training run")
     alone = len(groups) == 1
-    drawn: list[Chart | Panel] = [
-        chart for panel in PANELS for chart in charts(panel, groups) or ([panel] if alone else [])
-    ]
+    drawn: list[Chart | Panel] = []
+    for panel in PANELS:
+        shown = charts(panel, groups)
+        drawn += shown if shown or not alone else [panel]
     columns = 2 if alone else 3
     rows = max(1, math.ceil(len(drawn) / columns))
     legend = 0.0 if alone else 0.25 * math.ceil(len(groups) / 3)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rlstab_jax.report import pictures, sections
 from rlstab_jax.report.figure import BANDS, HEAVY, LOOKS, MAKER, draw_runs
-from rlstab_jax.report.html import Html, element
+from rlstab_jax.report.markup import Html, element
 from rlstab_jax.report.runs import Group, group_runs, read_runs
 from rlstab_jax.report.style import style
 from rlstab_jax.report.timeline import remarks_of

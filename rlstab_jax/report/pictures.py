@@ -7,8 +7,8 @@ import numpy as np
 from rlstab_jax.report import panels
 from rlstab_jax.report.curves import Chart, Groups, charts
 from rlstab_jax.report.figure import draw_chart
-from rlstab_jax.report.html import Html, element, folded, section, subscripted
 from rlstab_jax.report.maps import HeatMap, draw_maps, heat_maps
+from rlstab_jax.report.markup import Html, element, folded, section, subscripted
 from rlstab_jax.report.panels import LayerMap, Panel, plain_text
 from rlstab_jax.report.svg import inline
 from rlstab_jax.rundir import METRICS, describe

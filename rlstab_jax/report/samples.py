@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from rlstab_jax.report.html import Html, element, joined, table
+from rlstab_jax.report.markup import Html, element, joined, table
 
 STEPS = 4  # of each run, evenly spread from the first to the last
 LONGEST = 1500  # characters of a text that are shown

@@ -7,7 +7,7 @@ import numpy as np
 
 from rlstab_jax.report.curves import Groups, finite_series
 from rlstab_jax.report.figure import DASHES
-from rlstab_jax.report.html import Html, element, folded, joined, section, table
+from rlstab_jax.report.markup import Html, element, folded, joined, section, table
 from rlstab_jax.report.runs import Difference, Group, Run, differences
 from rlstab_jax.report.samples import samples_table
 from rlstab_jax.report.svg import inline
@@ -174,7 +174,7 @@ def _values(values: Sequence[str | None]) -> Html:
 
 def responses(groups: Sequence[Group]) -> Html:
     """What the models wrote, folded away run by run."""
-    items = []
+    items: list[Html] = []
     for run in (run for group in groups for run in group.runs):
         samples = read_samples(run.path)
         content = samples_table(run.name, samples) if samples else element("p", "No responses were logged.")

@@ -9,7 +9,7 @@ import re
 from typing import TYPE_CHECKING
 
 from rlstab_jax.report.figure import COLOURS
-from rlstab_jax.report.html import Html, escaped
+from rlstab_jax.report.markup import Html, escaped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,6 +1,5 @@
 """The monitor's remarks on runs: read off their metrics afterwards, and drawn over gradient steps."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,18 +30,18 @@ def monitor_config(fields: Any) -> MonitorConfig | None:
     try:
         config = MonitorConfig(**{name: _value(value) for name, value in fields.items()})
         validate(config)
-    except (TypeError, ValueError, AttributeError, UserError):
+    except (AttributeError, KeyError, TypeError, ValueError, UserError):
         return None
     return config
 
 
 def _value(value: Any) -> Any:
-    """A field as `rundir.plain` wrote it: infinities are text, checks are dictionaries."""
-    if isinstance(value, Mapping):
-        kind = Check if "factor" in value else GapCheck
-        numbers = {field.name for field in dataclasses.fields(kind)} - {"policy"}
-        return kind(**{name: float(item) if name in numbers else item for name, item in value.items()})
-    return value
+    """A field as `rundir.plain` wrote it: checks are dictionaries, and infinities are text."""
+    if not isinstance(value, Mapping):
+        return value
+    if "factor" in value:
+        return Check(**{**value, "factor": float(value["factor"])})
+    return GapCheck(**{**value, "gap": float(value["gap"])})
 
 
 def draw_timeline(runs: Sequence[tuple[str, int]], remarks: Sequence[Sequence[Remark]], x_end: float) -> "Figure":
@@ -66,7 +65,7 @@ def draw_timeline(runs: Sequence[tuple[str, int]], remarks: Sequence[Sequence[Re
     for number, check in enumerate(spoke):
         places = [(remark.step, row) for row, said in enumerate(remarks) for remark in said if remark.check == check]
         x, y = zip(*places, strict=True)
-        look = {"color": COLOURS[number % 6], "marker": MARKERS[number], "linestyle": ""}
+        look: dict[str, Any] = {"color": COLOURS[number % 6], "marker": MARKERS[number], "linestyle": ""}
         ax.plot(x, y, label=check.replace("_", " "), markersize=6, clip_on=False, zorder=3, **look)
     ax.set_ylim(len(runs) - 0.5, -0.5)
     ax.set_yticks(range(len(runs)), [name for name, _ in runs], fontsize=8)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from rlstab_jax.cli import main
-from rlstab_jax.report.html import element, escaped
 from rlstab_jax.report.maps import COLUMNS, heat_maps
+from rlstab_jax.report.markup import element, escaped
 from rlstab_jax.report.page import _check_target, page_of, write_report
 from rlstab_jax.report.panels import LAYER_MAPS, STALENESS_MAP, X
 from rlstab_jax.report.runs import group_runs, read_runs

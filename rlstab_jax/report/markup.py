@@ -2,6 +2,7 @@
 
 import html
 import re
+from collections.abc import Sequence
 from typing import Any
 
 VOID = ("meta", "input", "br")
@@ -69,7 +70,7 @@ def folded(summary: str, *content: str) -> Html:
     return element("details", element("summary", summary), *content)
 
 
-def table(caption: str, heads: list[str], rows: list[list[str]], class_: str | None = None) -> Html:
+def table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], class_: str | None = None) -> Html:
     """A table whose first column names its rows; it scrolls within itself where the page is too narrow."""
     head = element("tr", *(element("th", text, scope="col") for text in heads))
     body = [
