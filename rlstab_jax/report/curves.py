@@ -40,7 +40,7 @@ class Curve(NamedTuple):
     """One curve of a chart.
 
     ``look`` numbers its colour and dashes. ``raw`` is the unsmoothed series of a single run. ``group`` is the number of
-    the group where a chart compares several.
+    the group where a chart compares several. ``note`` says why there is nothing to be seen.
     """
 
     label: str
@@ -48,6 +48,7 @@ class Curve(NamedTuple):
     seeds: OverSeeds
     raw: Series | None = None
     group: int | None = None
+    note: str = ""
 
 
 class Chart(NamedTuple):
@@ -156,7 +157,7 @@ def charts(panel: Panel, groups: Groups) -> list[Chart]:
 def _noted(curves: list[Curve], limits: tuple[float, float]) -> list[Curve]:
     """The curves, with a note at those that lie below the axis."""
     return [
-        curve._replace(label=f"{curve.label} (below {limits[0]:.1g})")
+        curve._replace(note=f" (below {limits[0]:.1g})")
         if len(curve.seeds.drawn) and curve.seeds.drawn.max() < limits[0]
         else curve
         for curve in curves
@@ -165,10 +166,9 @@ def _noted(curves: list[Curve], limits: tuple[float, float]) -> list[Curve]:
 
 def _curve(label: str, look: int, group: Sequence[Metrics], name: str, log: bool, number: int | None = None) -> Curve:
     series = [finite_series(metrics, name, log) for metrics in group]
-    if not any(finite_series(metrics, name)[1].any() for metrics in group):
-        label += " (0 throughout)"
+    zero = not any(finite_series(metrics, name)[1].any() for metrics in group)
     raw = series[0] if number is None and len(group) == 1 and len(series[0][0]) > MARKED else None
-    return Curve(label, look, over_seeds(series, log), raw, number)
+    return Curve(label, look, over_seeds(series, log), raw, number, " (0 throughout)" if zero else "")
 
 
 def _shown(curve: Curve) -> list[np.ndarray]:

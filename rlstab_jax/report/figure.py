@@ -166,7 +166,16 @@ def _draw_curve(ax: "Axes", curve: Curve, band: float) -> None:
         ax.plot(*thinned(x, y), linewidth=0.8, alpha=0.8, gid=gid, **look)
     x, y = thinned(seeds.x, seeds.mean)
     marked = 0 < len(x) <= (MARKED if curve.group is None else FEW)
-    ax.plot(x, y, label=curve.label, linewidth=1.4, marker="o" if marked else None, markersize=2.5, gid=gid, **look)
+    ax.plot(
+        x,
+        y,
+        label=curve.label + curve.note,
+        linewidth=1.4,
+        marker="o" if marked else None,
+        markersize=2.5,
+        gid=gid,
+        **look,
+    )
 
 
 def _samples_of_lines(labels: list[str]) -> list[Any]:

@@ -65,9 +65,9 @@ def section(name: str, title: str, *content: str) -> Html:
     return element("section", element("h2", title, id=name), *content, aria_labelledby=name)
 
 
-def folded(summary: str, *content: str) -> Html:
+def folded(summary: str, *content: str, class_: str | None = None) -> Html:
     """What is shown when a reader asks for it."""
-    return element("details", element("summary", summary), *content)
+    return element("details", element("summary", summary), *content, class_=class_)
 
 
 def table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], class_: str | None = None) -> Html:

@@ -51,16 +51,19 @@ def _chart(chart: Chart, figures: Iterator[int]) -> Html:
     ax = figure.add_axes((0.165, 0.155, 0.815, 0.745 if titled else 0.825), facecolor="none")
     draw_chart(ax, chart, chart.title)
     ax.set_xlabel("gradient steps", fontsize=8, labelpad=1)
-    return element("figure", inline(figure, next(figures), spoken(chart)))
+    unseen = [curve.label + curve.note for curve in chart.curves if titled and chart.log and curve.note]
+    caption = element("figcaption", f"Not on this axis: {', '.join(unseen)}.") if unseen else ""
+    return element("figure", inline(figure, next(figures), spoken(chart)), caption)
 
 
 def spoken(chart: Chart) -> str:
     """What a chart shows, in words: the first and the last value of each curve."""
     said = []
     for curve in chart.curves:
-        x, y = curve.seeds.x, curve.seeds.mean
-        x, y = (x, y) if len(x) else curve.seeds.rest[0]
-        said.append(f"{curve.label}: {y[0]:.3g} at step {x[0]:g}, {y[-1]:.3g} at step {x[-1]:g}")
+        alone = curve.seeds.rest[:1]
+        x, y = (curve.seeds.x, curve.seeds.mean) if len(curve.seeds.x) or not alone else alone[0]
+        ends = f": {y[0]:.3g} at step {x[0]:g}, {y[-1]:.3g} at step {x[-1]:g}" if len(x) else ""
+        said.append(f"{curve.label}{curve.note}{ends}")
     what = ": ".join(filter(None, (chart.panel, chart.title)))
     return plain_text(f"{what}, {chart.unit}, over gradient steps. {'; '.join(said)}.")
 
@@ -74,7 +77,7 @@ def _meanings(names: Sequence[str]) -> Html:
             element("dt", element("code", name)),
             element("dd", f"{metric.meaning}; {metric.reduction}; {metric.unit}"),
         ]
-    return folded("Definitions", element("dl", *items))
+    return folded("Definitions", element("dl", *items), class_="small")
 
 
 def routing(groups: Groups, figures: Iterator[int]) -> Html:

@@ -124,7 +124,7 @@ def monitor(groups: Sequence[Group], said: Said, figures: Iterator[int]) -> Html
     ]
     spoke = dict.fromkeys(one.check for some in remarks for one in some)
     tries = [item for check in spoke for item in (element("dt", _words(check)), element("dd", ADVICE[check]))]
-    words = table("Remarks", ["run", "gradient step", "check", "finding", "policy"], rows)
+    words = table("Remarks", ["run", "gradient step", "check", "finding", "policy"], rows, "remarks")
     count = f"All {len(rows)} remarks in words, and what to try" if len(rows) > 1 else "The remark, and what to try"
     inwords = element("details", element("summary", count), words, element("dl", *tries), open=len(rows) <= FEW)
     return section("monitor", "The monitor's remarks", element("p", note), frame, inwords)

@@ -7,7 +7,7 @@ def style(groups: int) -> str:
     rules = ""
     for i in range(groups if groups > 1 else 0):
         rules += f"body:has(#show{i}:not(:checked)) .g{i} {{ display: none; }}\n"
-        chosen = f":is(label:hover > #show{i}, #show{i}:focus-visible)"
+        chosen = f":is(label:hover > #show{i}:checked, #show{i}:checked:focus-visible)"
         rules += f"@media screen {{ body:has({chosen}) .curve:not(.g{i}) {{ opacity: 0.12; }} }}\n"
     return STYLE + rules
 
@@ -67,6 +67,7 @@ tbody th { font-weight: 600; min-width: 8rem; }
 th code { overflow-wrap: normal; }
 td { min-width: 6.5rem; }
 table.values td { min-width: 6rem; overflow-wrap: anywhere; }
+table.remarks td:nth-child(4) { min-width: 18rem; }
 table.samples { width: 100%; }
 table.samples th, table.samples td { min-width: 3rem; }
 table.samples tbody th { font-weight: 400; }
@@ -76,7 +77,7 @@ code { font-family: ui-monospace, "DejaVu Sans Mono", Consolas, monospace; font-
   overflow-wrap: anywhere; }
 details { margin: 0.5rem 0; }
 summary { cursor: pointer; padding: 0.15rem 0; color: var(--link); }
-.panel summary, .panel dl { font-size: 0.8125rem; }
+.small > summary, .small > dl { font-size: 0.8125rem; }
 dl { margin: 0.25rem 0; font-size: 0.875rem; max-width: 60rem; }
 dt { margin-top: 0.35rem; font-weight: 600; }
 dd { margin: 0 0 0 1.25rem; }

@@ -110,7 +110,7 @@ def test_one_group_has_all_series_in_one_chart():
 def test_what_lies_below_the_axis_says_so():
     on_policy = metrics() | {"staleness/k3": np.full(30, 1e-15), "discrepancy_live/k3": STEPS}
     (chart,) = charts(GAPS, {"a": [on_policy]})
-    assert "(below 0.000" in chart.curves[2].label
+    assert "(below 0.000" in chart.curves[2].note
 
 
 def test_looks_differ():

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from rlstab_jax.cli import main
+from rlstab_jax.report.curves import charts
 from rlstab_jax.report.maps import COLUMNS, heat_maps
 from rlstab_jax.report.markup import element, escaped
 from rlstab_jax.report.page import _check_target, page_of, write_report
-from rlstab_jax.report.panels import LAYER_MAPS, STALENESS_MAP, X
+from rlstab_jax.report.panels import GRADIENT, LAYER_MAPS, STALENESS_MAP, X
+from rlstab_jax.report.pictures import spoken
 from rlstab_jax.report.runs import group_runs, read_runs
 from rlstab_jax.report.samples import chosen, samples_table
 from rlstab_jax.report.timeline import monitor_config
@@ -140,6 +142,14 @@ def test_groups_can_be_hidden_and_told_apart(page):
     assert boxes == ["show0", "show1", "show2", "show3"]
     curves = {one["class"] for one in parsed.all("g") if one.get("class")}
     assert curves == {"curve g0", "curve g1", "curve g2", "curve g3"}
+
+
+def test_a_curve_of_zeros_on_a_logarithmic_axis_is_named():
+    x = np.arange(1.0, 4.0)
+    (chart,) = charts(GRADIENT, {"a": [{X: x, "learner/grad_norm": x}], "b": [{X: x, "learner/grad_norm": 0 * x}]})
+    assert spoken(chart).endswith("a: 1 at step 1, 3 at step 3; b (0 throughout).")
+    apart = {"a": [{X: x[:1], "learner/grad_norm": x[:1]}, {X: x[1:], "learner/grad_norm": x[1:]}]}
+    assert spoken(charts(GRADIENT, apart)[0]).endswith("norm: 1 at step 1, 1 at step 1.")  # no step in common
 
 
 def test_one_run_has_its_page_beside_it(tmp_path, capsys):
