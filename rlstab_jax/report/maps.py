@@ -81,7 +81,8 @@ def draw_maps(quantity: LayerMap, maps: Sequence[HeatMap], x_end: float, width: 
     """The maps of all groups below each other, on one scale of colours and one of steps."""
     from matplotlib.figure import Figure
 
-    heights = [min(max(0.13 * len(one.rows), 0.34), 1.5) for one in maps]
+    least = 0.34 if len(maps) > 1 else 0.6
+    heights = [min(max(0.13 * len(one.rows), least), 1.5) for one in maps]
     bottom, gap, top = 1.0, 0.22, 0.24
     height = bottom + sum(heights) + gap * len(maps) + top
     figure = Figure(figsize=(width, height), facecolor="none")

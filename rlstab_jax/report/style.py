@@ -72,7 +72,7 @@ table.samples { width: 100%; }
 table.samples th, table.samples td { min-width: 3rem; }
 table.samples tbody th { font-weight: 400; }
 .text { font-family: ui-monospace, "DejaVu Sans Mono", Consolas, monospace; white-space: pre-wrap;
-  overflow-wrap: anywhere; min-width: 9rem; max-height: 24rem; overflow-y: auto; unicode-bidi: isolate; }
+  overflow-wrap: anywhere; min-width: 9rem; unicode-bidi: isolate; }
 code { font-family: ui-monospace, "DejaVu Sans Mono", Consolas, monospace; font-size: 0.92em;
   overflow-wrap: anywhere; }
 details { margin: 0.5rem 0; }
@@ -94,7 +94,6 @@ dd { margin: 0 0 0 1.25rem; }
   h2, h3 { break-after: avoid; }
   .scroll { overflow: visible; }
   .wide { min-width: 0; }
-  .text { max-height: none; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }
 """
