@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from rlstab_jax.report.curves import MARKED, Chart, Curve, Groups, charts, thinned
-from rlstab_jax.report.panels import PANELS, Panel, X
+from rlstab_jax.report.panels import PANELS, Panel, X, literal
 from rlstab_jax.rundir import write_aside
 from rlstab_jax.types import UserError
 
@@ -29,6 +29,7 @@ LOOKS = 24  # curves that colour and dashes together tell apart
 MAKER = "rlstab report"  # in a picture's and a page's description, by which a later report knows its own
 
 HEAVY = "Heavy lines: running mean where there are many points. Light lines: every step."
+SMOOTH = "Lines: running mean where there are many points."
 BANDS = (
     "Lines: mean over seeds (geometric on logarithmic axes), smoothed where there are many points. Bands: from the "
     "lowest to the highest seed. Thin lines: seeds that have gone further than others of their group."
@@ -77,9 +78,9 @@ def draw_runs(groups: Groups, path: str | os.PathLike, title: str) -> None:
     size = (8, 10) if alone else (11, 2.45 * rows + 0.7 + legend)
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     if alone:
-        figure.suptitle(title, fontsize=11, fontweight="bold")
+        figure.suptitle(literal(title), fontsize=11, fontweight="bold")
     seeds = max((len(group) for group in groups.values()), default=1)
-    words = HEAVY if alone and seeds == 1 else BANDS
+    words = BANDS if seeds > 1 else HEAVY if alone else SMOOTH
     figure.supxlabel(textwrap.fill(words, 120 if alone else 160), fontsize=7)
     axes = figure.subplots(rows, columns, squeeze=False)
     for item, ax in zip(drawn, axes.flat, strict=False):
@@ -102,7 +103,7 @@ def draw_runs(groups: Groups, path: str | os.PathLike, title: str) -> None:
             "frameon": False,
             "title_fontproperties": {"weight": "bold"},
         }
-        figure.legend(handles=lines, loc="outside upper center", title=title, **look)
+        figure.legend(handles=lines, loc="outside upper center", title=literal(title), **look)
     save_png(figure, Path(path))
 
 
@@ -181,4 +182,4 @@ def _draw_curve(ax: "Axes", curve: Curve, band: float) -> None:
 def _samples_of_lines(labels: list[str]) -> list[Any]:
     from matplotlib.lines import Line2D
 
-    return [Line2D([], [], linewidth=1.6, label=label, **look_of(i)) for i, label in enumerate(labels)]
+    return [Line2D([], [], linewidth=1.6, label=literal(label), **look_of(i)) for i, label in enumerate(labels)]

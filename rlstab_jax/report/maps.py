@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from rlstab_jax.report.curves import Groups, Metrics
-from rlstab_jax.report.panels import LayerMap, X
+from rlstab_jax.report.panels import LayerMap, X, literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,15 +77,15 @@ def _mean(values: Float[np.ndarray, "n ..."]) -> Float[np.ndarray, "..."]:
     return np.where(count > 0, np.nansum(values, 0) / np.maximum(count, 1), np.nan)
 
 
-def draw_maps(quantity: LayerMap, maps: Sequence[HeatMap], x_end: float, width: float = 4.2) -> "Figure":
-    """The maps of all groups below each other, on one scale of colours and one of steps."""
+def draw_maps(quantity: LayerMap, maps: Sequence[HeatMap], x_end: float, named: bool) -> "Figure":
+    """The maps of all groups below each other, on one scale of colours and one of steps; ``named`` by their labels."""
     from matplotlib.figure import Figure
 
     least = 0.34 if len(maps) > 1 else 0.6
     heights = [min(max(0.13 * len(one.rows), least), 1.5) for one in maps]
     bottom, gap, top = 1.0, 0.22, 0.24
     height = bottom + sum(heights) + gap * len(maps) + top
-    figure = Figure(figsize=(width, height), facecolor="none")
+    figure = Figure(figsize=(4.2, height), facecolor="none")
     figure.text(0.02, 1 - 0.13 / height, quantity.title, fontsize=9, va="center")
     norm = _norm(quantity, maps)
     place = height - top
@@ -93,7 +93,7 @@ def draw_maps(quantity: LayerMap, maps: Sequence[HeatMap], x_end: float, width: 
         place -= gap + tall
         ax = figure.add_axes((0.12, place / height, 0.85, tall / height))
         last = one is maps[-1]
-        _draw_map(ax, one, norm, x_end, quantity.rows, labelled=last, named=len(maps) > 1)
+        _draw_map(ax, one, norm, x_end, quantity.rows, labelled=last, named=named)
     _colour_bar(figure.add_axes((0.12, 0.46 / height, 0.85, 0.1 / height)), norm, quantity.unit)
     return figure
 
@@ -120,7 +120,7 @@ def _draw_map(
     values = np.ma.masked_invalid(one.values)
     ax.imshow(values, norm=norm, cmap=COLOUR_MAP, aspect="auto", interpolation="none", extent=extent)
     if named:
-        ax.set_title(one.label, fontsize=8, loc="left", pad=2.5)
+        ax.set_title(literal(one.label), fontsize=8, loc="left", pad=2.5)
     ax.set_xlim(0, x_end)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
     few = len(one.rows) <= 4

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rlstab_jax.report import pictures, sections
-from rlstab_jax.report.figure import BANDS, HEAVY, LOOKS, MAKER, draw_runs
+from rlstab_jax.report.figure import BANDS, HEAVY, LOOKS, MAKER, SMOOTH, draw_runs
 from rlstab_jax.report.markup import Html, element
 from rlstab_jax.report.runs import Group, group_runs, read_runs
 from rlstab_jax.report.style import style
@@ -134,7 +134,8 @@ def how_to_read(groups: Sequence[Group], over: Sequence[str]) -> list[str]:
     if len(groups) == 1 and seeds == 1:
         return [HEAVY]
     fields = " and ".join(over)
-    lines = [f"Runs whose configs differ only in {fields} (and in their length) are one group. {BANDS}"]
+    curves = BANDS if seeds > 1 else SMOOTH
+    lines = [f"Runs whose configs differ only in {fields} (and in their length) are one group. {curves}"]
     if len(groups) > 1:
         lines.append(
             "Charts under one heading have equal vertical axes unless these would span more than five decades."

@@ -111,3 +111,12 @@ def plain_text(label: str) -> str:
     'π_old / μ_old'
     """
     return label.replace(MU_OLD, "μ_old").replace(PI_OLD, "π_old").replace(PI, "π_θ")
+
+
+def literal(name: str) -> str:
+    """A name of the user's, in which matplotlib finds no mathematics.
+
+    >>> print(literal("a$b$"))
+    a\\$b\\$
+    """
+    return name.replace("$", r"\$")

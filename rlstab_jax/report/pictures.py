@@ -120,7 +120,10 @@ def _map_of(quantity: LayerMap, groups: Groups, figures: Iterator[int]) -> Html:
     if not maps:
         return Html()
     x_end = max(one.end for one in maps)
-    return element("figure", inline(draw_maps(quantity, maps, x_end), next(figures), spoken_maps(quantity, maps)))
+    return element(
+        "figure",
+        inline(draw_maps(quantity, maps, x_end, named=len(groups) > 1), next(figures), spoken_maps(quantity, maps)),
+    )
 
 
 def spoken_maps(quantity: LayerMap, maps: Sequence[HeatMap]) -> str:

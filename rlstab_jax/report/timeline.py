@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlstab_jax.report.figure import COLOURS
+from rlstab_jax.report.panels import literal
 from rlstab_jax.report.runs import Run
 from rlstab_jax.stability.monitor import CHECKS, LIVE, Check, GapCheck, MonitorConfig, Remark, review, validate
 from rlstab_jax.types import UserError
@@ -68,7 +69,7 @@ def draw_timeline(runs: Sequence[tuple[str, int]], remarks: Sequence[Sequence[Re
         look: dict[str, Any] = {"color": COLOURS[number % 6], "marker": MARKERS[number], "linestyle": ""}
         ax.plot(x, y, label=check.replace("_", " "), markersize=6, clip_on=False, zorder=3, **look)
     ax.set_ylim(len(runs) - 0.5, -0.5)
-    ax.set_yticks(range(len(runs)), [name for name, _ in runs], fontsize=8)
+    ax.set_yticks(range(len(runs)), [literal(name) for name, _ in runs], fontsize=8)
     ax.set_xlim(0, x_end)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
     ax.tick_params(labelsize=8, length=2)

@@ -64,7 +64,7 @@ def study(tmp_path_factory) -> Path:
     write_run(root / "live-seed1", seed=1, steps=4)
     write_run(root / "r3-seed0", learner__replay="r3", layers=3)
     write_run(root / "dense-seed0", layers=0, model="dense", samples=False)
-    odd = write_run(root / "odd<i>-seed0", steps=1, layers=0, minibatches=1, initial="</style><b>")
+    odd = write_run(root / r"odd<i>$\q$-seed0", steps=1, layers=0, minibatches=1, initial="</style><b>")
     odd.append_samples(2, [sample("<script>alert(1)</script>\x00\ud800\u202e", None, failure="<img src=x>")])
     return root
 
@@ -107,7 +107,7 @@ def test_text_of_runs_is_only_text(page):
     assert not parsed.all("img")
     assert "<script>alert(1)</script>␀\ufffd\u202e" in "".join(parsed.text)
     assert "no verdict: <img src=x>" in "".join(parsed.text)
-    assert "odd<i>" in parsed.text
+    assert r"odd<i>$\q$" in parsed.text
 
 
 def test_a_reader_who_sees_no_pictures_is_told(page):
@@ -131,7 +131,7 @@ def test_what_the_page_says_of_the_runs(page):
     assert "0.580 (0.120 to 1.040)" in text  # live, the last tenth: step 12 of seed 0 and step 4 of seed 1
     assert "live-seed1, 8 of 24 steps, last written" in text
     assert "0.250 → 0.250" in text
-    assert "Without routed layers: dense, odd<i>." in text
+    assert r"Without routed layers: dense, odd<i>$\q$." in text
     assert "the gradient norm before clipping is 9" not in text  # one excess is not two
     assert "The default ones where a manifest holds none that this version knows: 5 of 5 runs." in text
 
