@@ -23,6 +23,8 @@ commands:
                  the gaps between the engines before training, for a list of precisions
   eval CHECKPOINT [CONFIG] --data FILE
                  accuracy, pass@k and majority votes on a file of prompts
+  report RUN [RUN ...]
+                 one HTML page, and a picture, that compare runs
   import-hf REPO_OR_DIR OUT
                  a Hugging Face checkpoint becomes a directory to begin runs from (--initial OUT)
   export-hf CHECKPOINT DIR
@@ -274,6 +276,28 @@ def config_of_run(checkpoint: Path) -> tuple[Path, Any]:
     return path, config
 
 
+@dataclasses.dataclass(frozen=True)
+class ReportOptions:
+    """Compares runs on one HTML page that needs nothing but itself, and in a picture (.png) beside it. Unfinished runs
+    are shown as far as they are."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Directories of runs; a directory that holds runs stands for all of them."""
+    out: Path | None = None
+    """The page; report.html in the directory of a single run, else in the current one. It replaces an earlier one."""
+    over: tuple[str, ...] = ("seed",)
+    """Config fields in which the runs of one group may differ, e.g. seed cold_start.seed."""
+
+
+def report_command(arguments: Sequence[str], begin: Any) -> int:
+    from rlstab_jax.report.page import write_report
+
+    options = tyro.cli(ReportOptions, args=list(arguments), prog="rlstab report")
+    page, picture = write_report(options.runs, options.out, options.over, begin=begin)
+    print(f"done: {page}, {picture}")
+    return 0
+
+
 def import_hf_command(arguments: Sequence[str], begin: Any) -> int:
     from rlstab_jax.training.pretrained import ImportOptions, import_checkpoint
 
@@ -339,6 +363,7 @@ COMMANDS = {
     "sft": sft_command,
     "diagnose": diagnose_command,
     "eval": eval_command,
+    "report": report_command,
     "import-hf": import_hf_command,
     "export-hf": export_hf_command,
 }

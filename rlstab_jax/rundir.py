@@ -1,9 +1,9 @@
 """What a run leaves on disk, and the name, meaning and unit of every metric.
 
 A run directory holds ``manifest.json``, ``metrics.jsonl`` (one object a global step), ``samples.jsonl``, TensorBoard
-events with the same names, ``checkpoints/`` and ``report.png``. Lines are appended whole; all else is written aside and
-renamed. So a run can be killed at any moment: what is torn then is the last line, which readers skip and the next
-opening removes.
+events with the same names, ``checkpoints/`` and ``report.png`` (and ``report.html``, once it is asked for). Lines are
+appended whole; all else is written aside and renamed. So a run can be killed at any moment: what is torn then is the
+last line, which readers skip and the next opening removes.
 """
 
 import contextlib
@@ -194,7 +194,7 @@ def config_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> li
     >>> config_difference({"n": 4, "learner": {"rate": 0.1}}, {"n": 4, "learner": {"rate": 0.2}})
     [('learner.rate', 0.1, 0.2)]
     """
-    one, other = dict(_leaves(plain(first))), dict(_leaves(plain(second)))
+    one, other = dict(leaves(plain(first))), dict(leaves(plain(second)))
     names = [*one, *(name for name in other if name not in one)]
     pairs = ((name, one.get(name, "absent"), other.get(name, "absent")) for name in names)
     return [(name, a, b) for name, a, b in pairs if a != b]
@@ -256,6 +256,15 @@ def read_metrics(path: str | os.PathLike) -> dict[str, np.ndarray]:
     rows = [row for _, row in _complete_lines(path)]
     names = sorted({name for row in rows for name in row})
     return {name: np.array([row.get(name) for row in rows], np.float64) for name in names}
+
+
+def read_samples(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """What a run's samples.jsonl holds, in its order; empty where there is none. A torn last line is left out.
+
+    Each object has ``global_step``, ``prompt``, ``answer``, ``response`` and ``reward``, and ``failure`` where a
+    verdict failed. Raises UserError for a torn line in the middle.
+    """
+    return [row for _, row in _complete_lines(Path(path) / "samples.jsonl")]
 
 
 class RunDir:
@@ -328,10 +337,15 @@ def _set_aside(path: Path) -> Path:
     return path.rename(target)
 
 
-def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The fields of nested dicts with their dotted names.
+
+    >>> list(leaves({"n": 4, "learner": {"rate": 0.1}}))
+    [('n', 4), ('learner.rate', 0.1)]
+    """
     if isinstance(value, dict) and value:
         for key, item in value.items():
-            yield from _leaves(item, f"{prefix}.{key}" if prefix else key)
+            yield from leaves(item, f"{prefix}.{key}" if prefix else key)
     else:
         yield prefix, value
 
@@ -375,7 +389,10 @@ def _complete_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
         try:
             if not line.endswith(b"\n"):
                 return
-            yield line, json.loads(line)
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("not an object")
+            yield line, row
         except ValueError as error:
             if number == len(lines):
                 return

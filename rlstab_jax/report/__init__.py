@@ -1,4 +1,4 @@
-"""Pictures of a run, from what it left on disk."""
+"""Pictures of a run, and the page that compares runs, from what they left on disk."""
 
 from rlstab_jax.report.figure import draw_run
 

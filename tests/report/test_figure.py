@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from rlstab_jax.report import draw_run
-from rlstab_jax.report.figure import PANELS, X, _draw_panel, _running_mean
+from rlstab_jax.report.curves import charts, running_mean
+from rlstab_jax.report.figure import draw_chart, draw_runs
+from rlstab_jax.report.panels import ENTROPY, PANELS, X
 from rlstab_jax.rundir import describe
 from rlstab_jax.types import UserError
 
@@ -29,8 +31,9 @@ def axes_of(title: str, metrics: dict[str, np.ndarray]):
     from matplotlib.figure import Figure
 
     (panel,) = [panel for panel in PANELS if panel.title == title]
+    (chart,) = charts(panel, {"a run": [metrics]})
     ax = Figure().subplots()
-    _draw_panel(ax, panel, metrics[X], metrics)
+    draw_chart(ax, chart, chart.panel)
     return ax
 
 
@@ -45,6 +48,14 @@ def test_the_picture_is_1200_pixels_wide(tmp_path, steps):
     assert header.startswith(b"\x89PNG")
     assert struct.unpack(">II", header[16:24]) == (1200, 1500)
     assert [path.name for path in tmp_path.iterdir()] == ["report.png"]
+
+
+def test_several_groups_fill_a_grid_with_their_curves(tmp_path):
+    draw_runs({"live": [metrics_of(30), metrics_of(20)], "r3": [metrics_of(5)]}, tmp_path / "r.png", "two groups")
+    header = (tmp_path / "r.png").read_bytes()[:24]
+    width, height = struct.unpack(">II", header[16:24])
+    assert width == 1650
+    assert height > 6 * 300  # 17 metrics in three columns
 
 
 def test_metrics_of_nothing_and_of_something_else(tmp_path):
@@ -75,7 +86,7 @@ def test_missing_metrics_leave_a_note_and_zeros_are_named():
     assert len(labels) == 2
     assert labels[1].endswith("(0 throughout)")
     assert gaps.get_yscale() == "log"
-    assert [text.get_text() for text in axes_of(r"Entropy of $\pi_{old}$", metrics).texts] == ["not recorded"]
+    assert not charts(ENTROPY, {"a run": [metrics]})
 
 
 def test_rounding_errors_do_not_stretch_a_logarithmic_axis():
@@ -86,11 +97,11 @@ def test_rounding_errors_do_not_stretch_a_logarithmic_axis():
 
 def test_running_mean_by_hand():
     values = np.arange(80.0) ** 2
-    smooth = _running_mean(values)  # two points on either side of each
+    smooth = running_mean(values, 2)  # two points on either side of each
     np.testing.assert_allclose(
         smooth[[0, 1, 10, 79]], [5 / 3, 14 / 4, (64 + 81 + 100 + 121 + 144) / 5, (77**2 + 78**2 + 79**2) / 3]
     )
-    np.testing.assert_allclose(_running_mean(np.full(50, 3.0)), 3.0)
+    np.testing.assert_allclose(running_mean(np.full(50, 3.0), 4), 3.0)
 
 
 def test_importing_the_package_imports_no_matplotlib():
