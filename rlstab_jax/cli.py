@@ -3,15 +3,19 @@
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import os
 import sys
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+from rlstab_jax.parallel import distributed
+from rlstab_jax.parallel.distributed import DistributedOptions
 from rlstab_jax.types import UserError
 
 USAGE = """usage: rlstab COMMAND CONFIG [options]
@@ -41,8 +45,9 @@ STOPPED = {"SIGINT": 130, "SIGTERM": 143, "monitor": 3}
 class TrainOptions:
     """Options of a run that do not change what it computes."""
 
-    out: Path | None = None
-    """Directory of the run; runs/<config>-seed<seed> by default. The same command again resumes it."""
+    out: str | None = None
+    """Directory of the run, or gs://BUCKET/PATH; runs/<config>-seed<seed> by default. The same command again resumes
+    it."""
     steps: int | None = None
     """Gradient steps of the whole run; short for --gradient-steps."""
     resume: bool = True
@@ -53,6 +58,8 @@ class TrainOptions:
     """Global step of which to leave a profiler trace in OUT/profile."""
     compilation_cache: Path | None = Path.home() / ".cache" / "rlstab_jax" / "xla"
     """Where compiled programs are kept between runs; None for nowhere."""
+    distributed: DistributedOptions = DistributedOptions()
+    """Several processes that make one run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,10 +109,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         began = True
 
     try:
-        return COMMANDS[command](arguments[1:], begin)
+        for before, argument in itertools.pairwise([command, *arguments[1:]]):
+            if "gs://" in argument and (command, (before + argument)[:5]) != ("train", "--out"):
+                raise UserError(
+                    f"{argument}: only train --out takes a bucket; copy what is there to a directory first, "
+                    f"with gcloud storage cp -r {argument.partition('=')[2] or argument} ."
+                )
+        with distributed.ending_together(f"rlstab {command}"):
+            return COMMANDS[command](arguments[1:], begin)
     except (UserError, OSError) as error:  # an OSError names its file: no permission, no such directory
         print(f"rlstab {command}: {error}", file=sys.stderr)
-        return 1 if began else 2
+        return distributed.failed(1 if began else 2)
     except SystemExit as error:  # the parser has printed help, or a mistake in the options
         return int(error.code or 0)
     except KeyboardInterrupt:
@@ -184,22 +198,43 @@ def prepare_jax(compilation_cache: Path | None) -> None:
 
 
 def train_command(arguments: Sequence[str], begin: Any) -> int:
+    from rlstab_jax.training.home import home_of
     from rlstab_jax.training.run import train
 
     path, options, config = parse("train", arguments)
     if options.steps is not None:
         config = dataclasses.replace(config, gradient_steps=options.steps)
-    out = options.out or Path("runs") / f"{path.stem}-seed{config.seed}"
-    if not options.resume and not options.fresh and (out / "manifest.json").exists():
+    out = options.out or f"runs/{path.stem}-seed{config.seed}"
+    home = home_of(out)
+    if not options.resume and not options.fresh and home.begun:
         raise UserError(f"{out} holds a run already: give another --out, --fresh to begin anew, or --resume to go on")
     prepare_jax(options.compilation_cache)
-    print(f"run: {out}")
-    with progress(config.gradient_steps) as (say, watch):
+    if distributed.start(options.distributed, "rlstab train"):
+        distributed.agree_on(facts(config, out=out, fresh=options.fresh))
+    with progress(config.gradient_steps) if distributed.first() else silence() as (say, watch):
+        say(f"run: {out}")
         stopped = train(config, out, fresh=options.fresh, profile=options.profile, say=say, watch=watch, begin=begin)
     if stopped:
         return STOPPED[stopped]
-    print(f"done: {out}/report.png, metrics.jsonl, samples.jsonl, checkpoints/")
+    if distributed.first():
+        print(f"done: {out}/report.png, metrics.jsonl, samples.jsonl, checkpoints/")
     return 0
+
+
+def facts(config: Any, **options: Any) -> dict[str, Any]:
+    """What all processes of a run must have in common: the config, the options, versions and our own source."""
+    from rlstab_jax.rundir import leaves, plain
+    from rlstab_jax.training.run import versions
+
+    package = Path(__file__).parent
+    source = b"".join(file.read_bytes() for file in sorted(package.rglob("*.py")))
+    installed = {f"the version of {name}": version for name, version in versions().items()}
+    return {
+        **options,
+        **dict(leaves(plain(config))),
+        **installed,
+        f"the checksum of {package.name}'s source": zlib.crc32(source),
+    }
 
 
 def sft_command(arguments: Sequence[str], begin: Any) -> int:
@@ -211,7 +246,7 @@ def sft_command(arguments: Sequence[str], begin: Any) -> int:
     engines = build(config)
     begin()
     started = time.perf_counter()
-    cold_start(engines, (options.out or Path("runs")) / "cold_start")
+    cold_start(engines, Path(options.out or "runs") / "cold_start")
     print(f"{time.perf_counter() - started:.1f} s")
     return 0
 
@@ -316,6 +351,12 @@ def convert(command: str, options_type: Any, run: Any, arguments: Sequence[str],
     prepare_jax(TrainOptions.compilation_cache)
     run(options, begin=begin)
     return 0
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[tuple[Any, Any]]:
+    """`progress` of the processes that do not speak for the run."""
+    yield lambda line: None, lambda metrics: None
 
 
 @contextlib.contextmanager

@@ -319,6 +319,19 @@ class RunDir:
         return rows[-1][STEP] if rows else -math.inf, self.path / name
 
 
+class Bystander(RunDir):
+    """The run directory as processes hold it that do not write it: the same paths, and nothing is read or written."""
+
+    def _cut(self, last: float) -> tuple[float, Path]:
+        return last, self.path
+
+    def append_metrics(self, metrics: Mapping[str, Any]) -> None:
+        pass
+
+    def append_samples(self, global_step: int, samples: Iterable[Mapping[str, Any]]) -> None:
+        pass
+
+
 def _same_config(path: Path, there: Mapping[str, Any], here: Mapping[str, Any], may_change: Collection[str]) -> None:
     differences = [item for item in config_difference(there, here) if item[0] not in may_change]
     if differences:

@@ -12,6 +12,7 @@ from flax import struct
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
+from rlstab_jax.parallel.distributed import on_host
 from rlstab_jax.types import UserError
 
 
@@ -174,7 +175,7 @@ def check_prompts(
     """Raises UserError for an empty prompt, a token id outside the vocabulary, or shapes that differ; tracers pass."""
     if isinstance(prompts, jax.core.Tracer) or isinstance(prompt_mask, jax.core.Tracer):
         return
-    tokens, mask = np.asarray(prompts), np.asarray(prompt_mask, bool)
+    tokens, mask = on_host((prompts, prompt_mask))
     if tokens.ndim != 2 or tokens.shape != mask.shape:
         raise UserError(f"prompts {tokens.shape} and prompt_mask {mask.shape}: expected both [prompts, prompt_length]")
     if not mask.any(1).all():

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rlstab_jax.inference.sampling import Draw, Sampling, draw
 from rlstab_jax.models.decode import decode_step, depth_first, layer_variables
 from rlstab_jax.models.transformer import KeyValues, Past, Transformer, embed, finish, forward, logits_of
+from rlstab_jax.parallel.distributed import on_host
 from rlstab_jax.types import Rollout, Routes, masked, route_dtype
 
 
@@ -206,7 +207,7 @@ def spare_columns(prompt_mask: Bool[np.ndarray | Array, "prompts prompt_length"]
     length = prompt_mask.shape[1]
     if isinstance(prompt_mask, jax.core.Tracer):
         return 0
-    longest = int(np.asarray(prompt_mask).sum(1).max())
+    longest = int(on_host(prompt_mask).sum(1).max())
     bucket = length
     while bucket > SHORTEST_PROMPT and (bucket + 1) // 2 >= longest:
         bucket = (bucket + 1) // 2

@@ -131,6 +131,21 @@ class Rewards:
     failures: tuple[Failure, ...] = ()
     gave_up: int = 0
 
+    @staticmethod
+    def joined(parts: Sequence["Rewards"]) -> "Rewards":
+        """The rewards of several parts of a batch, in order."""
+        starts = np.cumsum([0, *(len(part.total) for part in parts)])
+        return Rewards(
+            np.concatenate([part.total for part in parts]),
+            {name: np.concatenate([part.components[name] for part in parts]) for name in parts[0].components},
+            tuple(
+                dataclasses.replace(failure, row=failure.row + int(start))
+                for part, start in zip(parts, starts, strict=False)
+                for failure in part.failures
+            ),
+            sum(part.gave_up for part in parts),
+        )
+
 
 @runtime_checkable
 class BatchTask(Task, Protocol):

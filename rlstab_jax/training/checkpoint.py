@@ -28,7 +28,9 @@ from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
+from rlstab_jax.parallel.distributed import by_first, exchange, together
 from rlstab_jax.training.checksum import checksums, leaf_name
 from rlstab_jax.types import UserError
 
@@ -36,6 +38,7 @@ Tree = Any  # a pytree of arrays or of ShapeDtypeStruct
 Restored = tuple[int, Tree, dict[str, Any]]  # step, state, progress
 
 
+_Bucket = type(epath.Path("gs://bucket"))
 _log = logging.getLogger("absl")
 
 
@@ -74,14 +77,14 @@ class Checkpoints:
 
     def __init__(
         self,
-        directory: str | Path,
+        directory: str | Path | epath.Path,
         keep_last: int = 2,
         keep_best: bool = True,
         *,
         read_only: bool = False,
         notify: Callable[[str], None] = print,
     ):
-        self.directory = Path(directory).absolute()
+        self.directory = directory if isinstance(directory, _Bucket) else Path(directory).absolute()
         self._keep_last, self._keep_best = keep_last, keep_best
         self._read_only, self._notify = read_only, notify
         self._current: int | None = None  # the step last saved or restored here
@@ -89,12 +92,12 @@ class Checkpoints:
         _log.addFilter(_not_orbax)
         with _write_errors(self.directory):
             self._manager = self._open()
-        self._metrics = {step: self._metric_on_disk(step) for step in self._on_disk()}
+        self._metrics = by_first(lambda: {step: self._metric_on_disk(step) for step in self._on_disk()})
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint on disk, in ascending order, once the last save has ended."""
         self.wait()
-        return self._on_disk()
+        return by_first(self._on_disk)
 
     def save(self, step: int, state: Tree, progress: dict[str, Any], metric: float | None = None) -> None:
         """Saves ``state`` as ``step``, after the save before it has ended. Saving the current step again does nothing.
@@ -168,13 +171,14 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if kind is None or jax.process_count() == 1:  # else the other processes may not be here to wait with
+            self.close()
 
     def _open(self) -> ocp.CheckpointManager:
         if self._writes:
             self.directory.mkdir(parents=True, exist_ok=True)
             for trash in self.directory.glob("deleted-*"):
-                shutil.rmtree(trash)
+                epath.Path(trash).rmtree()
         options = ocp.CheckpointManagerOptions(
             create=not self._read_only,
             cleanup_tmp_directories=not self._read_only,  # what a killed process left half-written
@@ -200,11 +204,20 @@ class Checkpoints:
 
     def _finish(self) -> None:
         self._manager.wait_until_finished()
+        if not self._writes:
+            return
         steps = self._on_disk()
         keep = {*steps[-self._keep_last :], *(self._by_metric(steps)[:1] if self._keep_best else [])}
-        for step in set(steps) - keep if self._writes else ():
-            # Renamed first, so that a kill in between leaves nothing half-deleted under the name of a step.
-            shutil.rmtree((self.directory / str(step)).rename(self.directory / f"deleted-{step}"))
+        for step in set(steps) - keep:
+            # Not left half-deleted under the name of a step, should this be killed in between.
+            old = self.directory / str(step)
+            if isinstance(old, _Bucket):
+                (
+                    old / "commit_success.txt"
+                ).unlink()  # without it Orbax takes a step for unfinished; no copies are made
+                old.rmtree()
+            else:
+                shutil.rmtree(old.rename(self.directory / f"deleted-{step}"))
 
     def _by_metric(self, steps: list[int]) -> list[int]:
         """Those of ``steps`` that have a metric, best first; of equals, the earliest first."""
@@ -234,7 +247,7 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, template: Tree, partial: bool) -> Restored:
-        header = self._header(step)
+        header = _on_all(lambda: self._header(step), by_first)
         saved = header["leaves"]
         _check_fits(
             {name: tuple(kind) for name, (*kind, _) in saved.items()}, template, self.directory / str(step), partial
@@ -242,8 +255,12 @@ class Checkpoints:
         target = jax.tree.map(_target, template)
         arguments = ocp.checkpoint_utils.construct_restore_args(target)
         item = ocp.args.PyTreeRestore(target, restore_args=arguments, partial_restore=partial)
-        with _read_errors():
-            state = self._manager.restore(step, args=ocp.args.Composite(state=item))["state"]
+
+        def read() -> Tree:
+            with _read_errors():
+                return self._manager.restore(step, args=ocp.args.Composite(state=item))["state"]
+
+        state = _on_all(read, together)
         for name, checksum in checksums(state).items():
             if checksum != saved[name][-1]:
                 raise _Damaged(f"{name} is not what was saved")
@@ -251,7 +268,7 @@ class Checkpoints:
 
     def _header(self, step: int) -> dict[str, Any]:
         with _read_errors():
-            header = self._manager.restore(step, args=ocp.args.Composite(header=ocp.args.JsonRestore()))["header"]
+            header = json.loads((self.directory / str(step) / "header" / "metadata").read_text())
             if header.pop("crc32") != _crc32(header):
                 raise _Damaged("its header is not what was saved")
         return header
@@ -296,6 +313,21 @@ def parameters(
     return restored[0], restored[1][field]
 
 
+def _on_all(read: Callable[[], Any], how: Callable[[Callable[[], Any]], Any]) -> Any:
+    """Reads by `by_first` or `together`, so that what one process finds damaged all take for damaged."""
+
+    def attempt() -> tuple[Any, str]:
+        try:
+            return read(), ""
+        except _Damaged as error:
+            return None, str(error)
+
+    result, damage = how(attempt)
+    if damage := next(filter(None, exchange(damage)), ""):
+        raise _Damaged(damage)
+    return result
+
+
 def _kinds(tree: Tree) -> dict[str, tuple[list[int], str]]:
     """Shape and dtype of each leaf by its name."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -307,7 +339,7 @@ def _target(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _check_fits(saved: dict[str, Any], template: Tree, where: Path, partial: bool) -> None:
+def _check_fits(saved: dict[str, Any], template: Tree, where: Any, partial: bool) -> None:
     """Raises ``UserError`` that names the first leaf in which checkpoint and template differ."""
 
     def text(kind: tuple[list[int], str] | None) -> str:
@@ -351,7 +383,7 @@ def _last_words(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _write_errors(directory: Path) -> Iterator[None]:
+def _write_errors(directory: Any) -> Iterator[None]:
     """Turns errors of the operating system, also those that TensorStore reports as text, into ``UserError``."""
     try:
         yield

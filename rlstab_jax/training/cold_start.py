@@ -20,6 +20,7 @@ from rlstab_jax.learner import TrainState, init_state
 from rlstab_jax.learner.score import policy_scores
 from rlstab_jax.learner.update import LearnerConfig, LearnerNumbers, accumulate, apply_gradient
 from rlstab_jax.models import Transformer
+from rlstab_jax.parallel.distributed import by_first
 from rlstab_jax.rundir import plain
 from rlstab_jax.tasks import DemonstratedTask, DescribedTask, Prompt, encode_prompts, prompt_iterator
 from rlstab_jax.training.checkpoint import Checkpoints
@@ -40,13 +41,14 @@ class ColdStart:
 
 
 def cold_start(
-    engines: Engines, cache: Path, say: Callable[[str], None] = print, stop: Stop | None = None
+    engines: Engines, cache: Path | None, say: Callable[[str], None] = print, stop: Stop | None = None
 ) -> ColdStart | None:
     """Trains on demonstrations until the target accuracy, or takes an equal cold start from ``cache``.
 
     Args:
       engines: of the run; its task must have demonstrations.
-      cache: a directory shared by runs; entries are named by a hash of all that determines the result.
+      cache: a directory shared by runs; entries are named by a hash of all that determines the result. None keeps
+        nothing.
       stop: when it is requested, the result is None and nothing is kept.
 
     Raises:
@@ -63,27 +65,34 @@ def cold_start(
             "`demonstration` method"
         )
     # What is in the directory tells two beginnings apart, not its name.
+    if cache is None:
+        return _train(engines, task, params, say, stop or Stop())
     entry = cache / _fingerprint(engines, checksums(params) if engines.config.initial else None)
-    if (kept := _from_cache(entry, params, say)) is not None:
+    if by_first(entry.exists) and (kept := _from_cache(entry, params, say)) is not None:
         return dataclasses.replace(kept, params=engines.place(kept.params))
     result = _train(engines, task, params, say, stop or Stop())
     if result is None:
         return None
-    cache.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", dir=cache))
+
+    def make_aside() -> Path:
+        cache.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f"{entry.name}.", dir=cache))
+
+    def keep() -> None:
+        try:
+            os.rename(aside, entry)  # whole or not at all; of two runs that do this at once, one keeps its copy
+        except OSError:
+            shutil.rmtree(aside)
+
+    aside = by_first(make_aside)
     with Checkpoints(aside, notify=say) as checkpoints:
         checkpoints.save(result.steps, {"params": result.params}, {"accuracy": result.accuracy})
-    try:
-        os.rename(aside, entry)  # whole or not at all; of two runs that do this at once, one keeps its copy
-    except OSError:
-        shutil.rmtree(aside)
+    by_first(keep)
     return result
 
 
 def _from_cache(entry: Path, template: dict, say: Callable[[str], None]) -> ColdStart | None:
-    """What is kept in ``entry``; None if there is nothing. One that is damaged is said and removed."""
-    if not entry.exists():
-        return None
+    """What is kept in ``entry``; None if it is damaged, which is said, and it is removed."""
     try:
         with Checkpoints(entry, read_only=True, notify=lambda line: None) as checkpoints:
             restored = checkpoints.restore({"params": template})
@@ -91,7 +100,7 @@ def _from_cache(entry: Path, template: dict, say: Callable[[str], None]) -> Cold
         restored = None
     if restored is None:
         say(f"cold start: the one in {entry} is damaged; making it again")
-        shutil.rmtree(entry)
+        by_first(lambda: shutil.rmtree(entry))
         return None
     steps, state, progress = restored
     say(f"cold start: accuracy {progress['accuracy']:.3f} after {steps} updates, from {entry}")
@@ -134,7 +143,7 @@ def _train(
         )
         if engines.mesh.size > 1:
             state = engines.settle(engines.place(state))
-        if stop.requested:
+        if stop.agreed():
             return None
         if step % config.check_every == 0:
             reached = accuracy(engines, checker, state.params, key, prompts=config.check_prompts, samples=1).mean

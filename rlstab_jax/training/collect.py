@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from rlstab_jax.parallel.distributed import on_host
 from rlstab_jax.tasks import Prompt, Rewards
 from rlstab_jax.types import Rollout, row_axis, take_rows
 
@@ -130,13 +131,13 @@ def _rows_of_both(first: Rollout, second: Rollout, rows: Int[Array, "batch"]) ->
 
 def _metrics(sampled: Sequence[Responses]) -> dict[str, float]:
     """Of all responses that were sampled, whether they are trained on or not."""
-    lengths = np.concatenate([np.asarray(one.rollout.response_mask).sum(1) for one in sampled])
+    lengths = np.concatenate([on_host(one.rollout.response_mask.sum(1)) for one in sampled])
     components = {name: [one.rewards.components[name] for one in sampled] for name in sampled[0].rewards.components}
     metrics = {
         "reward/mean": float(np.concatenate([one.rewards.total for one in sampled]).mean()),
         "reward/without_signal": float(np.concatenate([~one.signal for one in sampled]).mean()),
         "response/length": float(lengths.mean()),
-        "response/truncated": float(np.concatenate([np.asarray(one.rollout.truncated) for one in sampled]).mean()),
+        "response/truncated": float(np.concatenate([on_host(one.rollout.truncated) for one in sampled]).mean()),
         "response/count": len(lengths),
         **{f"reward/component/{name}": float(np.concatenate(values).mean()) for name, values in components.items()},
         **{name: sum(one.seconds[name] for one in sampled) for name in sampled[0].seconds},
@@ -163,7 +164,7 @@ def _failed(responses: Responses) -> Iterator[dict[str, Any]]:
 def length_punishment(rollout: Rollout, margin: int) -> Float[np.ndarray, "batch"]:
     """DAPO's soft over-long punishment (Eq. 13): 0 up to ``margin`` tokens before the limit, from there linearly to -1
     at the limit, which is the length of the response's space."""
-    lengths = np.asarray(rollout.response_mask).sum(1)
+    lengths = on_host(rollout.response_mask.sum(1))
     return np.clip((rollout.response_length - margin - lengths) / margin, -1, 0).astype(np.float32)
 
 

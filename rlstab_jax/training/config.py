@@ -154,7 +154,9 @@ class RunConfig:
 
 
 # Fields that may differ when a run goes on: how long it is, and what it costs, never what it computes.
-MAY_CHANGE = ("gradient_steps", "checkpoint_every", "keep_checkpoints")
+MAY_CHANGE = (
+    "gradient_steps", "checkpoint_every", "keep_checkpoints", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor",
+)  # fmt: skip
 
 
 def truncates(sampling: RolloutConfig | EvaluationConfig) -> bool:

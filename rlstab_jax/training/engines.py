@@ -20,6 +20,7 @@ from rlstab_jax.models import Transformer, resolve_kernels
 from rlstab_jax.models.sharding import logical_axes
 from rlstab_jax.objectives import Objective, advantages, advantages_of, check_rewards, coefficients, surrogate
 from rlstab_jax.objectives import build as build_objective
+from rlstab_jax.parallel.distributed import exchange, on_host, put, share, together
 from rlstab_jax.parallel.host_memory import check_offload
 from rlstab_jax.parallel.mesh import make_mesh
 from rlstab_jax.parallel.sharding import TRAINING, check_divides, shardings
@@ -86,7 +87,7 @@ class Engines:
 
     def place(self, tree: Any) -> Any:
         """Puts a state onto the mesh, a fresh one like a restored one, so that each function is compiled once."""
-        return jax.device_put(tree, self.places(tree))
+        return put(tree, self.places(tree))
 
     def placed_like(self, make: Callable[[], Any]) -> Any:
         """Shapes, dtypes and places of what ``place(make())`` would return, without computing it."""
@@ -111,7 +112,7 @@ class Engines:
 
     def place_rows(self, tree: Any) -> Any:
         """Puts arrays that travel onto the mesh, their rows over the data-parallel devices."""
-        return jax.tree.map(lambda leaf: jax.device_put(leaf, self._over_rows(leaf)), tree)
+        return put(tree, jax.tree.map(self._over_rows, tree))
 
     def _over_rows(self, leaf: Any) -> NamedSharding:
         axes: list[tuple[str, ...] | None] = [None] * np.ndim(leaf)
@@ -281,8 +282,11 @@ def initial_params(model: Transformer, seed: Int[Array, ""] | int) -> dict:
 
 def beginning(engines: Engines, seed: int, say: Callable[[str], None] = print) -> dict:
     """The parameters that a run begins from, on the mesh: those in ``config.initial``, else random ones."""
-    if not engines.config.initial:
+    if not engines.config.initial and engines.mesh.size == 1:
         return engines.place(initial_params(engines.training, seed))
+    if not engines.config.initial:  # made where they belong: one device may not hold them all
+        make = partial(initial_params, engines.training)
+        return jax.jit(make, out_shardings=engines.places(jax.eval_shape(make, seed)))(seed)
     directory = Path(engines.config.initial)
     _, params = load_parameters(directory, engines.placed_like(lambda: initial_params(engines.training, 0)), say=say)
     say(f"beginning from the parameters in {directory}")
@@ -290,17 +294,24 @@ def beginning(engines: Engines, seed: int, say: Callable[[str], None] = print) -
 
 
 def judge(task: Task, prompts: Sequence[Prompt], rollout: Rollout) -> tuple[list[str], Rewards]:
-    """Texts and rewards of a rollout's responses; rows of one prompt are adjacent. Raises UserError for a reward that
-    is no finite number, and for a verifier that fails too often."""
-    tokens = np.asarray(rollout.tokens)[:, rollout.prompt_length :]
-    responses = decode_responses(tokens, np.asarray(rollout.response_mask), task.tokenizer)
-    samples = len(responses) // len(prompts)
-    of_row = [prompts[row // samples] for row in range(len(responses))]
-    if isinstance(task, BatchTask):
-        rewards = task.rewards(of_row, responses)
-    else:
+    """Texts and rewards of a rollout's responses; rows of one prompt are adjacent. Each process judges its share of
+    them, and all return all.
+
+    Raises UserError for a reward that is no finite number, and for a verifier that fails too often.
+    """
+    tokens, mask = on_host((rollout.tokens, rollout.response_mask))
+    rows, samples = share(len(tokens)), len(tokens) // len(prompts)
+    of_row = [prompts[row // samples] for row in range(len(tokens))[rows]]
+    responses = decode_responses(tokens[rows, rollout.prompt_length :], mask[rows], task.tokenizer)
+
+    def verdicts() -> Rewards:
+        if isinstance(task, BatchTask):
+            return task.rewards(of_row, responses)
         each = [task.reward(p, text, stopped=stopped) for p, (text, stopped) in zip(of_row, responses, strict=True)]
-        rewards = Rewards(np.array(each))
+        return Rewards(np.array(each))
+
+    judged = exchange(([text for text, _ in responses], together(verdicts)))
+    rewards = Rewards.joined([rewards for _, rewards in judged])
     rewards = dataclasses.replace(rewards, total=rewards.total.astype(np.float32))
     check_rewards(rewards.total)
-    return [text for text, _ in responses], rewards
+    return [text for texts, _ in judged for text in texts], rewards

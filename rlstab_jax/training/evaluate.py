@@ -7,6 +7,7 @@ import numpy as np
 
 from rlstab_jax.inference import Sampling, prepare, sample, sample_keys
 from rlstab_jax.models import Transformer
+from rlstab_jax.parallel.distributed import on_host
 from rlstab_jax.tasks import encode_prompts
 from rlstab_jax.training.config import truncates
 from rlstab_jax.training.engines import Engines, judge
@@ -45,7 +46,7 @@ def accuracy(
         record_routes=False,
     )
     _, rewards = judge(engines.task, asked, rollout)
-    return Accuracy(float(rewards.total.mean()), float(np.asarray(rollout.response_mask).sum(1).mean()))
+    return Accuracy(float(rewards.total.mean()), float(on_host(rollout.response_mask.sum(1)).mean()))
 
 
 def evaluation_sampling(engines: Engines) -> tuple[Sampling, int]:

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from rlstab_jax.parallel.distributed import exchange
+
 
 @dataclasses.dataclass
 class Stop:
@@ -21,6 +23,13 @@ class Stop:
     @property
     def requested(self) -> bool:
         return self.reason is not None
+
+    def agreed(self) -> bool:
+        """Whether any process of the run was asked to stop. All processes call it and get the same answer; then
+        ``reason`` is the same on all as well."""
+        reason = next((reason for reason in exchange(self.reason) if reason is not None), None)
+        self.reason = reason or self.reason
+        return reason is not None
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from rlstab_jax.learner import Minibatch, PolicyScores, TrainState, update
 from rlstab_jax.objectives import Objective, advantages_of
+from rlstab_jax.parallel.distributed import on_host
 from rlstab_jax.tasks import Prompt
 from rlstab_jax.training.collect import Responses, collect, length_punishment, without_truncated
 from rlstab_jax.training.engines import Engines, judge
@@ -148,7 +149,7 @@ def produce(
 def learn(engines: Engines, train: TrainState, rows: Minibatch, step: int) -> tuple[TrainState, Metrics]:
     """N updates of pi_theta on a whole batch, in an order that depends on ``step``. ``train`` is consumed."""
     config, updates = engines.config, []
-    fed = np.asarray(rows.rollout.fed_mask)
+    fed = on_host(rows.rollout.fed_mask)
     with timed("update") as metrics:
         for of_update in minibatch_rows(
             config.seed, step, config.prompts_per_step, config.samples_per_prompt, config.minibatches

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from rlstab_jax.learner import PolicyScores
+from rlstab_jax.parallel.distributed import on_host
 from rlstab_jax.stability.gaps import discrepancy
 from rlstab_jax.stability.reduce import Mean, Statistics, merge, values
 from rlstab_jax.stability.routing import disagreement, load_max
@@ -40,7 +41,7 @@ def decode_statistics(rollout: Rollout, rescored: LogProbs) -> Statistics:
 
 def rollout_metrics(statistics: Statistics) -> dict[str, float]:
     """Metrics of the sampling and scoring half of a step, from the statistics of `score` and `rollout_statistics`."""
-    statistics = jax.device_get(statistics)
+    statistics = on_host(statistics)
     load = statistics.pop("routing/load", None)
     metrics = _with_layers(statistics)
     if load is not None:
@@ -52,7 +53,7 @@ def rollout_metrics(statistics: Statistics) -> dict[str, float]:
 
 def update_metrics(updates: list[tuple[Statistics, dict[str, Float[Array, ""]]]]) -> dict[str, float]:
     """Metrics of a step's updates, from what each `update` returned: merged over all, and some of each."""
-    updates = jax.device_get(updates)
+    updates = on_host(updates)
     merged = updates[0][0]
     for statistics, _ in updates[1:]:
         merged = merge(merged, statistics)

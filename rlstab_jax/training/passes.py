@@ -14,6 +14,7 @@ from rlstab_jax.inference.matched import MatchedPass
 from rlstab_jax.learner import Packing, PolicyScores, plan, score
 from rlstab_jax.learner.score import replayed_routes, score_statistics
 from rlstab_jax.models import Transformer
+from rlstab_jax.parallel.distributed import on_host
 from rlstab_jax.stability.reduce import Statistics
 from rlstab_jax.tasks import Prompt, encode_prompts
 from rlstab_jax.training.collect import key_ids
@@ -85,7 +86,7 @@ def packing_of(engines: Engines, fed: Array | np.ndarray, micro_batches: int) ->
     """Where the sequences of rows with that mask go, if the config has them packed. Waits for the mask."""
     if not engines.config.learner.packing:
         return None
-    return engines.place_rows(plan(np.asarray(fed), micro_batches, engines.row_shards))
+    return engines.place_rows(plan(on_host(fed), micro_batches, engines.row_shards))
 
 
 def _score(

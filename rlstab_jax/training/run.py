@@ -6,6 +6,7 @@ import importlib.metadata
 import math
 import platform
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import jax
 import numpy as np
 
 from rlstab_jax.learner import init_state
+from rlstab_jax.parallel.distributed import by_first, first, of_first, together
 from rlstab_jax.report import draw_run
-from rlstab_jax.rundir import RunDir, open_run, read_manifest, read_metrics
+from rlstab_jax.rundir import Bystander, RunDir, open_run, read_manifest, read_metrics
 from rlstab_jax.stability.monitor import Monitor
 from rlstab_jax.tasks import DescribedTask, prompt_iterator
 from rlstab_jax.training.checkpoint import Checkpoints
@@ -23,6 +25,7 @@ from rlstab_jax.training.cold_start import cold_start
 from rlstab_jax.training.config import MAY_CHANGE, RunConfig
 from rlstab_jax.training.engines import Engines, build, initial_params
 from rlstab_jax.training.evaluate import evaluate
+from rlstab_jax.training.home import home_of
 from rlstab_jax.training.interrupt import Stop, stop_on_signal
 from rlstab_jax.training.loop import Metrics, RunState, global_step
 from rlstab_jax.training.pretrained import keep_card
@@ -59,7 +62,7 @@ class Progress:
 
 def train(
     config: RunConfig,
-    out: Path,
+    out: Path | str,
     *,
     fresh: bool = False,
     profile: int | None = None,
@@ -70,6 +73,7 @@ def train(
     """Runs ``config`` in the directory ``out``, or goes on with the run that is there.
 
     Args:
+      out: a directory, or ``gs://bucket/path``; see `home`.
       fresh: begin anew; what is in ``out`` is moved aside.
       profile: the global step of which to leave a profiler trace in ``out/profile``.
       say: where one-line messages go.
@@ -83,13 +87,30 @@ def train(
     Raises:
       UserError: a mistake in the config, the directory, a checkpoint, or a full disk.
     """
-    engines = build(config)
-    if not fresh:
-        _check_content(engines, out)
-    run = open_run(out, manifest(engines, config), fresh=fresh, may_change=MAY_CHANGE, say=say)
-    if config.initial:
-        keep_card(Path(config.initial), run.path)
+    engines = together(lambda: build(config))
+
+    home = home_of(str(out))
+    path = home.path
+
+    def opened() -> bytes:
+        if home.bucket is not None and fresh and home.begun:
+            raise UserError(f"{out} holds a run already, and nothing is moved aside in a bucket: give another --out")
+        home.fetch()
+        if not fresh:
+            _check_content(engines, path)
+        open_run(path, manifest(engines, config), fresh=fresh, may_change=MAY_CHANGE, say=say)
+        if config.initial:
+            keep_card(Path(config.initial), path)
+        home.store()
+        return (path / "manifest.json").read_bytes()
+
+    written = by_first(opened)
+    if home.bucket is None:
+        together(lambda: _check_shared(path, written))
+    run = RunDir(path) if first() else Bystander(path)
     begin()
+    if home.bucket is not None:
+        say(f"logs are written to {path}, and copied to {out} with each checkpoint")
     kernels = engines.config.kernels
     for line in engines.task.remarks() if isinstance(engines.task, DescribedTask) else ():
         say(line)
@@ -97,22 +118,35 @@ def train(
     say(f"kernels: attention {kernels.attention}, experts {kernels.experts}; mesh {dict(engines.mesh.shape)}{aside}")
     with (
         stop_on_signal() as stop,
-        Checkpoints(run.checkpoints_path, keep_last=config.keep_checkpoints, notify=say) as checkpoints,
+        Checkpoints(home.checkpoints, keep_last=config.keep_checkpoints, notify=say) as checkpoints,
     ):
-        begun = resume_or_begin(engines, run, checkpoints, say, stop)
+
+        def save(step: int, *state: Any) -> None:
+            by_first(home.store)  # first: what is logged shall never be behind the newest checkpoint
+            checkpoints.save(step, *state)
+
+        cache = path.parent / "cold_start" if home.bucket is None else None
+        begun = resume_or_begin(engines, run, checkpoints, cache, say, stop)
         if begun is not None:
-            _train(engines, run, checkpoints, *begun, stop, profile, say, watch)
-    if run.metrics_path.exists():  # a run may have been stopped before its first step
+            _train(engines, run, save, *begun, stop, profile, say, watch)
+        stopped = stop.agreed()
+    if first() and run.metrics_path.exists():  # a run may have been stopped before its first step
         draw_run(read_metrics(run.path), run.report_path, title=run.path.name)
-    if stop.requested:
+    by_first(home.store)
+    if stopped:
         say(f"stopped by {stop.reason}; the same command goes on from here")
-    return stop.reason
+    return stop.reason if stopped else None
 
 
 def resume_or_begin(
-    engines: Engines, run: RunDir, checkpoints: Checkpoints, say: Callable[[str], None], stop: Stop
+    engines: Engines,
+    run: RunDir,
+    checkpoints: Checkpoints,
+    cache: Path | None,
+    say: Callable[[str], None],
+    stop: Stop,
 ) -> tuple[RunState, Progress] | None:
-    """The newest good checkpoint, or a cold start, or None if the latter was stopped.
+    """The newest good checkpoint, or a cold start (see `cold_start` for its cache), or None if the latter was stopped.
 
     Cuts metrics, samples and events after the restored step.
     """
@@ -132,7 +166,7 @@ def resume_or_begin(
         state, progress = engines.place(state), Progress(**saved)
         return dataclasses.replace(state, queue=annotated(state.queue, progress.queue)), progress
     run.truncate_after(-1)
-    started = cold_start(engines, run.path.parent / "cold_start", say, stop)
+    started = cold_start(engines, cache, say, stop)
     if started is None:
         return None
     # Copied: an update donates its state, and the reference must outlive it.
@@ -147,7 +181,7 @@ def resume_or_begin(
 def _train(
     engines: Engines,
     run: RunDir,
-    checkpoints: Checkpoints,
+    save: Callable[..., None],
     state: RunState,
     progress: Progress,
     stop: Stop,
@@ -164,17 +198,18 @@ def _train(
     accuracy = math.nan
     monitor = Monitor(config.monitor, progress.monitor)
     if progress.global_steps == 0 and config.evaluation.every:
-        metrics = evaluate(engines, state.train.params, evaluation_key) | progress.metrics()
+        metrics = of_first(evaluate(engines, state.train.params, evaluation_key)) | progress.metrics()
         run.truncate_after(-1)
         run.append_metrics(metrics)
         watch(metrics)
         monitor.observe(metrics)
-    while progress.gradient_steps < config.gradient_steps and not stop.requested:
+    while progress.gradient_steps < config.gradient_steps and not stop.agreed():
         step = progress.global_steps + 1
         with _profiled(run, step == profile, say):
             previous = jax.tree.map(lambda x: x.copy(), state.train) if monitor.may_discard else None
             lowered = _at_rate(engines, monitor.learning_rate_scale)
             state, metrics, samples = global_step(lowered, state, data, step)
+        metrics = of_first(metrics)
         if previous is not None and monitor.discards(metrics):
             state = dataclasses.replace(state, train=previous)
             say(f"monitor: the updates of global step {step} are discarded")
@@ -182,7 +217,7 @@ def _train(
         progress.advance(config, metrics, data.get_state(), state.queue)
         accuracy = math.nan
         if _due(before, progress.gradient_steps, config.evaluation.every):
-            evaluated = evaluate(engines, state.train.params, evaluation_key)
+            evaluated = of_first(evaluate(engines, state.train.params, evaluation_key))
             accuracy = evaluated["eval/accuracy_training"]
             metrics |= evaluated
         metrics |= progress.metrics()
@@ -197,9 +232,9 @@ def _train(
         for line in alarms(metrics):
             say(f"global step {step}: {line}")
         if _due(before, progress.gradient_steps, config.checkpoint_every):
-            checkpoints.save(step, state, dataclasses.asdict(progress), accuracy)
+            save(step, state, dataclasses.asdict(progress), accuracy)
     if progress.global_steps:
-        checkpoints.save(progress.global_steps, state, dataclasses.asdict(progress), accuracy)
+        save(progress.global_steps, state, dataclasses.asdict(progress), accuracy)
 
 
 def alarms(metrics: Metrics) -> Iterator[str]:
@@ -227,6 +262,20 @@ def _check_content(engines: Engines, out: Path) -> None:
         )
 
 
+def _check_shared(out: Path, manifest: bytes, patience: float = 10.0) -> None:
+    """Raises UserError where this process does not see the directory that process 0 has just written. Some file systems
+    show a file to other hosts after seconds."""
+    file, deadline = out / "manifest.json", time.monotonic() + patience
+    while not (file.exists() and file.read_bytes() == manifest):
+        if time.monotonic() < deadline:
+            time.sleep(0.2)
+            continue
+        raise UserError(
+            f"{out} is not the directory that process 0 writes: give --out on a file system that all hosts share, or "
+            "gs://"
+        )
+
+
 def _at_rate(engines: Engines, scale: float) -> Engines:
     """The engines with a learning rate that the monitor has lowered; numbers are traced, so nothing is recompiled."""
     learner = engines.config.learner
@@ -241,7 +290,7 @@ def _due(before: int, now: int, every: int) -> bool:
 
 @contextlib.contextmanager
 def _profiled(run: RunDir, wanted: bool, say: Callable[[str], None]) -> Iterator[None]:
-    if not wanted:
+    if not (wanted and first()):
         yield
         return
     path = run.path / "profile"
@@ -252,10 +301,6 @@ def _profiled(run: RunDir, wanted: bool, say: Callable[[str], None]) -> Iterator
 
 def manifest(engines: Engines, config: RunConfig) -> dict[str, Any]:
     """What describes a run besides its metrics: the config as given, and what it was resolved to and ran on."""
-    versions = {}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
     devices = jax.devices()
     return {
         "config": config,
@@ -267,9 +312,19 @@ def manifest(engines: Engines, config: RunConfig) -> dict[str, Any]:
             **({"task": engines.task.description} if isinstance(engines.task, DescribedTask) else {}),
         },
         "seed": config.seed,
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": versions(),
         "devices": {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)},
+        "processes": jax.process_count(),
         "mesh": dict(engines.mesh.shape),
         **({"rollout_mesh": dict(engines.rollout_mesh.shape)} if engines.rollout_mesh else {}),
         "command": sys.argv,
     }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
