@@ -62,6 +62,7 @@ class Chart(NamedTuple):
     x_end: float
     y_limits: tuple[float, float]
     metrics: tuple[str, ...]
+    legend: bool  # whether its curves are named beside them; groups are named once for all charts
 
 
 def running_mean(values: Float[np.ndarray, "step"], half: int) -> Float[np.ndarray, "step"]:
@@ -134,7 +135,19 @@ def charts(panel: Panel, groups: Groups) -> list[Chart]:
         looks = {name: look for look, name in enumerate(panel.series)}
         curves = [_curve(panel.series[name], looks[name], group, name, log) for name in present]
         limits = y_limits([values for curve in curves for values in _shown(curve)], log, room=1.2)
-        return [Chart(panel.title, "", panel.unit, log, _noted(curves, limits), x_end, limits, tuple(present))]
+        return [
+            Chart(
+                panel.title,
+                "",
+                panel.unit,
+                log,
+                _noted(curves, limits),
+                x_end,
+                limits,
+                tuple(present),
+                len(panel.series) > 1,
+            )
+        ]
     compared = {
         name: [
             _curve(label, i, group, name, log, i)
@@ -150,7 +163,8 @@ def charts(panel: Panel, groups: Groups) -> list[Chart]:
     titles = panel.series if len(panel.series) > 1 else dict.fromkeys(panel.series, "")
     drawn = {name: _noted(compared[name], axes[name]) for name in present}
     return [
-        Chart(panel.title, titles[name], panel.unit, log, drawn[name], x_end, axes[name], (name,)) for name in present
+        Chart(panel.title, titles[name], panel.unit, log, drawn[name], x_end, axes[name], (name,), False)
+        for name in present
     ]
 
 

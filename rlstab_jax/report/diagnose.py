@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlstab_jax.report.figure import COLOURS, save_png
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Row = Mapping[str, Any]  # the fields of training.diagnose.Gaps as a dictionary
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito
 MARKERS = "osD^vP"
 SMALLEST = 1e-8  # nats: below it a KL in float32 is rounding
 
@@ -24,11 +25,9 @@ def draw_diagnosis(rows: Sequence[Row], path: str | os.PathLike, title: str) -> 
       path: of the picture.
       title: the line above it.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 6.6), dpi=150, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11, fontweight="bold")
     (kl, ratio), (disagreement, margin) = figure.subplots(2, 2)
     names = [str(row["precision"]) for row in rows]
@@ -52,10 +51,7 @@ def draw_diagnosis(rows: Sequence[Row], path: str | os.PathLike, title: str) -> 
     more, name = margin.get_legend_handles_labels()
     if handles:
         figure.legend([*handles, more[-1]], [*labels, name[-1]], loc="outside lower center", ncols=7, fontsize=8)
-    path = Path(path)
-    aside = path.with_name(path.name + ".tmp")
-    canvas.print_png(aside)
-    os.replace(aside, path)
+    save_png(figure, Path(path))
 
 
 def _kl(ax: "Axes", rows: Sequence[Row], names: Sequence[str]) -> None:

@@ -64,6 +64,7 @@ def draw_runs(groups: Groups, path: str | os.PathLike, title: str) -> None:
       path, title: as in `draw_run`, and so is what it raises.
     """
     from matplotlib.figure import Figure
+    from matplotlib.font_manager import FontProperties
 
     if any(metrics and X not in metrics for group in groups.values() for metrics in group):
         raise UserError(f"the metrics hold no {X}: give the metrics of a training run")
@@ -74,8 +75,7 @@ def draw_runs(groups: Groups, path: str | os.PathLike, title: str) -> None:
         drawn += shown if shown or not alone else [panel]
     columns = 2 if alone else 3
     rows = max(1, math.ceil(len(drawn) / columns))
-    legend = 0.0 if alone else 0.25 * math.ceil(len(groups) / 3)
-    size = (8, 10) if alone else (11, 2.45 * rows + 0.7 + legend)
+    size = (8, 10) if alone else (11, 2.45 * rows + 0.7 + 0.25 * math.ceil(len(groups) / 3))
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     if alone:
         figure.suptitle(literal(title), fontsize=11, fontweight="bold")
@@ -96,14 +96,9 @@ def draw_runs(groups: Groups, path: str | os.PathLike, title: str) -> None:
     figure.align_ylabels(axes)
     if not alone:
         lines = _samples_of_lines(list(groups))
-        look = {
-            "ncols": 3,
-            "fontsize": 8,
-            "handlelength": 3,
-            "frameon": False,
-            "title_fontproperties": {"weight": "bold"},
-        }
-        figure.legend(handles=lines, loc="outside upper center", title=literal(title), **look)
+        legend = figure.legend(handles=lines, loc="outside upper center", ncols=3, fontsize=8, handlelength=3)
+        legend.set_title(literal(title), FontProperties(weight="bold"))
+        legend.set_frame_on(False)
     save_png(figure, Path(path))
 
 
@@ -117,7 +112,7 @@ def save_png(figure: "Figure", path: Path) -> None:
 
 
 def draw_chart(ax: "Axes", chart: Chart, title: str) -> None:
-    """Draws a chart under a title; with a legend where it shows several metrics (groups have one for all charts)."""
+    """Draws a chart under a title; with a legend where its curves need one."""
     _prepare(ax, title, chart.unit, chart.x_end)
     for curve in chart.curves:
         _draw_curve(ax, curve, band=0.2 if len(chart.curves) < 5 else 0.1)
@@ -130,7 +125,7 @@ def draw_chart(ax: "Axes", chart: Chart, title: str) -> None:
         ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         ax.yaxis.set_minor_formatter(NullFormatter())
     ax.set_ylim(*chart.y_limits)
-    if len(chart.metrics) > 1:
+    if chart.legend:
         ax.legend(fontsize=7, loc="best", framealpha=0.8, edgecolor="none", handlelength=2.6, borderpad=0.2)
 
 
@@ -167,16 +162,8 @@ def _draw_curve(ax: "Axes", curve: Curve, band: float) -> None:
         ax.plot(*thinned(x, y), linewidth=0.8, alpha=0.8, gid=gid, **look)
     x, y = thinned(seeds.x, seeds.mean)
     marked = 0 < len(x) <= (MARKED if curve.group is None else FEW)
-    ax.plot(
-        x,
-        y,
-        label=curve.label + curve.note,
-        linewidth=1.4,
-        marker="o" if marked else None,
-        markersize=2.5,
-        gid=gid,
-        **look,
-    )
+    look |= {"marker": "o" if marked else None, "markersize": 2.5, "linewidth": 1.4}
+    ax.plot(x, y, label=curve.label + curve.note, gid=gid, **look)
 
 
 def _samples_of_lines(labels: list[str]) -> list[Any]:

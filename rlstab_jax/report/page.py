@@ -12,7 +12,7 @@ from pathlib import Path
 from rlstab_jax.report import pictures, sections
 from rlstab_jax.report.figure import BANDS, HEAVY, LOOKS, MAKER, SMOOTH, draw_runs
 from rlstab_jax.report.markup import Html, element
-from rlstab_jax.report.runs import Group, group_runs, read_runs
+from rlstab_jax.report.runs import Group, Run, group_runs, read_runs
 from rlstab_jax.report.style import style
 from rlstab_jax.report.timeline import remarks_of
 from rlstab_jax.rundir import write_aside
@@ -49,7 +49,7 @@ def write_report(
     if out is None:
         out = runs[0].path / "report.html" if len(runs) == 1 else Path("report.html")
     picture = out.with_suffix(".png")
-    _check_target(out, picture)
+    _check_target(out, picture, runs)
     begin()
     names = [group.label for group in groups]
     title = names[0] if len(names) == 1 else f"{len(runs)} runs in {len(groups)} groups"
@@ -60,15 +60,17 @@ def write_report(
     return out, picture
 
 
-def _check_target(out: Path, picture: Path) -> None:
-    """Refuses to replace what no report has written."""
+def _check_target(out: Path, picture: Path, runs: Sequence[Run]) -> None:
+    """Refuses to replace what no report has written, and the picture of a run by that of several."""
     if out.is_dir():
         raise UserError(f"--out {out} is a directory: name the page, such as {out / 'report.html'}")
     if out.suffix not in (".html", ".htm"):
         raise UserError(f"--out {out}: expected a name that ends in .html; the picture goes beside it")
-    of_a_run = picture.name == "report.png" and (picture.parent / "manifest.json").exists()
-    for path in (out, picture):
-        if path.exists() and not (path == picture and of_a_run) and MAKER.encode() not in path.read_bytes()[:2000]:
+    alone = [run.path for run in runs] == [picture.parent.resolve()]
+    if picture.name == "report.png" and (picture.parent / "manifest.json").exists() and not alone:
+        raise UserError(f"{picture} is the picture of a run: give another --out")
+    for path in (out,) if alone and picture.name == "report.png" else (out, picture):
+        if path.exists() and MAKER.encode() not in path.read_bytes()[:2000]:
             raise UserError(f"{path} is there and is no report: give another --out, or move it away")
 
 
@@ -115,8 +117,7 @@ def page_of(title: str, groups: Sequence[Group], over: Sequence[str]) -> str:
             _contents(),
             *(element("p", line) for line in how_to_read(groups, over)),
         ),
-        sections.legend(groups),
-        element("main", *parts),
+        element("main", sections.legend(groups), *parts),
     )
     return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
 

@@ -104,6 +104,8 @@ def test_one_group_has_all_series_in_one_chart():
     (chart,) = charts(GAPS, {"a": [metrics(), metrics(3.0)]})
     assert chart.metrics == ("discrepancy/k3", "staleness/k3")
     assert [curve.look for curve in chart.curves] == [0, 2]  # as in the picture of a run with all three
+    assert chart.legend
+    assert charts(GAPS, {"a": [{X: STEPS, "staleness/k3": STEPS}]})[0].legend  # which of the gaps it is
     assert charts(REWARD, {"a": [metrics()]}) == []
 
 

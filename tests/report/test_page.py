@@ -161,7 +161,7 @@ def test_one_run_has_its_page_beside_it(tmp_path, capsys):
     assert not Page(text).all("input")
     assert "Light lines: every step" in text
     assert "No field differs." in text
-    _check_target(tmp_path / "alone" / "report.html", tmp_path / "alone" / "report.png")  # may be replaced
+    _check_target(tmp_path / "alone" / "report.html", tmp_path / "alone" / "report.png", read_runs([tmp_path]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone"]
 
 
@@ -186,6 +186,10 @@ def test_equal_runs_give_equal_pictures(study):
         (("{run}", "--out", "{dir}"), "is a directory: name the page, such as"),
         (("{run}", "--out", "{dir}/page.pdf"), "expected a name that ends in .html; the picture goes beside it"),
         (("{run}", "--out", "{dir}/mine.html"), "mine.html is there and is no report: give another --out"),
+        (
+            ("{run}", "--out", "{run}/../r3-seed0/report.html"),
+            "r3-seed0/report.png is the picture of a run: give another",
+        ),
         (("{run}", "--out", "{dir}/photo.html"), "photo.png is there and is no report: give another --out"),
         (("{dir}/nowhere",), "nowhere: there is no such directory"),
         (("{run}", "--over", "sede"), "--over sede: no run's config has such a field"),
