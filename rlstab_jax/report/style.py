@@ -91,7 +91,7 @@ dd { margin: 0 0 0 1.25rem; }
   .groups label:has(input:not(:checked)) { display: none; }
   .groups input { display: none; }
   figure, tr, .swatch { break-inside: avoid; }
-  h2, h3 { break-after: avoid; }
+  h2, h3 { break-after: avoid; margin-top: 1rem; }
   .scroll { overflow: visible; }
   .wide { min-width: 0; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
