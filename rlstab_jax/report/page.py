@@ -136,7 +136,7 @@ def how_to_read(groups: Sequence[Group], over: Sequence[str]) -> list[str]:
         return [HEAVY]
     fields = " and ".join(over)
     curves = BANDS if seeds > 1 else SMOOTH
-    lines = [f"Runs whose configs differ only in {fields} (and in their length) are one group. {curves}"]
+    lines = [f"Runs whose configs differ only in {fields} (and in length and mesh) are one group. {curves}"]
     if len(groups) > 1:
         lines.append(
             "Charts under one heading have equal vertical axes unless these would span more than five decades."

@@ -16,9 +16,11 @@ from rlstab_jax.report.panels import X
 from rlstab_jax.rundir import leaves, read_manifest, read_metrics
 from rlstab_jax.types import UserError
 
-# Besides the seed, what tells the runs of one group apart: how long they are, and what they cost.
-LENGTHS = ("gradient_steps", "checkpoint_every", "keep_checkpoints")
-PROVENANCE = ("versions", "devices", "mesh", "resolved")  # of a manifest, besides the config
+# Fields in which the runs of one group may always differ: how long they are, and what they cost.
+INDIFFERENT = (
+    "gradient_steps", "checkpoint_every", "keep_checkpoints", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor",
+)  # fmt: skip
+PROVENANCE = ("versions", "devices", "mesh", "rollout_mesh", "resolved")  # of a manifest, besides the config
 
 
 class Run(NamedTuple):
@@ -129,7 +131,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def group_runs(runs: Sequence[Run], over: Sequence[str] = ("seed",)) -> list[Group]:
-    """Groups runs whose configs are equal but for the fields ``over`` and for their length; both in the given order.
+    """Groups runs whose configs are equal but for the fields ``over`` and `INDIFFERENT`; both in the given order.
 
     A group is named by what its runs' names begin with, and by all these names where two groups' begin alike.
 
@@ -142,7 +144,7 @@ def group_runs(runs: Sequence[Run], over: Sequence[str] = ("seed",)) -> list[Gro
         if not any(name in one for one in fields):
             raise UserError(f"--over {name}: no run's config has such a field; seed or cold_start.seed are some")
     for run, values in zip(runs, fields, strict=True):
-        rest = {name: value for name, value in values.items() if name not in (*over, *LENGTHS)}
+        rest = {name: value for name, value in values.items() if name not in (*over, *INDIFFERENT)}
         kept.setdefault(json.dumps(rest, sort_keys=True), []).append(run)
     labels = [common_name([run.name for run in group]) for group in kept.values()]
     # Names of runs differ, so that a list of them tells apart what begins alike.

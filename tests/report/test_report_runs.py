@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rlstab_jax.report.runs import LENGTHS, common_name, differences, group_runs, read_runs
+from rlstab_jax.report.runs import INDIFFERENT, common_name, differences, group_runs, read_runs
 from rlstab_jax.types import UserError
 from tests.report.synthetic import write_run
 
@@ -30,10 +30,10 @@ def test_runs_that_differ_in_seed_and_length_are_a_group(study):
     assert [run.steps for run in groups[0].runs] == [24, 6]
 
 
-def test_lengths_are_what_a_resumed_run_may_change():
+def test_groups_may_differ_in_what_a_resumed_run_may_change():
     from rlstab_jax.training.config import MAY_CHANGE
 
-    assert set(MAY_CHANGE) == set(LENGTHS)
+    assert set(MAY_CHANGE) == set(INDIFFERENT)
 
 
 def test_groups_may_span_other_fields(study):
