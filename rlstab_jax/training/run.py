@@ -25,7 +25,7 @@ from rlstab_jax.training.cold_start import cold_start
 from rlstab_jax.training.config import MAY_CHANGE, RunConfig
 from rlstab_jax.training.engines import Engines, build, initial_params
 from rlstab_jax.training.evaluate import evaluate
-from rlstab_jax.training.home import home_of
+from rlstab_jax.training.home import Home, home_of
 from rlstab_jax.training.interrupt import Stop, stop_on_signal
 from rlstab_jax.training.loop import Metrics, RunState, global_step
 from rlstab_jax.training.pretrained import keep_card
@@ -88,8 +88,42 @@ def train(
       UserError: a mistake in the config, the directory, a checkpoint, or a full disk.
     """
     engines = together(lambda: build(config))
+    home, run = open_home(engines, config, str(out), fresh, say)
+    begin()
+    if home.bucket is not None:
+        say(f"logs are written to {run.path}, and copied to {out} with each checkpoint")
+    kernels = engines.config.kernels
+    for line in engines.task.remarks() if isinstance(engines.task, DescribedTask) else ():
+        say(line)
+    aside = f", and {dict(engines.rollout_mesh.shape)} makes batches" if engines.rollout_mesh else ""
+    say(f"kernels: attention {kernels.attention}, experts {kernels.experts}; mesh {dict(engines.mesh.shape)}{aside}")
+    with (
+        stop_on_signal() as stop,
+        Checkpoints(home.checkpoints, keep_last=config.keep_checkpoints, notify=say) as checkpoints,
+    ):
 
-    home = home_of(str(out))
+        def save(step: int, *state: Any) -> None:
+            by_first(home.store)  # first: what is logged shall never be behind the newest checkpoint
+            checkpoints.save(step, *state)
+
+        cache = run.path.parent / "cold_start" if home.bucket is None else None
+        begun = resume_or_begin(engines, run, checkpoints, cache, say, stop)
+        if begun is not None:
+            _train(engines, run, save, *begun, stop, profile, say, watch)
+        stopped = stop.agreed()
+    if first() and run.metrics_path.exists():  # a run may have been stopped before its first step
+        draw_run(read_metrics(run.path), run.report_path, title=run.path.name)
+    by_first(home.store)
+    if stopped:
+        say(f"stopped by {stop.reason}; the same command goes on from here")
+    return stop.reason if stopped else None
+
+
+def open_home(
+    engines: Engines, config: RunConfig, out: str, fresh: bool, say: Callable[[str], None]
+) -> tuple[Home, RunDir]:
+    """Where the run is, begun or found there; process 0 writes it. Raises UserError as `train`."""
+    home = home_of(out)
     path = home.path
 
     def opened() -> bytes:
@@ -107,35 +141,7 @@ def train(
     written = by_first(opened)
     if home.bucket is None:
         together(lambda: _check_shared(path, written))
-    run = RunDir(path) if first() else Bystander(path)
-    begin()
-    if home.bucket is not None:
-        say(f"logs are written to {path}, and copied to {out} with each checkpoint")
-    kernels = engines.config.kernels
-    for line in engines.task.remarks() if isinstance(engines.task, DescribedTask) else ():
-        say(line)
-    aside = f", and {dict(engines.rollout_mesh.shape)} makes batches" if engines.rollout_mesh else ""
-    say(f"kernels: attention {kernels.attention}, experts {kernels.experts}; mesh {dict(engines.mesh.shape)}{aside}")
-    with (
-        stop_on_signal() as stop,
-        Checkpoints(home.checkpoints, keep_last=config.keep_checkpoints, notify=say) as checkpoints,
-    ):
-
-        def save(step: int, *state: Any) -> None:
-            by_first(home.store)  # first: what is logged shall never be behind the newest checkpoint
-            checkpoints.save(step, *state)
-
-        cache = path.parent / "cold_start" if home.bucket is None else None
-        begun = resume_or_begin(engines, run, checkpoints, cache, say, stop)
-        if begun is not None:
-            _train(engines, run, save, *begun, stop, profile, say, watch)
-        stopped = stop.agreed()
-    if first() and run.metrics_path.exists():  # a run may have been stopped before its first step
-        draw_run(read_metrics(run.path), run.report_path, title=run.path.name)
-    by_first(home.store)
-    if stopped:
-        say(f"stopped by {stop.reason}; the same command goes on from here")
-    return stop.reason if stopped else None
+    return home, RunDir(path) if first() else Bystander(path)
 
 
 def resume_or_begin(
