@@ -51,8 +51,7 @@ def has_tokamax() -> bool:
 def resolve_kernels(kernels: Kernels, platform: str) -> Kernels:
     """Replaces ``auto`` by what suits the hardware. Raises UserError where an explicit kernel does not exist there.
 
-    ``auto`` is never a fused kernel of a library: compilers cannot split these over a mesh, and their speed has not
-    been measured.
+    ``auto`` is never a fused kernel of a library: their speed has not been measured.
 
     Args:
       kernels: the configured ones.

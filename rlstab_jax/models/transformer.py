@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlstab_jax.models import expert_parallel
 from rlstab_jax.models.attention import ATTENTION, DECODE_ATTENTION
+from rlstab_jax.models.attention_parallel import over_devices
 from rlstab_jax.models.attention_tpu import Segments
 from rlstab_jax.models.config import Kernels, ModelConfig
 from rlstab_jax.models.experts import KERNELS, ExpertWeights
@@ -179,11 +180,13 @@ class Attention(nn.Module):
         stored_k, stored_v = (as_bytes(store(a, self.precision.kv_cache)) for a in (k, v))
         kv = KeyValues(jax.tree.map(lambda a: a.swapaxes(2, 3), stored_k), stored_v)
         if past is None:
-            y = ATTENTION[self.kernels.attention](q, self._load(stored_k), self._load(stored_v), segments)
+            attend = over_devices(ATTENTION[self.kernels.attention], self.kernels.attention, self.layout)
+            y = attend(q, self._load(stored_k), self._load(stored_v), segments)
         else:
             write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=past.column)
             kv = self._laid_out(past.response.over_time(write, kv))
-            y = DECODE_ATTENTION[self.kernels.decode_attention](
+            name = self.kernels.decode_attention
+            y = over_devices(DECODE_ATTENTION[name], name, self.layout)(
                 q,
                 (self._load(past.prompt.k), self._load(past.prompt.v)),
                 (self._load(kv.k), self._load(kv.v)),

@@ -1,4 +1,4 @@
-"""Expert parallelism on 8 virtual devices, in a process of its own, and chunks on one device."""
+"""Experts and fused attention on 8 virtual devices, in a process of its own, and chunks of tokens on one device."""
 
 import os
 import subprocess
@@ -22,10 +22,10 @@ ROOT = Path(__file__).parents[2]
 
 def test_on_eight_devices() -> None:
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "tests.models.experts_on_meshes"]
+    command = [sys.executable, "-m", "tests.models.kernels_on_meshes"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("passed") == 5
+    assert done.stdout.count("passed") == 6
 
 
 def test_chunks_on_one_device() -> None:

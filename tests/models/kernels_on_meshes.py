@@ -1,4 +1,4 @@
-"""Run by test_expert_parallel.py with 8 virtual devices: experts on meshes against all experts on one device."""
+"""Run by test_kernels_on_meshes.py with 8 virtual devices: experts and fused attention on meshes and on one device."""
 
 import re
 from functools import partial
@@ -12,6 +12,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rlstab_jax.models import Precision, fp8, quantised
+from rlstab_jax.models.attention import decode_reference, reference
+from rlstab_jax.models.attention_parallel import over_devices
+from rlstab_jax.models.attention_tpu import decode_splash, splash
 from rlstab_jax.models.expert_parallel import compute
 from rlstab_jax.models.experts import KERNELS, ExpertWeights, Kernel, megablox, ragged
 from rlstab_jax.models.precision import store_weight
@@ -188,9 +191,46 @@ def check_program() -> None:
         assert of_gradient[name].is_equivalent_to(where, 3), name
 
 
+def check_attention() -> None:
+    """Splash, interpreted, on rows and heads that lie on eight devices, against the reference on one."""
+    draw = np.random.default_rng(2)
+    layout = Layout(make_mesh(MeshConfig(2, 1, 2, 2)))
+    rows, prompts, heads, kv_heads, time, c = 8, 4, 4, 2, 20, 8
+
+    def normal(*shape: int) -> np.ndarray:
+        return draw.standard_normal(shape).astype(np.float32)
+
+    def split(kernel: Any) -> Any:
+        return over_devices(partial(kernel, interpret=True), "splash", layout)
+
+    arrays = [normal(rows, heads, time, c), normal(rows, kv_heads, time, c), normal(rows, kv_heads, time, c)]
+    segments = np.minimum(np.arange(time) // (3 + np.arange(rows)[:, None]), 2).astype(np.int32)  # three to a row
+
+    @partial(jax.jit, static_argnums=0)
+    def with_gradient(kernel: Any, arrays: list) -> Any:
+        return jax.value_and_grad(lambda arrays: jnp.sin(kernel(*arrays, segments)).sum())(arrays)
+
+    want, got = with_gradient(reference, arrays), with_gradient(split(splash), arrays)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5, rtol=1e-5), got, want)
+
+    def cache(batch: int, time: int) -> tuple[np.ndarray, np.ndarray]:
+        return normal(batch, kv_heads, c, time), normal(batch, kv_heads, time, c)
+
+    masks = np.arange(6) >= np.arange(prompts)[:, None], np.arange(9) < np.arange(rows)[:, None]
+    step = normal(rows, heads, 1, c), cache(prompts, 6), cache(rows, 9), *masks
+    of = jax.tree.map(lambda a: NamedSharding(layout.mesh, P(layout.rows, *["tensor"][: a.ndim - 3])), step)
+    decode = jax.jit(split(decode_splash)).lower(*jax.device_put(step, of)).compile()
+    np.testing.assert_allclose(decode(*jax.device_put(step, of)), decode_reference(*step), atol=1e-5)
+    assert not collectives(decode.as_text())  # the samples of a prompt lie where its part of the cache does
+    with pytest.raises(UserError, match="'splash' on 3 rows: they do not divide over 4 data-parallel"):
+        split(splash)(*(a[:3] for a in arrays), segments[:3])
+    with pytest.raises(UserError, match=r"'splash' on 1 heads: they do not divide over mesh\.tensor = 2"):
+        split(splash)(arrays[0], arrays[1][:, :1], arrays[2][:, :1], segments)
+
+
 if __name__ == "__main__":
     assert jax.device_count() == 8
     jax.config.update("jax_disable_most_optimizations", True)
-    for check in (check_program, check_equal, check_imbalance, check_inference, check_refusals):
+    for check in (check_program, check_equal, check_imbalance, check_inference, check_refusals, check_attention):
         check()
         print("passed", check.__name__, flush=True)
