@@ -57,9 +57,8 @@ class Engines:
         """The engines that make batches: on the devices set aside, or else these."""
         if self.rollout_mesh is None:
             return self
-        mesh = {"mesh": self.rollout_mesh}
-        inference, training = self.inference.clone(**mesh), self.training.clone(**mesh)
-        return dataclasses.replace(self, **mesh, inference=inference, training=training)
+        inference, training = (model.clone(mesh=self.rollout_mesh) for model in (self.inference, self.training))
+        return dataclasses.replace(self, mesh=self.rollout_mesh, inference=inference, training=training)
 
     @property
     def overlaps(self) -> bool:
