@@ -49,9 +49,9 @@ def accuracy(
         support=support,
         record_routes=False,
     )
-    rollout = take_rows(rollout, jnp.arange(prompts * samples))
+    rollout = take_rows(on_host(rollout), jnp.arange(prompts * samples))
     _, rewards = judge(engines.task, asked, rollout)
-    return Accuracy(float(rewards.total.mean()), float(on_host(rollout.response_mask.sum(1)).mean()))
+    return Accuracy(float(rewards.total.mean()), float(rollout.response_mask.sum(1).mean()))
 
 
 def evaluation_sampling(engines: Engines) -> tuple[Sampling, int]:
