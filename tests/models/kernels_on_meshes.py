@@ -1,5 +1,6 @@
 """Run by test_kernels_on_meshes.py with 8 virtual devices: experts and fused attention on meshes and on one device."""
 
+import math
 import re
 from functools import partial
 from typing import Any
@@ -140,20 +141,28 @@ def check_refusals() -> None:
 
 def collectives(program: str) -> list[tuple[str, tuple[int, ...], np.ndarray]]:
     """Name, shape of the result, and groups of devices of each collective in a compiled program."""
-    found = []
-    pattern = (
-        r"= \(?\w+\[([\d,]*)\].*? (all-gather|reduce-scatter|all-reduce|all-to-all)(?:-start)?\(.*replica_groups=(\S+)"
-    )
-    for shape, name, groups in re.findall(pattern, program):
-        if groups.startswith("{"):
-            members = np.array([[int(n) for n in g.split(",")] for g in re.findall(r"{([\d,]+)}", groups)])
-        else:
-            of, dims, order = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", groups).groups()
-            of, dims = ([int(n) for n in part.split(",")] for part in (of, dims))
-            order = [int(n) for n in order.split(",")] if order else range(len(dims))
-            members = np.arange(np.prod(dims)).reshape(dims).transpose(order).reshape(of)
-        found.append((name, tuple(int(n) for n in shape.split(",") if n), members))
-    return found
+    kinds = r"(all-gather|reduce-scatter|all-reduce|all-to-all)(?:-start)?"
+    groups = r"replica_groups=(mesh\[[^\]]*\] {[^}]*}|\S+)"
+    found = re.findall(rf"= \(?\w+\[([\d,]*)\].*? {kinds}\(.*{groups}", program)
+    return [(name, tuple(int(n) for n in shape.split(",") if n), members(text)) for shape, name, text in found]
+
+
+def members(text: str) -> np.ndarray:
+    """Replica groups, one a row, from any of the three ways in which XLA writes them."""
+    if text.startswith("{"):  # {{0,1},{2,3}}
+        return np.array([[int(n) for n in group.split(",")] for group in re.findall(r"{([\d,]+)}", text)])
+    if text.startswith("mesh"):  # mesh['data'=2,'fsdp'=2] {'fsdp'}
+        mesh, along = text.split("] ")
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
+        inner = re.findall(r"'(\w+)'", along)
+        order = [list(sizes).index(name) for name in (*(name for name in sizes if name not in inner), *inner)]
+        grid = np.arange(math.prod(sizes.values())).reshape([*sizes.values()])
+        return grid.transpose(order).reshape(-1, math.prod(sizes[name] for name in inner))
+    # [2,2]<=[2,2]T(1,0)
+    shape, dims, order = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
+    shape, dims = ([int(n) for n in part.split(",")] for part in (shape, dims))
+    axes = [int(n) for n in order.split(",")] if order else range(len(dims))
+    return np.arange(math.prod(dims)).reshape(dims).transpose(axes).reshape(shape)
 
 
 def check_program() -> None:
