@@ -1,6 +1,5 @@
 """From the training engine's float32 parameters to the stored weights of an inference engine, once per rollout."""
 
-import math
 from functools import partial
 
 import jax
@@ -8,9 +7,9 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from rlstab_jax.models.precision import Precision, saturate, store_weight
-from rlstab_jax.models.sharding import logical_axes
+from rlstab_jax.models.sharding import logical_axes, scale_axes
 from rlstab_jax.models.transformer import SCALE
-from rlstab_jax.parallel.sharding import INFERENCE, TRAINING, constrain, partition_spec
+from rlstab_jax.parallel.sharding import INFERENCE, TRAINING, constrain
 
 
 @partial(jax.jit, static_argnames=("precision", "mesh"))
@@ -55,18 +54,3 @@ def prepare(params: dict, precision: Precision, mesh: Mesh | None = None) -> dic
         if scale is not None:
             scales[path] = scale
     return {"params": traverse_util.unflatten_dict(values), SCALE: traverse_util.unflatten_dict(scales)}
-
-
-def scale_axes(
-    names: tuple[str, ...], weight: jax.Array, scale: jax.Array, precision: Precision, mesh: Mesh
-) -> tuple[str | None, ...]:
-    """Logical names of a scale's dimensions: its weight's where each device's values have scales of their own."""
-
-    def own(name: str, size: int, scales: int) -> bool:
-        axes = partition_spec((name,), INFERENCE)[0]
-        axes = (axes,) if isinstance(axes, str) else axes or ()
-        parts = math.prod(mesh.shape[axis] for axis in axes)
-        return scales == size or size % (parts * precision.block) == 0
-
-    shapes = zip(names, weight.shape, scale.shape, strict=True)
-    return tuple(name if scales > 1 and own(name, size, scales) else None for name, size, scales in shapes)

@@ -100,7 +100,9 @@ def sample_batch(
     rows = prompts.shape[0] * samples_per_prompt
     repeat = partial(jnp.repeat, repeats=samples_per_prompt, axis=0)
     prompt_mask = jnp.asarray(prompt_mask)
-    sampling = sampling.per_row(rows)
+    rows_over_devices = model.layout.constrain_rows
+    prompts, prompt_mask = rows_over_devices((prompts, prompt_mask))
+    keys, sampling = rows_over_devices((keys, sampling.per_row(rows)))
     filled = prefill(model, variables, prompts, prompt_mask)
     lengths = windows(response_length - 1)
     slots = Slots(
@@ -130,7 +132,7 @@ def sample_batch(
     routes = None
     if records.routes is not None and filled.routes is not None:
         routes = jnp.concatenate([jnp.repeat(filled.routes, samples_per_prompt, axis=1), records.routes], axis=2)
-    return Rollout(
+    rollout = Rollout(
         tokens=jnp.concatenate([repeat(prompts), tokens], axis=1),
         prompt_mask=repeat(prompt_mask),
         response_mask=mask,
@@ -140,3 +142,4 @@ def sample_batch(
         temperature=sampling.temperature,
         support=None if records.support is None or first.support is None else joined(first.support, records.support),
     )
+    return rows_over_devices(rollout)

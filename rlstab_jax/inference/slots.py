@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -102,13 +103,14 @@ def empty_records(
     config = model.config
     narrow = route_dtype(config.num_experts)
     routes = (config.num_moe_layers, slots, steps, config.experts_per_token)
-    return Records(
+    records = Records(
         tokens=jnp.broadcast_to(sampling.pad_id[:, None], (slots, steps)),
         log_probs=jnp.zeros((slots, steps), jnp.float32),
         mask=jnp.zeros((slots, steps), bool),
         routes=jnp.full(routes, config.num_experts, narrow) if record_routes and config.num_moe_layers else None,
         support=jnp.full((slots, steps, min(support, config.vocab_size)), config.vocab_size) if support else None,
     )
+    return cast(Records, model.layout.constrain_rows(records))
 
 
 def first_draw(slots: Slots, logits: Float[Array, "slots vocab"], support: int) -> tuple[Slots, Draw]:

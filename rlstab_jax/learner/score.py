@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from rlstab_jax.learner.head import head_log_probs
 from rlstab_jax.learner.packing import Packing, packed_forward
+from rlstab_jax.models.sharding import laid_out
 from rlstab_jax.models.transformer import Routing, Transformer, forward
 from rlstab_jax.stability.reduce import Mean, Statistics, mean_of
 from rlstab_jax.stability.routing import margin_statistics
@@ -65,6 +66,8 @@ def policy_scores(
 
     Also returns the whole routing, for diagnostics and router losses; what nobody uses is never computed.
     """
+    rollout, routes, packing = model.layout.constrain_rows((rollout, routes, packing))
+    variables = variables | {"params": laid_out(variables["params"], model.layout)}
     if packing is None:
         output = forward(model, variables, rollout.tokens[:, :-1], rollout.fed_mask, routes)
     else:
@@ -141,7 +144,9 @@ def score(
         margin, load = (None, None) if routing is None else (routing.margin, routing.sums.load)
         return scores, score_statistics(part, scores.entropy, margin, load)
 
+    on_rows = model.layout.constrain_rows
     if micro_batches == 1:
-        return one((rollout, packing))
+        scores, statistics = one((rollout, packing))
+        return on_rows(scores), statistics
     scores, statistics = jax.lax.map(one, split_rows((rollout, packing), micro_batches))
-    return join_rows(scores), jax.tree.map(lambda leaf: leaf.sum(0), statistics)
+    return on_rows(join_rows(scores)), jax.tree.map(lambda leaf: leaf.sum(0), statistics)

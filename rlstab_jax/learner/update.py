@@ -14,6 +14,7 @@ from rlstab_jax.learner.packing import Packing
 from rlstab_jax.learner.score import PolicyScores, policy_scores, replayed_routes
 from rlstab_jax.models.precision import Precision
 from rlstab_jax.models.remat import Remat
+from rlstab_jax.models.sharding import laid_out
 from rlstab_jax.models.transformer import RouterSums, Routing, Transformer
 from rlstab_jax.objectives import Objective, coefficients, surrogate
 from rlstab_jax.stability.gaps import first_order, staleness, trust_statistics, weight_statistics
@@ -151,6 +152,7 @@ def update(
     Returns:
       The new state, unreduced statistics (to merge over a step's updates), and the measures of this update alone.
     """
+    minibatch = model.layout.constrain_rows(minibatch)
     rollout = minibatch.rollout
     # Group numbers in [0, rows), as objectives expect: the first row of each group.
     groups = jnp.argmax(minibatch.groups[:, None] == minibatch.groups[None, :], axis=1)
@@ -172,6 +174,7 @@ def update(
         load, tokens = _whole_load(model, state.params, part, micro_batches, logits_per_chunk)
 
     def loss(params: dict, part: "_Part") -> tuple[Array, Statistics]:
+        part = model.layout.constrain_rows(part)
         target, routing = _scores(model, params, part, logits_per_chunk)
         scores = dataclasses.replace(
             part.scores, target=target.log_probs, entropy=target.entropy, router_target=target.router
@@ -183,6 +186,7 @@ def update(
 
     value, statistics, gradient = accumulate(loss, state.params, part, micro_batches)
     state, measures = apply_gradient(state, gradient, numbers)
+    state = dataclasses.replace(state, params=laid_out(state.params, model.layout))
     if packing is not None:
         measures["learner/packed_rows"] = jnp.float32(packing.source.shape[0])
     return state, statistics, {"learner/loss": value, **measures}

@@ -1,6 +1,6 @@
 """Splash attention, JAX's fused attention in Pallas for TPUs: over whole sequences, and in a decode step.
 
-On a mesh, call them inside `jax.shard_map` over batch and heads (``check_vma=False``): compilers cannot split a kernel.
+On a mesh they are called by `attention_parallel.over_devices`.
 """
 
 import jax

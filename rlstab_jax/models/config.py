@@ -24,6 +24,9 @@ class Kernels:
     """reference anywhere; splash needs TPUs."""
     decode_experts: Literal["auto", "dense", "tiles", "grouped", "ragged_dot", "megablox", "tokamax"] = "auto"
     """grouped moves no weights; the others are those of ``experts``."""
+    expert_chunk: int = 0
+    """Tokens that the experts of a layer compute at once, on a mesh those of all devices along ``expert``: bounds their
+    memory, since each may have to take all of them. 0 = all."""
 
     def for_inference(self) -> "Kernels":
         """Those of an inference engine, which needs no gradients: its prefill uses the experts of its decode steps."""
@@ -48,8 +51,7 @@ def has_tokamax() -> bool:
 def resolve_kernels(kernels: Kernels, platform: str) -> Kernels:
     """Replaces ``auto`` by what suits the hardware. Raises UserError where an explicit kernel does not exist there.
 
-    ``auto`` is never a fused kernel of a library: compilers cannot split these over a mesh, and their speed has not
-    been measured.
+    ``auto`` is never a fused kernel of a library: their speed has not been measured.
 
     Args:
       kernels: the configured ones.
@@ -61,6 +63,8 @@ def resolve_kernels(kernels: Kernels, platform: str) -> Kernels:
         "decode_attention": "reference",
         "decode_experts": "ragged_dot" if platform == "tpu" else "grouped",
     }
+    if kernels.expert_chunk < 0:
+        raise UserError(f"kernels.expert_chunk = {kernels.expert_chunk}: expected tokens, or 0 for all at once")
     for name, instead in best.items():
         kernel = getattr(kernels, name)
         needed = _PLATFORM.get(kernel, platform)

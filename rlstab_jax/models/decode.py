@@ -50,9 +50,9 @@ def decode_step(
     extended: list[Past] = []
     routing: list[Routing] = []
     kinds = [moe for kinds, repeats in model.config.segments for moe in kinds * repeats]
-    x = x[:, None]
+    x = model.layout.constrain(x[:, None], "batch", "time", "embed")
     for moe, variables, past in zip(kinds, layers, pasts, strict=True):
-        block = Block(model.config, moe, model.precision, model.kernels)
+        block = Block(model.config, moe, model.precision, model.kernels, model.layout)
         recorded = routes[len(routing)] if moe and routes is not None else None
         outputs: Any = block.apply(variables, x, positions[:, None], fed[:, None], recorded, past)
         x, response, of_layer = outputs

@@ -4,6 +4,7 @@
 whole tiles, so that shapes are static and no token is dropped. `grouped` pads each expert's share to the largest.
 `ragged` multiplies with `jax.lax.ragged_dot`, a real kernel on TPU, or with one that takes its place: `megablox` on
 TPU, `tokamax` on GPU. An expert number equal to ``num_experts`` means "not dispatched": padding never loads an expert.
+All return sums in float32, which the caller rounds, once, whether they came from one device or from several.
 """
 
 import math
@@ -24,20 +25,30 @@ from rlstab_jax.types import UserError
 
 @struct.dataclass
 class ExpertWeights:
-    """Stacked weights of all experts: ``gate`` and ``up`` [E, d, f], ``down`` [E, f, d]."""
+    """Stacked weights of experts: ``gate`` and ``up`` [E, d, f], ``down`` [E, f, d].
+
+    Where ``devices`` share a layer's experts, these are the E of one of them, and the others' are "not dispatched".
+    """
 
     gate: Stored
     up: Stored
     down: Stored
+    devices: int = struct.field(pytree_node=False, default=1)
 
     @property
     def num_experts(self) -> int:
         return self.gate.values.shape[0]
 
+    @property
+    def in_layer(self) -> int:
+        """The experts that the tokens are spread over."""
+        return self.num_experts * self.devices
+
 
 Tokens = Float[Array, "tokens d"]
 Experts = Int[Array, "tokens k"]
 Gates = Float[Array, "tokens k"]
+Sums = Float[Array, "tokens d"]
 
 
 def swiglu(x: Array, weights: ExpertWeights, precision: Precision, product: Callable = matmul) -> Array:
@@ -47,14 +58,13 @@ def swiglu(x: Array, weights: ExpertWeights, precision: Precision, product: Call
     return product(hidden, weights.down, precision, precision.dtype)
 
 
-def dense(x: Tokens, experts: Experts, gates: Gates, weights: ExpertWeights, precision: Precision) -> Tokens:
+def dense(x: Tokens, experts: Experts, gates: Gates, weights: ExpertWeights, precision: Precision) -> Sums:
     """The reference: all experts on all tokens, of which each token keeps those that it chose."""
     chosen = jax.nn.one_hot(experts, weights.num_experts, dtype=jnp.float32)  # the sentinel becomes a row of zeros
     combine = jnp.einsum("tk,tke->et", gates, chosen)
     y = swiglu(jnp.broadcast_to(x, (weights.num_experts, *x.shape)), weights, precision)
     y = jnp.where((chosen.sum(1) > 0).T[..., None], y, 0.0)  # what was not chosen is never read, were it infinite
-    y = jnp.einsum("et,etd->td", combine, y.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-    return saturate(y, x.dtype)
+    return jnp.einsum("et,etd->td", combine, y.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
 
 def tile_size(assignments: int, num_experts: int) -> int:
@@ -62,11 +72,11 @@ def tile_size(assignments: int, num_experts: int) -> int:
     return int(np.clip(2 ** math.floor(math.log2(max(assignments / num_experts / 2, 1))), 8, 128))
 
 
-def tiles(x: Tokens, experts: Experts, gates: Gates, weights: ExpertWeights, precision: Precision) -> Tokens:
+def tiles(x: Tokens, experts: Experts, gates: Gates, weights: ExpertWeights, precision: Precision) -> Sums:
     """Sorts tokens by expert into tiles that hold tokens of one expert each; one product per tile."""
     num_tokens, k = experts.shape
     num_experts = weights.num_experts
-    tile = tile_size(num_tokens * k, num_experts)
+    tile = tile_size(num_tokens * k, weights.in_layer)
     # Each expert leaves at most one tile that is not full.
     num_tiles = -(-num_tokens * k // tile) + min(num_experts, num_tokens * k)
     flat = experts.reshape(-1)
@@ -91,7 +101,7 @@ def tiles(x: Tokens, experts: Experts, gates: Gates, weights: ExpertWeights, pre
 
     tiled = _dispatch(x, source, slot).reshape(num_tiles, tile, -1)
     y = swiglu(tiled, weights, precision, partial(_tile_product, owner=owner))
-    return saturate(_combine(y.reshape(num_tiles * tile, -1), gates, source, slot), x.dtype)
+    return _combine(y.reshape(num_tiles * tile, -1), gates, source, slot)
 
 
 def _tile_product(x: Array, weight: Stored, precision: Precision, out: str, owner: Array) -> Array:
@@ -99,7 +109,7 @@ def _tile_product(x: Array, weight: Stored, precision: Precision, out: str, owne
     values = weight.values
     if weight.scale is None:  # cast before the gather: fewer numbers
         values = saturate(values, precision.dtype)
-    return matmul(x, Stored(_owned(values, owner), scale), precision, out)
+    return matmul(x, Stored(_owned(values, owner), scale, weight.across), precision, out)
 
 
 @jax.custom_vjp
@@ -140,7 +150,7 @@ _dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 
 
 @jax.custom_vjp
-def _combine(y: Float[Array, "slots d"], gates: Gates, source: Int[Array, "slots"], slot: Experts) -> Tokens:
+def _combine(y: Float[Array, "slots d"], gates: Gates, source: Int[Array, "slots"], slot: Experts) -> Sums:
     """sum_k gates[t, k] * y[slot[t, k]] in float32; not dispatched assignments give 0. Gradients are gathers."""
     picked = y.at[slot].get(mode="fill", fill_value=0).astype(jnp.float32)
     return jnp.einsum("tk,tkd->td", gates, picked)
@@ -167,7 +177,7 @@ def group_sizes(tokens: int, k: int, num_experts: int) -> list[int]:
     return sorted({min(tokens, -(-math.ceil(mean * factor) // 8) * 8) for factor in (1.125, 1.25, 1.375, 1.5, 2)})
 
 
-def grouped(x: Tokens, experts: Experts, gates: Gates, weights: ExpertWeights, precision: Precision) -> Tokens:
+def grouped(x: Tokens, experts: Experts, gates: Gates, weights: ExpertWeights, precision: Precision) -> Sums:
     """One batched product over all experts, each with its tokens padded to the largest share.
 
     That size is chosen at run time from a few static ones. It moves no weights, which makes it faster than `tiles`; it
@@ -176,21 +186,21 @@ def grouped(x: Tokens, experts: Experts, gates: Gates, weights: ExpertWeights, p
     """
     num_tokens, k = experts.shape
     num_experts = weights.num_experts
-    if num_tokens * k < num_experts:  # most experts have nothing to do, and their weights need not be read
+    if num_tokens * k < weights.in_layer:  # most experts have nothing to do, and their weights need not be read
         return tiles(x, experts, gates, weights, precision)
     flat = experts.reshape(-1)
     one_hot = flat[:, None] == jnp.arange(num_experts)
     rank = jnp.where(one_hot, jnp.cumsum(one_hot, axis=0, dtype=jnp.int32), 0).sum(1) - 1
     largest = one_hot.sum(0, dtype=jnp.int32).max()
-    sizes = group_sizes(num_tokens, k, num_experts)
+    sizes = group_sizes(num_tokens, k, weights.in_layer)
 
-    def with_size(size: int) -> Tokens:
+    def with_size(size: int) -> Sums:
         slots = num_experts * size
         slot = jnp.where(flat == num_experts, slots, flat * size + rank)
         source = jnp.full(slots, num_tokens, jnp.int32)
         source = source.at[slot].set(jnp.arange(num_tokens * k, dtype=jnp.int32) // k, mode="drop")
         y = swiglu(_dispatch(x, source, slot.reshape(num_tokens, k)).reshape(num_experts, size, -1), weights, precision)
-        return saturate(_combine(y.reshape(slots, -1), gates, source, slot.reshape(num_tokens, k)), x.dtype)
+        return _combine(y.reshape(slots, -1), gates, source, slot.reshape(num_tokens, k))
 
     fits = (largest > jnp.array(sizes)).sum()
     uneven = [] if sizes[-1] == num_tokens else [partial(tiles, x, experts, gates, weights, precision)]
@@ -204,7 +214,7 @@ def ragged(
     weights: ExpertWeights,
     precision: Precision,
     grouped_dot: Callable[..., Array] = jax.lax.ragged_dot,
-) -> Tokens:
+) -> Sums:
     """Sorts tokens by expert and multiplies with ``grouped_dot``, `jax.lax.ragged_dot` or one with its arguments."""
     num_tokens, k = experts.shape
     flat = experts.reshape(-1)
@@ -220,14 +230,14 @@ def ragged(
     product = partial(_ragged_product, dot=dot, experts=sorted_experts)
     y = swiglu(x[order // k], weights, precision, product).astype(jnp.float32)
     y = jnp.zeros_like(y).at[order].set(y).reshape(num_tokens, k, -1)
-    return saturate(jnp.einsum("tk,tkd->td", gates, y), x.dtype)
+    return jnp.einsum("tk,tkd->td", gates, y)
 
 
 def _ragged_product(
     x: Array, weight: Stored, precision: Precision, out: str, dot: Callable[..., Array], experts: Array
 ) -> Array:
     scale = None if weight.scale is None else jnp.moveaxis(weight.scale[experts], 1, 0)
-    return scaled_product(x, weight.values, scale, precision, out, dot)
+    return scaled_product(x, weight.values, scale, precision, out, dot, weight.across)
 
 
 Rows = Float[Array, "rows in"]
@@ -299,7 +309,8 @@ def _check_operands(kernel: str, x: Array, *supported: Any) -> None:
         )
 
 
-KERNELS: dict[str, Callable[[Array, Array, Array, ExpertWeights, Precision], Array]] = {
+Kernel = Callable[[Tokens, Experts, Gates, ExpertWeights, Precision], Sums]
+KERNELS: dict[str, Kernel] = {
     "dense": dense,
     "tiles": tiles,
     "grouped": grouped,

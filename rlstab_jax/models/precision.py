@@ -130,11 +130,14 @@ def saturating(op: Callable[[Array, Array], Array], x: Array, y: Array) -> Array
 class Stored:
     """A tensor at rest: ``values`` and, if quantised, a float32 ``scale`` of equal rank.
 
-    In each axis there are as many scales as values, or one for all of them, or one for each block of them.
+    In each axis there are as many scales as values, or one for all of them, or one for each block of them. Inside
+    `jax.shard_map`, ``across`` is the mesh axis that splits the contracted dimension of a weight within what shares a
+    scale: the activations that it is multiplied with share theirs over that axis too.
     """
 
     values: Array
     scale: Float[Array, "..."] | None = None
+    across: str | None = struct.field(pytree_node=False, default=None)
 
     def load(self, dtype: jnp.dtype | str = jnp.float32, block: int = 1) -> Array:
         """The numbers that the stored values stand for, in ``dtype``. ``block`` is the side of a block, if any."""
@@ -171,25 +174,27 @@ def spread(scale: Float[Array, "..."], shape: tuple[int, ...], block: int) -> Fl
     return scale
 
 
-def store(x: Float[Array, "..."], format: Format, axis: int = -1) -> Stored:
-    """Quantises with one scale per slice along ``axis``."""
+def store(x: Float[Array, "..."], format: Format, axis: int = -1, across: str | None = None) -> Stored:
+    """Quantises with one scale per slice along ``axis``; the mesh axis ``across`` continues it on other devices."""
     if format == "none":
         return Stored(x)
     x = _normal(x)
-    scale = _scale(jnp.max(jnp.abs(x), axis=axis, keepdims=True), format)
+    scale = _scale(_over(jnp.max(jnp.abs(x), axis=axis, keepdims=True), across), format)
     return Stored(_narrow(x / scale, format), scale)
 
 
-def store_blocks(x: Float[Array, "*batch rows columns"], format: Format, height: int, width: int) -> Stored:
+def store_blocks(
+    x: Float[Array, "*batch rows columns"], format: Format, height: int, width: int, across: str | None = None
+) -> Stored:
     """Quantises with one scale per block of ``height`` x ``width`` numbers; blocks at the end may be smaller."""
     if format == "none":
         return Stored(x)
     x = _normal(x)
     *batch, rows, columns = x.shape
-    down, across = -(-rows // height), -(-columns // width)
-    padding = [(0, 0)] * len(batch) + [(0, down * height - rows), (0, across * width - columns)]
-    blocks = jnp.pad(jnp.abs(x), padding).reshape(*batch, down, height, across, width)
-    scale = _scale(blocks.max((-3, -1)), format)
+    high, wide = -(-rows // height), -(-columns // width)
+    padding = [(0, 0)] * len(batch) + [(0, high * height - rows), (0, wide * width - columns)]
+    blocks = jnp.pad(jnp.abs(x), padding).reshape(*batch, high, height, wide, width)
+    scale = _scale(_over(blocks.max((-3, -1)), across), format)
     tall = jnp.repeat(scale, height, -2)[..., :rows, :]
     return Stored(_narrow(x / jnp.repeat(tall, width, -1)[..., :columns], format), scale)
 
@@ -201,11 +206,11 @@ def store_weight(weight: Float[Array, "..."], precision: Precision, transposed: 
     return store(weight, precision.weights, axis=-1 if transposed else -2)
 
 
-def store_activations(x: Float[Array, "*batch tokens in"], precision: Precision) -> Stored:
-    """The inputs of a product as an engine stores them."""
+def store_activations(x: Float[Array, "*batch tokens in"], precision: Precision, across: str | None = None) -> Stored:
+    """The inputs of a product as an engine stores them; ``across`` as in `Stored`."""
     if precision.scales == "block":
-        return store_blocks(x, precision.activations, 1, precision.block)
-    return store(x, precision.activations)
+        return store_blocks(x, precision.activations, 1, precision.block, across)
+    return store(x, precision.activations, across=across)
 
 
 def take(weight: Stored, rows: Int[Array, "*batch"], precision: Precision) -> Float[Array, "*batch columns"]:
@@ -221,6 +226,11 @@ def _normal(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """``x`` in float32, without numbers that some processors would take for 0."""
     x = x.astype(jnp.float32)
     return jnp.where(jnp.abs(x) < TINY, 0.0, x)
+
+
+def _over(amax: Float[Array, "..."], across: str | None) -> Float[Array, "..."]:
+    """The largest of the devices along a mesh axis."""
+    return amax if across is None else jax.lax.pmax(amax, across)
 
 
 def _scale(amax: Float[Array, "..."], format: Format) -> Float[Array, "..."]:
@@ -242,7 +252,7 @@ def matmul(x: Float[Array, "*batch rows in"], weight: Stored, precision: Precisi
     Rows are tokens; ``weight.scale`` is [..., 1 or blocks of in, out or blocks of out] or None.
     """
     scale = None if weight.scale is None else jnp.moveaxis(weight.scale, -2, 0)[..., None, :]
-    return scaled_product(x, weight.values, scale, precision, out, jnp.matmul)
+    return scaled_product(x, weight.values, scale, precision, out, jnp.matmul, weight.across)
 
 
 def scaled_product(
@@ -252,6 +262,7 @@ def scaled_product(
     precision: Precision,
     out: str,
     dot: Callable[..., Array],
+    across: str | None = None,
 ) -> Array:
     """``dot(x, weight)`` in an engine's precision, in dtype ``out``.
 
@@ -261,6 +272,7 @@ def scaled_product(
       scale: their scales, the blocks of ``in`` in front (1 by channel), which broadcast to the result once they are
         spread over its columns.
       dot: `jnp.matmul` or one with its keywords ``precision`` and ``preferred_element_type``.
+      across: of the weight, as in `Stored`.
     """
     if precision.activations == "none" and scale is None:
         # float32 means float32: accelerators would otherwise round the operands of a product to bf16 or tf32.
@@ -269,7 +281,7 @@ def scaled_product(
         sums = "float32" if out == "float16" else out
         x, weight = saturate(x, precision.dtype), saturate(weight, precision.dtype)
         return saturate(dot(x, weight, precision=exact, preferred_element_type=jnp.dtype(sums)), out)
-    stored = store_activations(x, precision)
+    stored = store_activations(x, precision, across)
     size, columns = weight.shape[-2:]
     width = precision.block if precision.scales == "block" else size
 

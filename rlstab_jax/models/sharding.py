@@ -1,7 +1,19 @@
 """Logical names of the model's parameters, which the tables of `parallel.sharding` map to mesh axes."""
 
-import jax
+from typing import cast
 
+import jax
+from jax.sharding import Mesh
+
+from rlstab_jax.models.precision import Precision
+from rlstab_jax.parallel.sharding import INFERENCE, Layout, partition_spec, parts_of, shardings
+
+# Of one layer's `ExpertWeights`.
+EXPERTS = {
+    "gate": ("experts", "embed", "expert_mlp"),
+    "up": ("experts", "embed", "expert_mlp"),
+    "down": ("experts", "expert_mlp", "embed"),
+}
 # By the last two names of a parameter's path; what repeats (layers) has one more dimension in front.
 _NAMES: dict[tuple[str, str], tuple[str, ...]] = {
     ("q", "kernel"): ("embed", "heads"),
@@ -14,9 +26,7 @@ _NAMES: dict[tuple[str, str], tuple[str, ...]] = {
     ("mlp_norm", "gain"): ("embed",),
     ("final_norm", "gain"): ("embed",),
     ("router", "kernel"): ("embed", "experts"),
-    ("moe", "gate"): ("experts", "embed", "expert_mlp"),
-    ("moe", "up"): ("experts", "embed", "expert_mlp"),
-    ("moe", "down"): ("experts", "expert_mlp", "embed"),
+    **{("moe", name): axes for name, axes in EXPERTS.items()},
     ("gate", "kernel"): ("embed", "mlp"),
     ("up", "kernel"): ("embed", "mlp"),
     ("down", "kernel"): ("mlp", "embed"),
@@ -45,3 +55,25 @@ def logical_axes(params: dict) -> dict:
         return names
 
     return jax.tree_util.tree_map_with_path(name, params)
+
+
+def laid_out(params: dict, layout: Layout) -> dict:
+    """``params`` laid out by a table, and with them their gradient, which compilers would leave whole everywhere."""
+    if layout.mesh is None or not layout.splits:
+        return params
+    return cast(
+        dict, jax.lax.with_sharding_constraint(params, shardings(layout.mesh, logical_axes(params), layout.rules))
+    )
+
+
+def scale_axes(
+    names: tuple[str, ...], weight: jax.Array, scale: jax.Array, precision: Precision, mesh: Mesh
+) -> tuple[str | None, ...]:
+    """Logical names of a scale's dimensions: its weight's where each device's values have scales of their own."""
+
+    def own(name: str, size: int, scales: int) -> bool:
+        parts = parts_of(mesh, partition_spec((name,), INFERENCE)[0])
+        return scales == size or size % (parts * precision.block) == 0
+
+    shapes = zip(names, weight.shape, scale.shape, strict=True)
+    return tuple(name if scales > 1 and own(name, size, scales) else None for name, size, scales in shapes)

@@ -14,15 +14,28 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from rlstab_jax.models import experts as expert_kernels
+from rlstab_jax.models import expert_parallel
 from rlstab_jax.models.attention import ATTENTION, DECODE_ATTENTION
+from rlstab_jax.models.attention_parallel import over_devices
 from rlstab_jax.models.attention_tpu import Segments
 from rlstab_jax.models.config import Kernels, ModelConfig
-from rlstab_jax.models.experts import ExpertWeights
-from rlstab_jax.models.precision import Precision, Stored, as_bytes, from_bytes, matmul, saturating, store, take
+from rlstab_jax.models.experts import KERNELS, ExpertWeights
+from rlstab_jax.models.precision import (
+    Precision,
+    Stored,
+    as_bytes,
+    from_bytes,
+    matmul,
+    saturate,
+    saturating,
+    store,
+    take,
+)
 from rlstab_jax.models.remat import Remat, recomputed, residual
+from rlstab_jax.parallel.sharding import TRAINING, Layout, Rules
 from rlstab_jax.types import Routes, route_dtype
 
 # Quantised weights travel as two collections: "params" holds the stored values, SCALE their scales, by the same names.
@@ -133,6 +146,7 @@ class Attention(nn.Module):
     config: ModelConfig
     precision: Precision
     kernels: Kernels
+    layout: Layout = Layout()
 
     @nn.compact
     def __call__(
@@ -155,7 +169,8 @@ class Attention(nn.Module):
             y = RMSNorm(cfg.norm_eps, name=f"{name}_norm")(y) if norm == "projection" else y
             y = y.reshape(batch, time, heads, cfg.head_dim)
             y = RMSNorm(cfg.norm_eps, name=f"{name}_norm")(y) if norm == "head" else y
-            return y.swapaxes(1, 2)
+            split = "heads" if name == "q" else "kv_heads"
+            return self.layout.constrain(y.swapaxes(1, 2), "batch", split, "time", "head_dim")
 
         q = project("q", cfg.num_heads, cfg.qk_norm)
         k = project("k", cfg.num_kv_heads, cfg.qk_norm)
@@ -165,11 +180,13 @@ class Attention(nn.Module):
         stored_k, stored_v = (as_bytes(store(a, self.precision.kv_cache)) for a in (k, v))
         kv = KeyValues(jax.tree.map(lambda a: a.swapaxes(2, 3), stored_k), stored_v)
         if past is None:
-            y = ATTENTION[self.kernels.attention](q, self._load(stored_k), self._load(stored_v), segments)
+            attend = over_devices(ATTENTION[self.kernels.attention], self.kernels.attention, self.layout)
+            y = attend(q, self._load(stored_k), self._load(stored_v), segments)
         else:
             write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=past.column)
-            kv = past.response.over_time(write, kv)
-            y = DECODE_ATTENTION[self.kernels.decode_attention](
+            kv = self._laid_out(past.response.over_time(write, kv))
+            name = self.kernels.decode_attention
+            y = over_devices(DECODE_ATTENTION[name], name, self.layout)(
                 q,
                 (self._load(past.prompt.k), self._load(past.prompt.v)),
                 (self._load(kv.k), self._load(kv.v)),
@@ -178,6 +195,10 @@ class Attention(nn.Module):
             )
         y = y.swapaxes(1, 2).reshape(batch * time, cfg.num_heads * cfg.head_dim)
         return Linear(d, self.precision, name="o")(y).reshape(batch, time, d), kv
+
+    def _laid_out(self, kv: KeyValues) -> KeyValues:
+        """A cache's rows and heads lie where those of the queries do."""
+        return jax.tree.map(lambda a: self.layout.constrain(a, "batch", "kv_heads", None, None), kv)
 
     def _load(self, stored: Stored) -> Array:
         return from_bytes(stored, self.precision.kv_cache).load(self.precision.dtype)
@@ -214,6 +235,8 @@ class MoE(nn.Module):
     config: ModelConfig
     precision: Precision
     kernel: str
+    chunk: int = 0
+    layout: Layout = Layout()
 
     @nn.compact
     def __call__(
@@ -236,11 +259,15 @@ class MoE(nn.Module):
             used = jnp.where(token_fed, used, cfg.num_experts)
             gates = jnp.where(token_fed, gates, 0.0)
         with jax.named_scope("experts"):
-            y = expert_kernels.KERNELS[self.kernel](flat, used, gates, self._weights(d), self.precision)
+            kernel = KERNELS[self.kernel]
+            sums = expert_parallel.compute(
+                kernel, flat, used, gates, self._weights(d), self.precision, self.layout, self.chunk
+            )
+            y = saturate(sums, x.dtype)
         narrow = route_dtype(cfg.num_experts)
         shape = (batch, time, cfg.experts_per_token)
         one_hot = used[..., None] == jnp.arange(cfg.num_experts)
-        sums = RouterSums(
+        router_sums = RouterSums(
             load=one_hot.sum((0, 1), dtype=jnp.float32),
             probability=jnp.where(token_fed, jnp.exp(log_probs), 0.0).sum(0),
             z=jnp.where(token_fed, normaliser**2, 0.0).sum(),
@@ -252,7 +279,7 @@ class MoE(nn.Module):
             live=jnp.where(token_fed, live, cfg.num_experts).astype(narrow).reshape(shape),
             margin=margin.reshape(batch, time),
             log_probs=jnp.where(token_fed, chosen, 0.0).reshape(shape),
-            sums=sums,
+            sums=router_sums,
         )
         return y.reshape(batch, time, d), routing
 
@@ -292,6 +319,7 @@ class Block(nn.Module):
     moe: bool
     precision: Precision
     kernels: Kernels
+    layout: Layout = Layout()
 
     @nn.compact
     def __call__(
@@ -304,18 +332,23 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "batch time d"], KeyValues, Routing | None]:
         cfg = self.config
         with jax.named_scope("attention"):
-            y, kv = Attention(cfg, self.precision, self.kernels, name="attention")(
+            y, kv = Attention(cfg, self.precision, self.kernels, self.layout, name="attention")(
                 RMSNorm(cfg.norm_eps, name="attention_norm")(x), positions, segments, past
             )
-        x = saturating(jnp.add, x, y)
+        x = self._residual(x, y)
         y = RMSNorm(cfg.norm_eps, name="mlp_norm")(x)
         if not self.moe:
             with jax.named_scope("mlp"):
-                return saturating(jnp.add, x, Dense(cfg, self.precision, name="mlp")(y)), kv, None
+                return self._residual(x, Dense(cfg, self.precision, name="mlp")(y)), kv, None
         with jax.named_scope("moe"):
             kernel = self.kernels.experts if past is None else self.kernels.decode_experts
-            y, routing = MoE(cfg, self.precision, kernel, name="moe")(y, segments.astype(bool), routes)
-        return saturating(jnp.add, x, y), kv, routing
+            chunk = self.kernels.expert_chunk
+            moe = MoE(cfg, self.precision, kernel, chunk, self.layout, name="moe")
+            y, routing = moe(y, segments.astype(bool), routes)
+        return self._residual(x, y), kv, routing
+
+    def _residual(self, x: Float[Array, "batch time d"], y: Float[Array, "batch time d"]) -> Array:
+        return self.layout.constrain(saturating(jnp.add, x, y), "batch", "time", "embed")
 
 
 class Period(nn.Module):
@@ -325,13 +358,14 @@ class Period(nn.Module):
     kinds: tuple[bool, ...]
     precision: Precision
     kernels: Kernels
+    layout: Layout
 
     @nn.compact
     def __call__(self, x, positions, segments, routes):
         x = residual(x)
         keys_values, routing, moe_layer = [], [], 0
         for i, moe in enumerate(self.kinds):
-            block = Block(self.config, moe, self.precision, self.kernels, name=f"block_{i}")
+            block = Block(self.config, moe, self.precision, self.kernels, self.layout, name=f"block_{i}")
             recorded = routes[moe_layer] if moe and routes is not None else None
             x, kv, layer_routing = block(x, positions, segments, recorded)
             keys_values.append(kv)
@@ -343,12 +377,22 @@ class Period(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The whole decoder. ``remat`` says what each period keeps for the backward pass."""
+    """The whole decoder. ``remat`` says what each period keeps for the backward pass.
+
+    On a ``mesh`` of several devices rows and activations lie by the table ``rules``, by which the parameters are
+    expected to lie too, and experts are computed where they lie (`expert_parallel`).
+    """
 
     config: ModelConfig
     precision: Precision = Precision()
     kernels: Kernels = Kernels()
     remat: Remat = "none"
+    mesh: Mesh | None = None
+    rules: Rules = TRAINING
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.mesh, self.rules)
 
     def setup(self):
         cfg = self.config
@@ -362,7 +406,7 @@ class Transformer(nn.Module):
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, nn.broadcast, 0),
                 length=repeats,
-            )(cfg, kinds, self.precision, self.kernels, name=f"segment_{i}")
+            )(cfg, kinds, self.precision, self.kernels, self.layout, name=f"segment_{i}")
             for i, (kinds, repeats) in enumerate(cfg.segments)
         ]
         self.final_norm = RMSNorm(cfg.norm_eps)
@@ -389,7 +433,7 @@ class Transformer(nn.Module):
           routes: recorded experts [layer, batch, time, k], or None to route live. The value num_experts routes live.
         """
         positions = positions_in(segments)
-        x = self.embed(tokens)
+        x = self.layout.constrain(self.embed(tokens), "batch", "time", "embed")
         keys_values, routing, depth = [], [], 0
         for segment, (kinds, repeats) in zip(self.segments, self.config.segments, strict=True):
             count = sum(kinds) * repeats
@@ -410,7 +454,9 @@ class Transformer(nn.Module):
     def embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch d"]:
         """Token embeddings in the engine's dtype."""
         scale: Array | None = self.get_variable(SCALE, "embedding")
-        return take(Stored(self.embedding, scale), tokens, self.precision)
+        # Whole rows, as `INFERENCE` has them: compilers know no good way from parts of rows to parts of a batch.
+        values = self.layout.constrain(self.embedding, "vocab", None)
+        return take(Stored(values, scale), tokens, self.precision)
 
     def finish(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         """The final norm, for a decode step that has applied the blocks itself."""
@@ -418,11 +464,12 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Float[Array, "rows d"]) -> Float[Array, "rows vocab"]:
         """Float32 logits of a few rows. Call it on chunks: [batch, time, vocab] should never exist at once."""
+        hidden = self.layout.constrain(hidden, "batch", "embed")
         if not self.config.tie_embeddings:
-            return self.lm_head(hidden)
+            return self.layout.constrain(self.lm_head(hidden), "batch", "vocab")
         scale: Array | None = self.get_variable(SCALE, "embedding")
         weight = Stored(self.embedding.T, None if scale is None else scale.T)
-        return matmul(hidden, weight, self.head_precision, "float32")
+        return self.layout.constrain(matmul(hidden, weight, self.head_precision, "float32"), "batch", "vocab")
 
 
 def positions_in(segments: Segments) -> Int[Array, "batch time"]:

@@ -4,6 +4,7 @@ Models name the dimensions of their parameters and arrays (``("experts", "embed"
 meshes.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -11,13 +12,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rlstab_jax.types import UserError
+from rlstab_jax.types import UserError, row_axis
 
 Rules = tuple[tuple[str, tuple[str, ...]], ...]
 
-# Training: parameters and optimiser state are split as far as the mesh goes and gathered where they are used.
+# Training: parameters and optimiser state are split as far as the mesh goes and gathered where they are used. Rows lie
+# over the axis of the experts too: whatever is no expert uses it as data parallelism.
 TRAINING: Rules = (
-    ("batch", ("data", "fsdp")),
+    ("batch", ("data", "fsdp", "expert")),
     ("time", ()),
     ("embed", ("fsdp",)),
     ("vocab", ("tensor",)),
@@ -69,10 +71,64 @@ def shardings(mesh: Mesh, logical_tree: Any, rules: Rules) -> Any:
 
 
 def constrain(x: jax.Array, logical_axes: Iterable[str | None], mesh: Mesh | None, rules: Rules) -> jax.Array:
-    """``x``, asked of the compiler to be laid out on ``mesh`` by ``rules``; just ``x`` where there is no mesh."""
+    """``x``, asked of the compiler to be laid out on ``mesh`` by ``rules``; just ``x`` where there is no mesh.
+
+    A dimension that its mesh axes do not divide is left to the compiler.
+    """
     if mesh is None:
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition_spec(logical_axes, rules)))
+    spec = partition_spec(logical_axes, rules)
+    dimensions = zip(x.shape, spec, strict=True)
+    fits = [axes if size % parts_of(mesh, axes) == 0 else PartitionSpec.UNCONSTRAINED for size, axes in dimensions]
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*fits)))
+
+
+def parts_of(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
+    """The number of parts that mesh axes, as they stand in a ``PartitionSpec``, cut a dimension into."""
+    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where the arrays of one engine lie. Without a mesh, or on one device, nothing is asked of the compiler."""
+
+    mesh: Mesh | None = None
+    rules: Rules = TRAINING
+
+    @property
+    def splits(self) -> bool:
+        """Whether there are several devices."""
+        return self.mesh is not None and self.mesh.size > 1
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """The mesh axes that rows of a batch lie over."""
+        return dict(self.rules)["batch"]
+
+    @property
+    def row_parts(self) -> int:
+        """The number of parts that rows are split into."""
+        return self.parts(self.rows)
+
+    def parts(self, axes: str | tuple[str, ...]) -> int:
+        """The number of parts that ``axes`` cut a dimension into."""
+        return 1 if self.mesh is None else parts_of(self.mesh, axes)
+
+    def constrain(self, x: jax.Array, *logical_axes: str | None) -> jax.Array:
+        """`constrain` by this layout."""
+        return constrain(x, logical_axes, self.mesh if self.splits else None, self.rules)
+
+    def constrain_rows(self, tree: Any) -> Any:
+        """Arrays that travel (`rlstab_jax.types`), with their rows over the data-parallel devices."""
+
+        def of(leaf: jax.Array) -> jax.Array:
+            if not leaf.ndim:
+                return leaf
+            names: list[str | None] = [None] * leaf.ndim
+            names[row_axis(leaf)] = "batch"
+            return self.constrain(leaf, *names)
+
+        return jax.tree.map(of, tree) if self.splits else tree
 
 
 def check_divides(mesh: Mesh, tree: Any, logical_tree: Any, rules: Rules) -> None:
@@ -90,9 +146,9 @@ def check_divides(mesh: Mesh, tree: Any, logical_tree: Any, rules: Rules) -> Non
         for dimension, (name, size, axes) in enumerate(
             zip(names, leaf.shape, partition_spec(names, rules), strict=True)
         ):
-            axes = (axes,) if isinstance(axes, str) else axes or ()
-            parts = math.prod(mesh.shape[axis] for axis in axes)
+            parts = parts_of(mesh, axes)
             if size % parts:
+                axes = (axes,) if isinstance(axes, str) else axes
                 raise UserError(
                     f"{parameter}: dimension {dimension} ({name}, size {size}) is not divisible by the mesh axis "
                     f"{' x '.join(axes)} of {parts} devices: choose a size of that axis that divides {size}"

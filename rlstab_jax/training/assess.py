@@ -80,7 +80,7 @@ def assess(
     """
     engines = build(_without_training(config))
     prompts = _prompts(engines, asked)
-    rows = engines.mesh.shape["data"] * engines.mesh.shape["fsdp"]
+    rows = engines.row_shards
     for name in ("samples", "batch"):
         if getattr(asked, name) < 1:
             raise UserError(f"{name} = {getattr(asked, name)}: expected at least 1")
@@ -96,7 +96,7 @@ def assess(
     done = _whole_batches(path, len(prompts), asked.batch)
     if done:
         say(f"going on after {done} prompts")
-    model = engines.inference if asked.engine == "inference" else engines.training.clone(remat="none")
+    model = engines.inference if asked.engine == "inference" else engines.training_sampler
     prepared = engines.settle(prepare(params, model.precision, engines.mesh))
     for start in range(done, len(prompts), asked.batch):
         part = slice(start, start + asked.batch)

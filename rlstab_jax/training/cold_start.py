@@ -134,7 +134,7 @@ def _train(
     state = engines.place(init_state(params, numbers))
     prompts = prompt_iterator(task.split("train"), config.batch_size, seed=config.seed + 1)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    checker = engines.training.clone(remat="none")
+    checker = engines.training_sampler
     best = 0.0
     for step in range(1, config.max_steps + 1):
         batch = demonstrations(engines, task, next(prompts), seed=step)

@@ -119,7 +119,7 @@ def diagnose(
     engines = build(config)
     step, params = load_parameters(engines, checkpoint)
     heldout = engines.task.split("heldout")
-    rows = engines.mesh.shape["data"] * engines.mesh.shape["fsdp"]
+    rows = engines.row_shards
     if not (1 <= prompts <= len(heldout) and prompts % rows == 0):
         raise UserError(f"{prompts} prompts: expected 1 to {len(heldout)} (held out by the task), a multiple of {rows}")
     begin()
@@ -215,7 +215,7 @@ def _responses(engines: Engines, params: dict, asked: list[Prompt], precision: P
     config = engines.config
     tokens, mask = encode_prompts(asked, engines.task.tokenizer, config.rollout.prompt_length)
     return sample(
-        Transformer(config.model, precision, config.kernels.for_inference()),
+        engines.inference.clone(precision=precision),
         prepare(params, precision, engines.mesh),
         engines.place_rows(tokens),
         engines.place_rows(mask),

@@ -16,14 +16,14 @@ from rlstab_jax.inference import Sampling
 from rlstab_jax.learner import Minibatch, TrainState, state_shardings
 from rlstab_jax.learner.optimizer import offloaded
 from rlstab_jax.learner.update import LearnerNumbers
-from rlstab_jax.models import Transformer, resolve_kernels
+from rlstab_jax.models import Transformer, expert_parallel, resolve_kernels
 from rlstab_jax.models.sharding import logical_axes
 from rlstab_jax.objectives import Objective, advantages, advantages_of, check_rewards, coefficients, surrogate
 from rlstab_jax.objectives import build as build_objective
 from rlstab_jax.parallel.distributed import exchange, on_host, put, share, together
 from rlstab_jax.parallel.host_memory import check_offload
 from rlstab_jax.parallel.mesh import make_mesh
-from rlstab_jax.parallel.sharding import TRAINING, check_divides, shardings
+from rlstab_jax.parallel.sharding import INFERENCE, TRAINING, Layout, check_divides, shardings
 from rlstab_jax.tasks import BatchTask, Prompt, Rewards, Task, decode_responses
 from rlstab_jax.training.config import RunConfig, validate
 from rlstab_jax.training.pretrained import load_parameters, matched
@@ -55,12 +55,20 @@ class Engines:
     @property
     def making(self) -> "Engines":
         """The engines that make batches: on the devices set aside, or else these."""
-        return self if self.rollout_mesh is None else dataclasses.replace(self, mesh=self.rollout_mesh)
+        if self.rollout_mesh is None:
+            return self
+        inference, training = (model.clone(mesh=self.rollout_mesh) for model in (self.inference, self.training))
+        return dataclasses.replace(self, mesh=self.rollout_mesh, inference=inference, training=training)
 
     @property
     def overlaps(self) -> bool:
         """Whether batches are made while updates run. Not where virtual CPU devices do it: see `settle`."""
         return self.rollout_mesh is not None and not (_starves(self.mesh) or _starves(self.rollout_mesh))
+
+    @property
+    def training_sampler(self) -> Transformer:
+        """The training engine to sample with: weights from `prepare`, and no gradient."""
+        return self.training.clone(remat="none", rules=INFERENCE)
 
     def places(self, tree: Any) -> Any:
         """A sharding for each leaf: training states and parameters by the table ``TRAINING``, rows of a batch over the
@@ -108,7 +116,7 @@ class Engines:
     @property
     def row_shards(self) -> int:
         """Devices, or groups of them, that the rows of a batch are split over."""
-        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return Layout(self.mesh).row_parts
 
     def place_rows(self, tree: Any) -> Any:
         """Puts arrays that travel onto the mesh, their rows over the data-parallel devices."""
@@ -117,7 +125,7 @@ class Engines:
     def _over_rows(self, leaf: Any) -> NamedSharding:
         axes: list[tuple[str, ...] | None] = [None] * np.ndim(leaf)
         if axes:
-            axes[row_axis(leaf)] = ("data", "fsdp")
+            axes[row_axis(leaf)] = Layout(self.mesh).rows
         return NamedSharding(self.mesh, PartitionSpec(*axes))
 
 
@@ -182,23 +190,17 @@ def build(config: RunConfig) -> Engines:
             f"rollout.slots = {rollout.slots} on {sampling_mesh.size} devices: continuous batching runs on one device; "
             "use 0"
         )
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.prompts_per_minibatch % rows:
-        raise UserError(
-            f"prompts_per_minibatch = {config.prompts_per_minibatch} does not divide over {rows} data-parallel devices "
-            f"(mesh.data x mesh.fsdp): choose a multiple of {rows}"
-        )
-    rollout_rows = sampling_mesh.shape["data"] * sampling_mesh.shape["fsdp"]
-    if config.prompts_per_step % rollout_rows:
-        raise UserError(
-            f"prompts_per_minibatch x minibatches = {config.prompts_per_step} does not divide over {rollout_rows} "
-            f"data-parallel devices (rollout.mesh.data x rollout.mesh.fsdp): choose a multiple of {rollout_rows}"
-        )
-    if config.cold_start.max_steps and config.cold_start.batch_size % rows:
-        raise UserError(
-            f"cold_start.batch_size = {config.cold_start.batch_size} does not divide over {rows} data-parallel devices "
-            f"(mesh.data x mesh.fsdp): choose a multiple of {rows}"
-        )
+    rows, rollout_rows = Layout(mesh).row_parts, Layout(sampling_mesh).row_parts
+    batches = {"prompts_per_minibatch": (config.prompts_per_minibatch, rows, "mesh")}
+    batches["prompts_per_minibatch x minibatches"] = (config.prompts_per_step, rollout_rows, "rollout.mesh")
+    if config.cold_start.max_steps:
+        batches["cold_start.batch_size"] = (config.cold_start.batch_size, rows, "mesh")
+    for name, (size, parts, on) in batches.items():
+        if size % parts:
+            raise UserError(
+                f"{name} = {size} does not divide over {parts} data-parallel devices ({on}.data x {on}.fsdp x "
+                f"{on}.expert): choose a multiple of {parts}"
+            )
     objective = build_objective(config.objective)
     _check_objective(objective)
     if config.samples_per_prompt == 1 and objective.advantage.func in GROUP_RELATIVE:
@@ -207,17 +209,20 @@ def build(config: RunConfig) -> Engines:
             "all advantages would be 0; use at least 2, or an objective with another baseline"
         )
     config = dataclasses.replace(config, model=model, rollout=rollout, kernels=kernels)
-    training = Transformer(model, config.learner.precision, kernels, remat=config.learner.remat)
+    training = Transformer(model, config.learner.precision, kernels, remat=config.learner.remat, mesh=mesh)
+    inference = Transformer(model, rollout.precision, kernels.for_inference(), mesh=mesh, rules=INFERENCE)
     for one in {mesh, sampling_mesh}:
         if one.size > 1:
             shapes = jax.eval_shape(partial(initial_params, training), 0)
             check_divides(one, shapes, logical_axes(shapes), TRAINING)
+            if model.num_moe_layers:
+                expert_parallel.shared_scales(model.expert_dim, rollout.precision, Layout(one))
     return Engines(
         config=config,
         task=task,
         mesh=mesh,
         rollout_mesh=rollout_mesh,
-        inference=Transformer(model, rollout.precision, kernels.for_inference()),
+        inference=inference,
         training=training,
         objective=objective,
         numbers=config.learner.numbers(),
@@ -277,6 +282,7 @@ def _check_objective(objective: Objective) -> None:
 @partial(jax.jit, static_argnames="model")
 def initial_params(model: Transformer, seed: Int[Array, ""] | int) -> dict:
     """Random float32 parameters, from the cold start's seed."""
+    model = model.clone(mesh=None)  # they depend on no activation
     return model.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))["params"]
 
 

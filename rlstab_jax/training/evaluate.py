@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rlstab_jax.inference import Sampling, prepare, sample, sample_keys
@@ -11,6 +12,7 @@ from rlstab_jax.parallel.distributed import on_host
 from rlstab_jax.tasks import encode_prompts
 from rlstab_jax.training.config import truncates
 from rlstab_jax.training.engines import Engines, judge
+from rlstab_jax.types import take_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,21 +34,24 @@ def accuracy(
     sampling, support = evaluation_sampling(engines)
     source = engines.task.split("heldout")
     asked = [source[i] for i in range(prompts)]
-    tokens, mask = encode_prompts(asked, engines.task.tokenizer, rollout_config.prompt_length)
+    # Filled up with the last prompt, so that all devices have as many rows.
+    fed = asked + [asked[-1]] * (-prompts % engines.row_shards)
+    tokens, mask = encode_prompts(fed, engines.task.tokenizer, rollout_config.prompt_length)
     rollout = sample(
         model,
         engines.settle(prepare(params, model.precision, engines.mesh)),
-        tokens,
-        mask,
-        sample_keys(key, 0, [prompt.id for prompt in asked], samples),
+        engines.place_rows(tokens),
+        engines.place_rows(mask),
+        sample_keys(key, 0, [prompt.id for prompt in fed], samples),
         sampling,
         response_length=rollout_config.response_length,
         samples_per_prompt=samples,
         support=support,
         record_routes=False,
     )
+    rollout = take_rows(on_host(rollout), jnp.arange(prompts * samples))
     _, rewards = judge(engines.task, asked, rollout)
-    return Accuracy(float(rewards.total.mean()), float(on_host(rollout.response_mask.sum(1)).mean()))
+    return Accuracy(float(rewards.total.mean()), float(rollout.response_mask.sum(1).mean()))
 
 
 def evaluation_sampling(engines: Engines) -> tuple[Sampling, int]:
@@ -66,9 +71,8 @@ def evaluate(engines: Engines, params: dict, key: jax.Array) -> dict[str, float]
     """The ``eval/*`` metrics of these parameters: sampled by the inference engine, and by the training engine."""
     evaluation = engines.config.evaluation
     numbers = {"prompts": evaluation.prompts, "samples": evaluation.samples}
-    training = engines.training.clone(remat="none")
     rollout = accuracy(engines, engines.inference, params, key, **numbers)
-    by_training = accuracy(engines, training, params, key, **numbers)
+    by_training = accuracy(engines, engines.training_sampler, params, key, **numbers)
     return {
         "eval/accuracy_rollout": rollout.mean,
         "eval/accuracy_training": by_training.mean,

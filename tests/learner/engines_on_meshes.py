@@ -1,12 +1,16 @@
 """Run by test_meshes.py with 8 virtual devices: both engines give the same numbers on several meshes (identity 6)."""
 
+import dataclasses
+import re
 import sys
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -15,11 +19,11 @@ import tiny
 from rlstab_jax.inference import sample
 from rlstab_jax.learner import state_shardings
 from rlstab_jax.learner.score import policy_scores
-from rlstab_jax.models import ModelConfig
+from rlstab_jax.models import ModelConfig, Transformer
 from rlstab_jax.models.sharding import logical_axes
 from rlstab_jax.parallel.mesh import MeshConfig, make_mesh
-from rlstab_jax.parallel.sharding import INFERENCE, TRAINING, check_divides, shardings
-from rlstab_jax.types import Rollout, row_axis
+from rlstab_jax.parallel.sharding import INFERENCE, TRAINING, Layout, check_divides, shardings
+from rlstab_jax.types import Rollout
 
 CONFIG = ModelConfig(
     vocab_size=16,
@@ -36,19 +40,20 @@ CONFIG = ModelConfig(
     tie_embeddings=False,
 )
 MODEL = tiny.model(CONFIG, remat="full")
-MESHES = [MeshConfig(8, 1, 1, 1), MeshConfig(2, 2, 2, 1), MeshConfig(1, 2, 2, 2)]
+# And how many of the 72 fed tokens the experts compute at once: 0 is all.
+MESHES = {MeshConfig(8, 1, 1, 1): 0, MeshConfig(2, 2, 2, 1): 20, MeshConfig(1, 2, 2, 2): 0, MeshConfig(1, 1, 8, 1): 32}
 
 
-def draw_rollout(params: dict, place: callable) -> Rollout:
+def draw_rollout(model: Transformer, params: dict, place: callable) -> Rollout:
     tokens, mask = tiny.prompts(8)
     tokens, mask, keys = place((tokens % CONFIG.vocab_size, mask, tiny.keys(8, 1)))
-    return sample(MODEL, {"params": params}, tokens, mask, keys, tiny.sampling(), response_length=4)
+    return sample(model, {"params": params}, tokens, mask, keys, tiny.sampling(), response_length=4)
 
 
-@jax.jit
-def log_probs_and_gradient(params: dict, rollout: Rollout) -> tuple[jax.Array, dict]:
+@partial(jax.jit, static_argnames="model")
+def log_probs_and_gradient(model: Transformer, params: dict, rollout: Rollout) -> tuple[jax.Array, dict]:
     def loss(params: dict) -> tuple[jax.Array, jax.Array]:
-        scores, _ = policy_scores(MODEL, {"params": params}, rollout, rollout.routes, 3 * CONFIG.vocab_size)
+        scores, _ = policy_scores(model, {"params": params}, rollout, rollout.routes, 3 * CONFIG.vocab_size)
         weight = jnp.cos(jnp.arange(scores.log_probs.size, dtype=jnp.float32)).reshape(scores.log_probs.shape)
         return jnp.sum(weight * scores.log_probs + 0.1 * scores.entropy), scores.log_probs
 
@@ -56,22 +61,19 @@ def log_probs_and_gradient(params: dict, rollout: Rollout) -> tuple[jax.Array, d
     return log_probs, gradient
 
 
-def check(config: MeshConfig, rollout: Rollout, log_probs: jax.Array, gradient: dict) -> None:
+def check(config: MeshConfig, chunk: int, rollout: Rollout, log_probs: jax.Array, gradient: dict) -> None:
     mesh = make_mesh(config)
     params = tiny.parameters(CONFIG)
     axes = logical_axes(params)
     check_divides(mesh, params, axes, TRAINING)
 
-    def place_rows(tree: object) -> object:
-        def put(leaf: jax.Array) -> jax.Array:
-            rows = [None] * np.ndim(leaf)
-            if rows:
-                rows[row_axis(leaf)] = ("data", "fsdp")
-            return jax.device_put(leaf, NamedSharding(mesh, P(*rows)))
-
-        return jax.tree.map(put, tree)
-
-    sampled = draw_rollout(jax.device_put(params, shardings(mesh, axes, INFERENCE)), place_rows)
+    place_rows = Layout(mesh).constrain_rows
+    sampled = draw_rollout(
+        MODEL.clone(mesh=mesh, rules=INFERENCE), jax.device_put(params, shardings(mesh, axes, INFERENCE)), place_rows
+    )
+    rows = Layout(mesh).rows
+    assert sampled.tokens.sharding.is_equivalent_to(NamedSharding(mesh, P(rows)), 2)
+    assert sampled.routes.sharding.is_equivalent_to(NamedSharding(mesh, P(None, rows)), 4)
     np.testing.assert_array_equal(sampled.tokens, rollout.tokens)
     np.testing.assert_array_equal(sampled.routes, rollout.routes)
     np.testing.assert_allclose(sampled.log_probs, rollout.log_probs, atol=1e-5)
@@ -80,16 +82,38 @@ def check(config: MeshConfig, rollout: Rollout, log_probs: jax.Array, gradient: 
     state = jax.device_put(state, state_shardings(mesh, state, TRAINING))
     experts = state.params["segment_0"]["block_0"]["moe"]["up"].addressable_shards[0].data.shape
     assert experts == (1, 8 // config.expert, 32 // config.fsdp, 16 // config.tensor)
-    got_log_probs, got = log_probs_and_gradient(state.params, place_rows(rollout))
+    model = MODEL.clone(mesh=mesh, kernels=dataclasses.replace(MODEL.kernels, expert_chunk=chunk))
+    got_log_probs, got = log_probs_and_gradient(model, state.params, place_rows(rollout))
+    assert jax.tree.all(jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), got, state.params))
     np.testing.assert_allclose(got_log_probs, log_probs, atol=1e-5)
     scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(gradient))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), got, gradient)
 
 
+def check_replay(mesh: Mesh | None, rollout: Rollout) -> None:
+    """A program that replays differs from one that routes live in what brings the routes in and selects them: no
+    product, no collective, no gather or sort more or less."""
+
+    def operations(rollout: Rollout) -> Counter[str]:
+        text = log_probs_and_gradient.lower(MODEL.clone(mesh=mesh), tiny.parameters(CONFIG), rollout).as_text()
+        return Counter(re.findall(r"(?:stablehlo|chlo|sdy)\.\w+", text))
+
+    replaying, live = operations(rollout), operations(rollout.replace(routes=None))
+    selection = {"compare", "select", "and", "reduce", "reshape", "convert", "broadcast_in_dim", "constant"}
+    selection |= {"dynamic_slice", "sharding_constraint"}  # a layer's routes of all, and on which devices they lie
+    different = (replaying - live) | (live - replaying)
+    assert live["stablehlo.dot_general"] > 10
+    assert "stablehlo.compare" in different
+    assert {name.split(".")[1] for name in different} <= selection, different
+
+
 if __name__ == "__main__":
     assert jax.device_count() == 8
-    reference = draw_rollout(tiny.parameters(CONFIG), lambda tree: tree)
-    expected = log_probs_and_gradient(tiny.parameters(CONFIG), reference)
-    for mesh_config in MESHES:
-        check(mesh_config, reference, *expected)
+    jax.config.update("jax_disable_most_optimizations", True)
+    reference = draw_rollout(MODEL, tiny.parameters(CONFIG), lambda tree: tree)
+    expected = log_probs_and_gradient(MODEL, tiny.parameters(CONFIG), reference)
+    for mesh_config, expert_chunk in MESHES.items():
+        check(mesh_config, expert_chunk, reference, *expected)
         print("equal on", mesh_config, flush=True)
+    check_replay(None, reference)
+    check_replay(make_mesh(MeshConfig(1, 2, 2, 2)), reference)

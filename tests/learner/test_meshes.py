@@ -16,4 +16,4 @@ def test_engines_give_equal_numbers_on_every_mesh() -> None:
     script = Path(__file__).with_name("engines_on_meshes.py")
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("equal on") == 3
+    assert done.stdout.count("equal on") == 4

@@ -8,20 +8,23 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 
 from rlstab_jax.models import Kernels, ModelConfig, Precision, Transformer
 from rlstab_jax.models.attention_tpu import decode_splash, splash
 from rlstab_jax.models.decode import decode_step
 from rlstab_jax.models.experts import megablox
 from rlstab_jax.models.precision import Stored
+from rlstab_jax.models.sharding import logical_axes
 from rlstab_jax.models.transformer import KeyValues, Past, forward
+from rlstab_jax.parallel.mesh import MeshConfig, make_mesh
+from rlstab_jax.parallel.sharding import INFERENCE, TRAINING, Rules, partition_spec, shardings
 
 BF16 = jnp.bfloat16
 KERNELS = Kernels("splash", "megablox", "splash", "megablox")
@@ -61,17 +64,17 @@ def a_decode_step(dtype: Any) -> list:
     return [q, cache(32, 4, 512, 128, dtype), cache(128, 4, 4096, 128, dtype), *masks]
 
 
-def model_gradient(variables: dict, tokens: jax.Array, mask: jax.Array) -> Any:
+def model_gradient(variables: dict, tokens: jax.Array, mask: jax.Array, mesh: Mesh | None = None) -> Any:
     """Scanned and recomputed layers, as the training engine has them, with products in float32."""
-    model = Transformer(MODEL, Precision(), KERNELS, remat="full")
+    model = Transformer(MODEL, Precision(), KERNELS, remat="full", mesh=mesh)
     return jax.grad(lambda v: jnp.sum(jnp.square(forward(model, v, tokens, mask).hidden.astype(jnp.float32))))(
         variables
     )
 
 
-def model_decode(layers: list[dict], pasts: list[Past], x: jax.Array) -> Any:
+def model_decode(layers: list[dict], pasts: list[Past], x: jax.Array, mesh: Mesh | None = None) -> Any:
     """Steps in a loop that carries the cache, as the sampler has them."""
-    model = Transformer(MODEL, Precision("bfloat16"), KERNELS)
+    model = Transformer(MODEL, Precision("bfloat16"), KERNELS, mesh=mesh, rules=INFERENCE)
 
     def step(i: jax.Array, carry: tuple) -> tuple:
         pasts, x = carry
@@ -116,20 +119,38 @@ def programs() -> dict[str, tuple[Callable, list]]:
     }
 
 
-def memory(f: Callable, arguments: list, sharding: Any) -> list[int]:
-    placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments)
-    donated = (1,) if f is model_decode else ()
+def memory(f: Callable, arguments: list, sharding: Any, donated: tuple[int, ...] = ()) -> list[int]:
+    """Bytes of temporaries and of the largest argument on one device. ``sharding``: of all arguments, or of each."""
+    if isinstance(sharding, Sharding):
+        sharding = jax.tree.map(lambda _: sharding, arguments)
+    placed = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), arguments, sharding)
     compiled = jax.jit(f, donate_argnums=donated).lower(*placed).compile()
-    largest = max(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(arguments))
+    leaves = jax.tree.leaves(placed)
+    largest = max(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves)
     return [compiled.memory_analysis().temp_size_in_bytes, largest]
 
 
-def over_a_mesh(devices: list) -> list[int]:
-    """Batch and heads split over four chips: kernels need `jax.shard_map`."""
-    mesh = Mesh(np.array(devices[:4]).reshape(2, 2), ("data", "tensor"))
-    heads, rows = PartitionSpec("data", "tensor"), PartitionSpec("data")
-    split = jax.shard_map(splash, mesh=mesh, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
-    return memory(gradient(split, 3), sequences(8, 2, 512, 128, BF16), NamedSharding(mesh, rows))
+def over_a_mesh(devices: list) -> dict[str, list[int]]:
+    """The model's kernels on four chips, each with its rows, heads, experts and part of their hidden units."""
+    mesh = make_mesh(MeshConfig(expert=2, tensor=2), devices[:4])
+    (variables, *tokens), (layers, pasts, x) = model_arguments()
+
+    def at(names: dict, rules: Rules) -> dict:
+        return {"params": shardings(mesh, names, rules)}
+
+    def rows(a: jax.ShapeDtypeStruct) -> NamedSharding:
+        names = ("batch", "kv_heads", None, None) if a.ndim == 4 else ("batch", None)[: a.ndim]
+        return NamedSharding(mesh, partition_spec(names, INFERENCE))
+
+    axes = logical_axes(variables["params"])
+    of_layer = jax.tree.map(lambda names: names[1:], axes["segment_0"]["block_0"], is_leaf=lambda n: type(n) is tuple)
+    of_gradient = [at(axes, TRAINING), *jax.tree.map(rows, tokens)]
+    of_decode = [[at(of_layer, INFERENCE)] * len(layers), *jax.tree.map(rows, [pasts, x])]
+    on_mesh = {"mesh": mesh}
+    return {
+        "model, gradient over a mesh": memory(partial(model_gradient, **on_mesh), [variables, *tokens], of_gradient),
+        "model, decode over a mesh": memory(partial(model_decode, **on_mesh), [layers, pasts, x], of_decode, (1,)),
+    }
 
 
 if __name__ == "__main__":
@@ -138,7 +159,8 @@ if __name__ == "__main__":
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
         one = SingleDeviceSharding(devices[0])
         chosen = ("splash", "decode_splash", "megablox") if report else programs()
-        report[name] = {label: memory(*programs()[label], one) for label in chosen}
+        donated = {"model, decode": (1,)}
+        report[name] = {label: memory(*programs()[label], one, donated.get(label, ())) for label in chosen}
         if len(report) == 1:
-            report[name]["splash over a mesh"] = over_a_mesh(devices)
+            report[name] |= over_a_mesh(devices)
     print(json.dumps(report))

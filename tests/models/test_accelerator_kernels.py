@@ -271,7 +271,7 @@ def test_tpu_kernels_compile_ahead_of_time() -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert list(report) == command[2:]
-    assert len(report["v5e:2x2"]) == 8
+    assert len(report["v5e:2x2"]) == 9
     for topology, programs in report.items():
         assert {"splash", "decode_splash", "megablox"} <= set(programs)
         for name, (temporaries, largest) in programs.items():

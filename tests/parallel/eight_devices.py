@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from rlstab_jax.objectives import advantages_of, cispo, coefficients, dapo, gspo, minirl, surrogate
 from rlstab_jax.parallel.mesh import AXES, MeshConfig, make_mesh
-from rlstab_jax.parallel.sharding import INFERENCE, TRAINING, check_divides, constrain, shardings
+from rlstab_jax.parallel.sharding import INFERENCE, TRAINING, Layout, check_divides, constrain, shardings
 from rlstab_jax.types import Scores, UserError
 
 LOGICAL = {"up": ("embed", "mlp"), "down": ("mlp", "embed"), "scale": ("embed",), "step": ()}
@@ -41,7 +41,7 @@ def check_mesh(config: MeshConfig) -> None:
         rows, columns = placed["up"].addressable_shards[0].data.shape
         assert (rows, columns) == (8 // fsdp, 16 // mesh.shape["tensor"])
         y = jax.jit(forward, static_argnums=(2, 3))(placed, x, mesh, rules)
-        assert y.addressable_shards[0].data.shape[0] == 16 // (mesh.shape["data"] * mesh.shape["fsdp"])
+        assert y.addressable_shards[0].data.shape[0] == 16 // Layout(mesh).row_parts
         np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
 
 

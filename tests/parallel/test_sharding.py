@@ -53,12 +53,20 @@ def test_mesh_that_does_not_fit(config: MeshConfig, message: str) -> None:
         (("embed", "heads", "head_dim"), sharding.TRAINING, P("fsdp", "tensor", None)),
         (("layers", "experts", "embed", "expert_mlp"), sharding.TRAINING, P(None, "expert", "fsdp", "tensor")),
         (("vocab", "embed"), sharding.TRAINING, P("tensor", "fsdp")),
-        (("batch", "time", "embed"), sharding.TRAINING, P(("data", "fsdp"), None, None)),  # fsdp is taken by batch
-        (("embed", "batch"), sharding.TRAINING, P("fsdp", "data")),  # what is left of (data, fsdp)
+        (
+            ("batch", "time", "embed"),
+            sharding.TRAINING,
+            P(("data", "fsdp", "expert"), None, None),
+        ),  # fsdp is taken by batch
+        (("embed", "batch"), sharding.TRAINING, P("fsdp", ("data", "expert"))),  # what batch leaves
         ((None, "mlp"), sharding.TRAINING, P(None, "tensor")),
         ((), sharding.TRAINING, P()),
         (("vocab", "embed"), sharding.INFERENCE, P("tensor", None)),
-        (("batch", "kv_heads", "time", "head_dim"), sharding.INFERENCE, P(("data", "fsdp"), "tensor", None, None)),
+        (
+            ("batch", "kv_heads", "time", "head_dim"),
+            sharding.INFERENCE,
+            P(("data", "fsdp", "expert"), "tensor", None, None),
+        ),
     ],
 )
 def test_partition_spec(names: tuple[str | None, ...], rules: sharding.Rules, spec: P) -> None:

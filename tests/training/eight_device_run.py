@@ -11,9 +11,8 @@ from rlstab_jax.parallel.mesh import MeshConfig
 from rlstab_jax.training.run import train
 from tests.training import tiny_run
 
-# One axis only: with collectives over two axes XLA's CPU runtime can deadlock on two cores. Meshes of several axes are
-# tested on the engines (tests/learner/engines_on_meshes.py).
-MESHES = {"data": MeshConfig(data=8)}
+# Other shapes are tested on the engines alone (tests/learner/engines_on_meshes.py).
+MESHES = {"three axes": MeshConfig(data=2, fsdp=2, expert=2)}
 
 
 def config(gradient_steps: int, mesh: MeshConfig):
