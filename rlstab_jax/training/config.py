@@ -256,6 +256,11 @@ def validate(config: RunConfig) -> None:
         learner.score_micro_batches,
         f"a divisor of the global batch, {config.responses_per_step} responses",
     )
+    if learner.packing and config.kernels.attention == "cudnn":
+        raise UserError(
+            "learner.packing = True with kernels.attention = 'cudnn', which takes one sequence a row: use "
+            "packing = False, or 'reference'"
+        )
     if learner.replay != "live" and not config.model.num_moe_layers:
         raise UserError(
             f"learner.replay = {learner.replay!r}, but the model is dense: use replay = 'live', or give it experts"

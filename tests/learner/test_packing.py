@@ -1,6 +1,7 @@
 """Sequences packed into fewer rows: where they go, and that scores and updates are as they were (identity 6)."""
 
 import dataclasses
+import re
 from functools import partial
 
 import jax
@@ -116,6 +117,23 @@ def test_the_update_is_as_unpacked(replay: RoutingReplay, micro_batches: int, sh
     for name, statistic in statistics.items():
         if not isinstance(statistic, LogRatioHistogram):  # bins of counts: a value on a border may fall to either side
             np.testing.assert_allclose(statistic.value(), others[name].value(), rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_routes_stay_narrow(packed: bool) -> None:
+    """All layers' routes exist as bytes alone, with their gradient's program; a layer widens its own."""
+    rollout = short_rollout()
+    old = jax.eval_shape(lambda v: score(MODEL, v, rollout)[0], {"params": tiny.parameters(CONFIG)})
+    batch = jax.eval_shape(lambda old: tiny.minibatch(rollout, old, tiny.MINIRL), old)
+    packing = plan(np.asarray(rollout.fed_mask)) if packed else None
+    program = update.lower(
+        MODEL, tiny.state(CONFIG), batch, tiny.MINIRL, tiny.numbers(), replay=R3, packing=packing
+    ).as_text()
+    rows = {8, packing.source.shape[0]} if packing else {8}
+    for count in rows:
+        shape = f"tensor<2x{count}x{tiny.PROMPT + tiny.RESPONSE - 1}x2x"
+        assert f"{shape}ui8>" in program
+        assert re.search(re.escape(shape) + "u?i(16|32|64)>", program) is None
 
 
 def test_one_trace_for_each_number_of_rows() -> None:
