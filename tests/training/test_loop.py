@@ -314,9 +314,9 @@ def test_micro_batches_change_nothing() -> None:
 
 
 def test_packing_changes_nothing() -> None:
+    """A random model fills its rows, which only move; those that share one are in tests/learner/test_packing.py."""
     apart, packed = metrics_of(), metrics_of(learner={"packing": True, "micro_batches": 2})
-    rows = packed.pop("learner/packed_rows")
-    assert 2 <= rows < 8
+    assert packed.pop("learner/packed_rows") == 8
     assert set(apart) == set(packed)
     for name in apart:
         if not name.startswith(("time/", "throughput/")):
