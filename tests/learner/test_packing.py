@@ -74,13 +74,12 @@ def test_as_many_rows_as_sequences_always_suffice() -> None:
     assert heights(64) == [8, 16, 24, 32, 40, 48, 56, 64]
 
 
-@pytest.mark.parametrize("replay", [R2, R3])
-def test_scores_are_as_unpacked(replay: RoutingReplay) -> None:
+def test_scores_are_as_unpacked() -> None:
     rollout, variables = short_rollout(), {"params": tiny.parameters(CONFIG)}
     packing = plan(np.asarray(rollout.fed_mask))
     assert packing.source.shape[0] < 8
     (apart, statistics), (packed, others) = (
-        score(MODEL, variables, rollout, replay=replay, packing=how) for how in (None, packing)
+        score(MODEL, variables, rollout, replay=R3, packing=how) for how in (None, packing)
     )
     for name in ("log_probs", "entropy", "router"):
         CLOSE(getattr(packed, name), getattr(apart, name), err_msg=name)
@@ -94,16 +93,16 @@ def test_scores_are_as_unpacked(replay: RoutingReplay) -> None:
 
 @pytest.mark.parametrize(("replay", "micro_batches", "shards"), [(R2, 1, 2), (R3, 2, 1)])
 def test_the_update_is_as_unpacked(replay: RoutingReplay, micro_batches: int, shards: int) -> None:
-    """Loss, gradient and statistics, under R3 with router losses."""
+    """Loss, gradient and statistics."""
     rollout = short_rollout()
     old = score(MODEL, {"params": tiny.parameters(CONFIG)}, rollout, replay=replay)[0]
     batch = tiny.minibatch(rollout, old, tiny.MINIRL)
-    numbers = tiny.numbers(load_balance=0.3, router_z=0.2, max_grad_norm=1e9)
+    numbers = tiny.numbers(max_grad_norm=1e9)
     packing = plan(np.asarray(rollout.fed_mask), micro_batches, shards)
     results = [
         update(
             MODEL, tiny.state(CONFIG, numbers), batch, tiny.MINIRL, numbers,
-            replay=replay, micro_batches=micro_batches, use_router_losses=replay is R3, packing=how,
+            replay=replay, micro_batches=micro_batches, packing=how,
         )
         for how in (None, packing)
     ]  # fmt: skip
