@@ -313,6 +313,18 @@ def test_micro_batches_change_nothing() -> None:
             assert parts[name] == pytest.approx(whole[name], rel=2e-3, abs=1e-6), name
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"remat": True}, "learner.remat = True: expected one of none, full, dots, offload"),
+        ({"moments_dtype": "float16"}, "learner.moments_dtype = 'float16': expected one of float32, bfloat16"),
+    ],
+)
+def test_unknown_names_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build(configured(learner=change))
+
+
 def test_packing_changes_nothing() -> None:
     """A random model fills its rows, which only move; those that share one are in tests/learner/test_packing.py."""
     apart, packed = metrics_of(), metrics_of(learner={"packing": True, "micro_batches": 2})

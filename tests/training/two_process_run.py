@@ -16,6 +16,6 @@ def config() -> RunConfig:
         samples_per_prompt=2,
         checkpoint_every=2,
         model=dataclasses.replace(default.model, num_layers=1),
-        learner=dataclasses.replace(default.learner, remat=False, replay="r2"),
+        learner=dataclasses.replace(default.learner, remat="none", replay="r2"),
         evaluation=dataclasses.replace(default.evaluation, every=0),
     )
