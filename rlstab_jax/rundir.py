@@ -144,6 +144,7 @@ _OF_SOME_RUNS = (
     "reward/overlong",
     "dynamic/",
     "staleness/lag",
+    "learner/packed_rows",
 )
 OPTIONAL = frozenset(name for name in METRICS if name.startswith(_OF_SOME_RUNS))
 

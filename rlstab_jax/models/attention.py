@@ -15,20 +15,55 @@ from rlstab_jax.types import UserError
 
 Query = Float[Array, "batch head time c"]
 Keys = Float[Array, "batch kv_head key c"]
+# Queries of a block of `chunked`.
+BLOCK = 128
 # Keys [batch, kv_head, c, key] and values [batch, kv_head, key, c], as a cache holds them.
 Cache = tuple[Float[Array, "batch kv_head c key"], Float[Array, "batch kv_head key c"]]
 
 
 def reference(q: Query, k: Keys, v: Keys, segments: Segments) -> Query:
     """Grouped-query attention by two products. What is not fed attends to its like: finite, and meaningless."""
-    batch, heads, time, c = q.shape
-    grouped = q.reshape(batch, k.shape[1], -1, time, c)
+    time = q.shape[2]
     mask = jnp.tril(jnp.ones((time, time), bool)) & (segments[:, :, None] == segments[:, None])
+    return _attended(q, k, v, mask)
+
+
+def chunked(q: Query, k: Keys, v: Keys, segments: Segments) -> Query:
+    """`reference` for one block of queries after another, each computed once more in the backward pass.
+
+    Scores of [batch, head, `BLOCK`, time] exist at once, in either direction, instead of [batch, head, time, time].
+    """
+    time = q.shape[2]
+    if time <= BLOCK:
+        return reference(q, k, v, segments)
+    blocks = -(-time // BLOCK)
+    behind = blocks * BLOCK - time
+    q = jnp.pad(q, [(0, 0), (0, 0), (0, behind), (0, 0)])
+    own = jnp.pad(segments, [(0, 0), (0, behind)])
+    parts = q.reshape(*q.shape[:2], blocks, BLOCK, -1), own.reshape(-1, blocks, BLOCK)
+    column = jnp.arange(time)
+
+    @jax.checkpoint
+    def one(of_block: tuple[Array, Array, Array]) -> Array:
+        q, own, first = of_block
+        causal = column <= first + jnp.arange(BLOCK)[:, None]
+        return _attended(q, k, v, causal & (own[:, :, None] == segments[:, None]))
+
+    starts = jnp.arange(blocks) * BLOCK
+    y = jax.lax.map(one, (jnp.moveaxis(parts[0], 2, 0), jnp.moveaxis(parts[1], 1, 0), starts))
+    return jnp.moveaxis(y, 0, 2).reshape(q.shape)[:, :, :time]
+
+
+def _attended(
+    q: Float[Array, "batch head query c"], k: Keys, v: Keys, mask: Bool[Array, "batch query key"]
+) -> Float[Array, "batch head query c"]:
+    batch, _, queries, c = q.shape
+    grouped = q.reshape(batch, k.shape[1], -1, queries, c)
     exact = _exact(q)
     scores = jnp.einsum("bkgtc,bksc->bkgts", grouped, k, precision=exact, preferred_element_type=jnp.float32)
     scores = jnp.where(mask[:, None, None], scores * c**-0.5, -1e30)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return jnp.einsum("bkgts,bksc->bkgtc", weights, v, precision=exact).reshape(batch, heads, time, c)
+    return jnp.einsum("bkgts,bksc->bkgtc", weights, v, precision=exact).reshape(q.shape)
 
 
 def cudnn(q: Query, k: Keys, v: Keys, segments: Segments) -> Query:
@@ -132,5 +167,5 @@ def _exact(x: Array) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
-ATTENTION = {"reference": reference, "cudnn": cudnn, "splash": splash}
+ATTENTION = {"reference": reference, "chunked": chunked, "cudnn": cudnn, "splash": splash}
 DECODE_ATTENTION = {"reference": decode_reference, "splash": decode_splash}

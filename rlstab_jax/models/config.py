@@ -15,8 +15,9 @@ class Kernels:
     """Which implementation computes attention and experts, over whole sequences (scoring, updates, prefill) and in a
     decode step. ``auto`` is resolved once, at the start of a run."""
 
-    attention: Literal["auto", "reference", "cudnn", "splash"] = "auto"
-    """reference anywhere; cudnn needs an NVIDIA GPU and bfloat16 or float16; splash needs TPUs."""
+    attention: Literal["auto", "reference", "chunked", "cudnn", "splash"] = "auto"
+    """reference anywhere; chunked too, with memory in proportion to the length; cudnn needs an NVIDIA GPU and
+    bfloat16 or float16; splash needs TPUs."""
     experts: Literal["auto", "dense", "tiles", "grouped", "ragged_dot", "megablox", "tokamax"] = "auto"
     """dense is the slow reference; tiles is fast on CPU; ragged_dot runs anywhere and is fast on TPU; megablox needs
     TPUs; tokamax needs an NVIDIA GPU, bfloat16 and the package of that name."""

@@ -2,10 +2,11 @@
 
 import dataclasses
 from dataclasses import field
-from typing import Literal
+from typing import Literal, get_args
 
 from rlstab_jax.learner import LearnerConfig
 from rlstab_jax.models import Kernels, ModelConfig, Precision, fp8
+from rlstab_jax.models.remat import Remat
 from rlstab_jax.objectives import ObjectiveConfig
 from rlstab_jax.parallel.mesh import MeshConfig
 from rlstab_jax.stability.monitor import LIVE, MonitorConfig
@@ -256,6 +257,14 @@ def validate(config: RunConfig) -> None:
         learner.score_micro_batches,
         f"a divisor of the global batch, {config.responses_per_step} responses",
     )
+    for name, known in (("remat", get_args(Remat)), ("moments_dtype", ("float32", "bfloat16"))):
+        value = getattr(learner, name)
+        require(value in known, f"learner.{name}", value, f"one of {', '.join(known)}")
+    if learner.packing and config.kernels.attention == "cudnn":
+        raise UserError(
+            "learner.packing = True with kernels.attention = 'cudnn', which takes one sequence a row: use "
+            "packing = False, or 'reference'"
+        )
     if learner.replay != "live" and not config.model.num_moe_layers:
         raise UserError(
             f"learner.replay = {learner.replay!r}, but the model is dense: use replay = 'live', or give it experts"

@@ -143,11 +143,6 @@ def build(config: RunConfig) -> Engines:
         check_offload(jax.local_devices(), "learner.remat = 'offload'")
     if config.learner.offload_optimizer:
         check_offload(jax.local_devices(), "learner.offload_optimizer = True")
-    if config.learner.packing and kernels.attention == "cudnn":
-        raise UserError(
-            "learner.packing = True with kernels.attention = 'cudnn', which takes one sequence a row: use "
-            "packing = False, or 'reference'"
-        )
     model = config.model
     if config.initial:
         model = matched(model, Path(config.initial))

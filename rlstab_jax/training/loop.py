@@ -21,7 +21,7 @@ from rlstab_jax.tasks import Prompt
 from rlstab_jax.training.collect import Responses, collect, length_punishment, without_truncated
 from rlstab_jax.training.engines import Engines, judge
 from rlstab_jax.training.measure import decode_statistics, rollout_metrics, rollout_statistics, update_metrics
-from rlstab_jax.training.passes import packing_of, rescore, sample_responses, score_old
+from rlstab_jax.training.passes import packed, rescore, sample_responses, score_old
 from rlstab_jax.training.queue import Experience, Queue, start, waiting
 from rlstab_jax.types import Rollout, RoutingReplay, Scores, take_rows
 
@@ -149,7 +149,7 @@ def produce(
 def learn(engines: Engines, train: TrainState, rows: Minibatch, step: int) -> tuple[TrainState, Metrics]:
     """N updates of pi_theta on a whole batch, in an order that depends on ``step``. ``train`` is consumed."""
     config, updates = engines.config, []
-    fed = on_host(rows.rollout.fed_mask)
+    fed = on_host(rows.rollout.fed_mask) if config.learner.packing else None
     with timed("update") as metrics:
         for of_update in minibatch_rows(
             config.seed, step, config.prompts_per_step, config.samples_per_prompt, config.minibatches
@@ -164,7 +164,7 @@ def learn(engines: Engines, train: TrainState, rows: Minibatch, step: int) -> tu
                 micro_batches=config.learner.micro_batches,
                 logits_per_chunk=config.learner.logits_per_chunk,
                 use_router_losses=bool(config.learner.load_balance or config.learner.router_z),
-                packing=packing_of(engines, fed[of_update], config.learner.micro_batches),
+                packing=None if fed is None else packed(engines, fed[of_update], config.learner.micro_batches),
             )
             if engines.mesh.size > 1:  # the compiler chooses where results lie, and that decides what it compiles
                 train = engines.place(train)

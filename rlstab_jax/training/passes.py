@@ -82,10 +82,8 @@ def matched_scores(matched: MatchedPass, num_experts: int) -> tuple[PolicyScores
     return scores, score_statistics(rollout, matched.entropy, matched.margin, load)
 
 
-def packing_of(engines: Engines, fed: Array | np.ndarray, micro_batches: int) -> Packing | None:
-    """Where the sequences of rows with that mask go, if the config has them packed. Waits for the mask."""
-    if not engines.config.learner.packing:
-        return None
+def packed(engines: Engines, fed: Array | np.ndarray, micro_batches: int) -> Packing:
+    """Where the sequences of rows with that mask of fed tokens go. Waits for it."""
     return engines.place_rows(plan(on_host(fed), micro_batches, engines.row_shards))
 
 
@@ -101,6 +99,6 @@ def _score(
             replay=replay,
             micro_batches=learner.score_micro_batches,
             logits_per_chunk=learner.logits_per_chunk,
-            packing=packing_of(engines, rollout.fed_mask, learner.score_micro_batches),
+            packing=packed(engines, rollout.fed_mask, learner.score_micro_batches) if learner.packing else None,
         )
     )

@@ -1,6 +1,7 @@
 """Sequences packed into fewer rows: where they go, and that scores and updates are as they were (identity 6)."""
 
 import dataclasses
+import re
 from functools import partial
 
 import jax
@@ -73,13 +74,12 @@ def test_as_many_rows_as_sequences_always_suffice() -> None:
     assert heights(64) == [8, 16, 24, 32, 40, 48, 56, 64]
 
 
-@pytest.mark.parametrize("replay", [R2, R3])
-def test_scores_are_as_unpacked(replay: RoutingReplay) -> None:
+def test_scores_are_as_unpacked() -> None:
     rollout, variables = short_rollout(), {"params": tiny.parameters(CONFIG)}
     packing = plan(np.asarray(rollout.fed_mask))
     assert packing.source.shape[0] < 8
     (apart, statistics), (packed, others) = (
-        score(MODEL, variables, rollout, replay=replay, packing=how) for how in (None, packing)
+        score(MODEL, variables, rollout, replay=R3, packing=how) for how in (None, packing)
     )
     for name in ("log_probs", "entropy", "router"):
         CLOSE(getattr(packed, name), getattr(apart, name), err_msg=name)
@@ -93,16 +93,16 @@ def test_scores_are_as_unpacked(replay: RoutingReplay) -> None:
 
 @pytest.mark.parametrize(("replay", "micro_batches", "shards"), [(R2, 1, 2), (R3, 2, 1)])
 def test_the_update_is_as_unpacked(replay: RoutingReplay, micro_batches: int, shards: int) -> None:
-    """Loss, gradient and statistics, under R3 with router losses."""
+    """Loss, gradient and statistics."""
     rollout = short_rollout()
     old = score(MODEL, {"params": tiny.parameters(CONFIG)}, rollout, replay=replay)[0]
     batch = tiny.minibatch(rollout, old, tiny.MINIRL)
-    numbers = tiny.numbers(load_balance=0.3, router_z=0.2, max_grad_norm=1e9)
+    numbers = tiny.numbers(max_grad_norm=1e9)
     packing = plan(np.asarray(rollout.fed_mask), micro_batches, shards)
     results = [
         update(
             MODEL, tiny.state(CONFIG, numbers), batch, tiny.MINIRL, numbers,
-            replay=replay, micro_batches=micro_batches, use_router_losses=replay is R3, packing=how,
+            replay=replay, micro_batches=micro_batches, packing=how,
         )
         for how in (None, packing)
     ]  # fmt: skip
@@ -116,6 +116,23 @@ def test_the_update_is_as_unpacked(replay: RoutingReplay, micro_batches: int, sh
     for name, statistic in statistics.items():
         if not isinstance(statistic, LogRatioHistogram):  # bins of counts: a value on a border may fall to either side
             np.testing.assert_allclose(statistic.value(), others[name].value(), rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_routes_stay_narrow(packed: bool) -> None:
+    """All layers' routes exist as bytes alone, with their gradient's program; a layer widens its own."""
+    rollout = short_rollout()
+    old = jax.eval_shape(lambda v: score(MODEL, v, rollout)[0], {"params": tiny.parameters(CONFIG)})
+    batch = jax.eval_shape(lambda old: tiny.minibatch(rollout, old, tiny.MINIRL), old)
+    packing = plan(np.asarray(rollout.fed_mask)) if packed else None
+    program = update.lower(
+        MODEL, tiny.state(CONFIG), batch, tiny.MINIRL, tiny.numbers(), replay=R3, packing=packing
+    ).as_text()
+    rows = {8, packing.source.shape[0]} if packing else {8}
+    for count in rows:
+        shape = f"tensor<2x{count}x{tiny.PROMPT + tiny.RESPONSE - 1}x2x"
+        assert f"{shape}ui8>" in program
+        assert re.search(re.escape(shape) + "u?i(16|32|64)>", program) is None
 
 
 def test_one_trace_for_each_number_of_rows() -> None:

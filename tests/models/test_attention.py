@@ -1,9 +1,14 @@
-"""The reference attention against a loop in NumPy, with grouped heads and several sequences in a row."""
+"""The reference attention against a loop in NumPy, with grouped heads and several sequences in a row; in chunks."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlstab_jax.models.attention import reference
+from rlstab_jax.models.attention import BLOCK, chunked, reference
 
 
 def oracle(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -57,3 +62,39 @@ def test_softmax_is_float32_in_bfloat16() -> None:
     got = reference(q, k, v, jnp.ones((1, 2), bool))[0, 0, 1]
     share = 1 / (1 + np.exp(-1 / np.sqrt(2)))  # the scores are 512 / sqrt 2 and 511 / sqrt 2
     np.testing.assert_allclose(np.asarray(got, np.float32), [share, 1 - share], atol=4e-3)
+
+
+def gradients(kernel: Callable, segments: Any, *arrays: Any) -> Any:
+    """Of the sum of the result's sines, and the result."""
+
+    def loss(*arrays: Any) -> tuple[jax.Array, jax.Array]:
+        y = kernel(*arrays, segments)
+        return jnp.sin(y).sum(), y
+
+    return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*arrays)
+
+
+def test_chunks_of_queries_equal_the_reference() -> None:
+    """Two whole blocks and a bit, with sequences that cross their borders; gradients too."""
+    time = 2 * BLOCK + 5
+    generator = np.random.default_rng(3)
+    q = jnp.asarray(generator.standard_normal((2, 4, time, 8)), jnp.float32)
+    k, v = jnp.asarray(generator.standard_normal((2, 2, 2, time, 8)), jnp.float32)
+    column = np.arange(time)
+    segments = jnp.asarray(np.stack([1 + (column > 100) + (column > 200), np.where(column < 250, 1, 0)]))
+    for numbers in (segments, segments != 0):
+        wanted, got = (jax.jit(partial(gradients, kernel))(numbers, q, k, v) for kernel in (reference, chunked))
+        jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), got, wanted)
+
+
+def test_chunks_need_memory_in_proportion_to_the_length() -> None:
+    def temporaries(kernel: Callable, time: int) -> int:
+        array = jax.ShapeDtypeStruct((1, 2, time, 16), jnp.float32)
+        segments = jax.ShapeDtypeStruct((1, time), bool)
+        compiled = jax.jit(partial(gradients, kernel)).lower(segments, array, array, array).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    short, long, whole = temporaries(chunked, 1024), temporaries(chunked, 2048), temporaries(reference, 2048)
+    print(f"temporaries in MiB: chunked {short / 2**20:.1f} and {long / 2**20:.1f}, reference {whole / 2**20:.1f}")
+    assert long < 2.2 * short
+    assert long < whole / 4
