@@ -89,7 +89,11 @@ METRICS: dict[str, Metric] = {
     **_f2("discrepancy_live"),
     **_gap("staleness", "pi_theta", "pi_old"),
     **_gap("staleness/minibatch_NN", "pi_theta", "pi_old"),
-    "staleness/lag": Metric("global steps from pi_old's parameters to those that the step began with", "all", "steps"),
+    "staleness/lag": Metric(
+        "global steps from the parameters of mu_old and pi_old to those that the step began with",
+        "mean, tokens",
+        "global steps",
+    ),
     "weight/mean": Metric("importance weight of a token as the loss uses it, truncated", "mean, tokens", "1"),
     "weight/max": Metric("importance weight of a token as the loss uses it, truncated", "maximum, tokens", "1"),
     "weight/ess": Metric("effective sample size (sum w)^2 / (n sum w^2)", "share of tokens", "1"),
@@ -117,7 +121,7 @@ METRICS: dict[str, Metric] = {
     "time/sample": Metric("wall-clock time of sampling", "sum", "s"),
     "time/judge": Metric("wall-clock time of judging the responses", "sum", "s"),
     "time/score": Metric("wall-clock time of the training engine's pass for pi_old", "sum", "s"),
-    "time/step": Metric("wall-clock time of the global step, in which the former may overlap", "sum", "s"),
+    "time/step": Metric("wall-clock time of the global step, in which the other times may overlap", "sum", "s"),
     "time/update": Metric("wall-clock time of the updates", "sum", "s"),
     "throughput/sample_tokens_per_s": Metric("response tokens sampled over time/sample", "ratio of sums", "tokens/s"),
     "throughput/update_tokens_per_s": Metric(
@@ -136,14 +140,13 @@ METRICS: dict[str, Metric] = {
     "progress/tokens": Metric("response tokens sampled so far for training", "count", "tokens"),
 }
 
-# Those that only some runs have: with verifiers of their own, a punishment for length, dynamic sampling, a lag.
+# Those that only some runs have: with verifiers of their own, a punishment for length, dynamic sampling, packing.
 _OF_SOME_RUNS = (
     "discrepancy/decode_vs_score/",
     "reward/component/",
     "reward/verifier_",
     "reward/overlong",
     "dynamic/",
-    "staleness/lag",
     "learner/packed_rows",
 )
 OPTIONAL = frozenset(name for name in METRICS if name.startswith(_OF_SOME_RUNS))

@@ -47,6 +47,8 @@ class Rollout:
       support: the tokens that each draw was made from, in no order, where sampling was truncated (top-k, top-p, min-p);
         places not in use hold the vocabulary's size. The training engine renormalises over it, so that the importance
         ratio is taken at the true distribution on both sides (PAPER section 2). None: the whole vocabulary.
+      version: under partial rollouts, the global steps that the parameters which drew each token had taken; 0 outside
+        the mask. None: they are the same for all tokens.
     """
 
     tokens: Int[Array, "batch time"]
@@ -57,6 +59,7 @@ class Rollout:
     routes: Routes | None
     temperature: Float[Array, "batch"]
     support: Int[Array, "batch response_length kept"] | None = None
+    version: Int[Array, "batch response_length"] | None = None
 
     @property
     def prompt_length(self) -> int:

@@ -2,6 +2,7 @@
 
 from rlstab_jax.inference.continuous import sample_continuously
 from rlstab_jax.inference.matched import sample_matched, score_matched
+from rlstab_jax.inference.partial import sample_on, with_room
 from rlstab_jax.inference.quantize import prepare
 from rlstab_jax.inference.routes import import_routes
 from rlstab_jax.inference.sampler import sample
@@ -17,6 +18,8 @@ __all__ = [
     "sample_continuously",
     "sample_keys",
     "sample_matched",
+    "sample_on",
     "score_matched",
     "stop_strings",
+    "with_room",
 ]

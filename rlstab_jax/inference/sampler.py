@@ -95,8 +95,9 @@ def sample_batch(
     samples_per_prompt: int,
     support: int,
     record_routes: bool,
+    before: Int[Array, ""] | int = 0,
 ) -> Rollout:
-    """`sample` as one compiled program, without its checks of the input."""
+    """`sample` as one compiled program, without its checks of the input. ``before``: as in `Slots`."""
     rows = prompts.shape[0] * samples_per_prompt
     repeat = partial(jnp.repeat, repeats=samples_per_prompt, axis=0)
     prompt_mask = jnp.asarray(prompt_mask)
@@ -108,14 +109,15 @@ def sample_batch(
     slots = Slots(
         keys=keys,
         sampling=sampling,
-        limit=jnp.minimum(sampling.max_new_tokens, response_length),
+        limit=jnp.minimum(sampling.max_new_tokens - before, response_length),
         prompt_mask=prompt_mask,
         count=jnp.zeros(rows, jnp.int32),
-        active=repeat(prompt_mask.any(1)) & (sampling.max_new_tokens > 0),
+        active=repeat(prompt_mask.any(1)) & (sampling.max_new_tokens > before),
         last=sampling.pad_id,
         column=jnp.int32(0),
         prompt=filled.keys_values,
         response=empty_responses(filled.keys_values, rows, lengths[0]),
+        before=jnp.int32(before),
     )
     began = slots.active
     slots, first = first_draw(slots, repeat(filled.logits), support)

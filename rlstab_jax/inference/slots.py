@@ -37,6 +37,7 @@ class Slots:
     Attributes:
       count: response tokens drawn so far, of which ``last`` is the last.
       limit: of ``count``.
+      before: response tokens that lie in the prompts, drawn by other weights; counted in the keys of the draws alone.
       prompt: keys and values of the prompts, [prompts, ...] for each layer; the rows of a prompt are adjacent.
       response: keys and values of the responses' windows, [slots, ...] for each layer.
     """
@@ -51,6 +52,7 @@ class Slots:
     column: Int[Array, ""]
     prompt: list[KeyValues]
     response: list[KeyValues]
+    before: Int[Array, ""] | int = struct.field(default_factory=lambda: jnp.int32(0))
 
     @property
     def window(self) -> int:
@@ -115,7 +117,7 @@ def empty_records(
 
 def first_draw(slots: Slots, logits: Float[Array, "slots vocab"], support: int) -> tuple[Slots, Draw]:
     """Draws a token for each active slot; what inactive ones draw is padding, with log-prob 0."""
-    drawn = draw(logits, slots.keys, slots.count, slots.sampling, support)
+    drawn = draw(logits, slots.keys, slots.count + slots.before, slots.sampling, support)
     token = jnp.where(slots.active, drawn.token, slots.sampling.pad_id)
     count = slots.count + slots.active
     stopped = (token[:, None] == slots.sampling.stop_ids).any(-1)

@@ -39,6 +39,9 @@ class RolloutConfig:
     lag: int = 0
     """Global steps by which sampling is ahead of learning, as in an asynchronous system: the batch that step s learns
     from was sampled, and scored for pi_old, by the parameters after step s - 1 - lag; see `training.queue`."""
+    partial: int = 0
+    """Tokens drawn in each round of partial rollouts: a response is drawn over ``lag`` global steps, each time by the
+    newest parameters, which go on where older ones stopped; see `training.partial`. 0: one version draws it whole."""
     devices: int = 0
     """Devices set aside for sampling and scoring, so that these overlap with the updates; it needs a lag. 0: each
     device does both, in turns."""
@@ -200,6 +203,18 @@ def validate(config: RunConfig) -> None:
             f"{learner.precision} and rollout.slots = {rollout.slots}: give both engines one precision, and 0 slots"
         )
     require(rollout.lag >= 0, "rollout.lag", rollout.lag, "0 (learn from what was just sampled) or more")
+    require(rollout.partial >= 0, "rollout.partial", rollout.partial, "0 (none) or more")
+    if rollout.partial and rollout.lag < 2:
+        raise UserError(
+            f"rollout.partial = {rollout.partial} with rollout.lag = {rollout.lag}: responses are drawn over "
+            "lag global steps; give a lag of 2 or more, or use partial = 0"
+        )
+    if rollout.partial and (rollout.attempts > 1 or rollout.slots or rollout.log_probs != "decode"):
+        raise UserError(
+            f"rollout.partial = {rollout.partial} with rollout.attempts = {rollout.attempts}, rollout.slots = "
+            f"{rollout.slots} and rollout.log_probs = {rollout.log_probs!r}: rounds go with 1 attempt, 0 slots and "
+            "'decode'"
+        )
     require(rollout.devices >= 0, "rollout.devices", rollout.devices, "0 (none set aside) or more")
     if rollout.devices and not rollout.lag:
         raise UserError(

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from rlstab_jax.inference import Sampling
-from rlstab_jax.learner import Minibatch, TrainState, state_shardings
+from rlstab_jax.learner import Minibatch, PolicyScores, TrainState, state_shardings
 from rlstab_jax.learner.optimizer import offloaded
 from rlstab_jax.learner.update import LearnerNumbers
 from rlstab_jax.models import Transformer, expert_parallel, resolve_kernels
@@ -35,6 +35,8 @@ GROUP_RELATIVE = (
     advantages.leave_one_out,
     advantages.batch_normalised,
 )
+ROWS = (Minibatch, Rollout, PolicyScores)
+"""Types of which every array has the rows of a batch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,11 +89,11 @@ class Engines:
                 return offloaded(places, node) if self.config.learner.offload_optimizer else places
             if isinstance(node, dict) and not alone:
                 return shardings(self.mesh, logical_axes(node), TRAINING)
-            if isinstance(node, Minibatch) and not alone:
+            if isinstance(node, ROWS) and not alone:
                 return jax.tree.map(self._over_rows, node)
             return jax.tree.map(lambda _: everywhere, node)
 
-        return jax.tree.map(of, tree, is_leaf=lambda node: isinstance(node, TrainState | Minibatch | dict))
+        return jax.tree.map(of, tree, is_leaf=lambda node: isinstance(node, (TrainState, dict, *ROWS)))
 
     def place(self, tree: Any) -> Any:
         """Puts a state onto the mesh, a fresh one like a restored one, so that each function is compiled once."""
@@ -167,6 +169,11 @@ def build(config: RunConfig) -> Engines:
         raise UserError(
             f"rollout.overlong_margin = {rollout.overlong_margin} exceeds the response's space of "
             f"{rollout.response_length} tokens: lower it"
+        )
+    if rollout.partial and (rollout.lag - 1) * rollout.partial >= rollout.response_length:
+        raise UserError(
+            f"rollout.partial = {rollout.partial}: {rollout.lag - 1} rounds of so many tokens leave none of the "
+            f"response's {rollout.response_length} to the last round: lower it, or the lag"
         )
     heldout, evaluation, cold_start = len(task.split("heldout")), config.evaluation, config.cold_start
     if (

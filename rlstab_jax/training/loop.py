@@ -2,11 +2,13 @@
 
 prompts -> inference engine (mu_old) -> rollout with log-probs and routes -> rewards -> training engine (pi_old)
 -> advantages -> N updates (pi_theta).
+
+What `queue` and `partial` say concerns asynchronous rollouts alone: by default a step learns from what it has made.
 """
 
-import contextlib
-import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,11 +20,12 @@ from rlstab_jax.learner import Minibatch, PolicyScores, TrainState, update
 from rlstab_jax.objectives import Objective, advantages_of
 from rlstab_jax.parallel.distributed import on_host
 from rlstab_jax.tasks import Prompt
-from rlstab_jax.training.collect import Responses, collect, length_punishment, without_truncated
+from rlstab_jax.training.collect import Batch, Responses, collect, length_punishment, without_truncated
 from rlstab_jax.training.engines import Engines, judge
-from rlstab_jax.training.measure import decode_statistics, rollout_metrics, rollout_statistics, update_metrics
+from rlstab_jax.training.measure import decode_statistics, rollout_metrics, rollout_statistics, timed, update_metrics
+from rlstab_jax.training.partial import Unfinished, begin, go_on, lag_statistics
 from rlstab_jax.training.passes import packed, rescore, sample_responses, score_old
-from rlstab_jax.training.queue import Experience, Queue, start, waiting
+from rlstab_jax.training.queue import Experience, Queue, laid_out, start
 from rlstab_jax.types import Rollout, RoutingReplay, Scores, take_rows
 
 
@@ -58,21 +61,25 @@ def global_step(
     Returns:
       The new state, the metrics of the step, and some responses with their rewards.
     """
-    making, lag = engines.making, engines.config.rollout.lag
+    making = engines.making
     params, reference = making.place((state.train.params, state.reference))
 
-    def make(ahead: int) -> Experience:
-        made = produce(making, params, reference, next(prompts), step + ahead, prompts)
-        return waiting(engines, made, ahead)
+    def make(queue: Queue) -> Queue:
+        if engines.config.rollout.partial:
+            return another_round(engines, params, reference, prompts, step, queue)
+        made = produce(making, params, reference, next(prompts), step + len(queue), prompts)
+        made.metrics["staleness/lag"] = float(len(queue))
+        return (*queue, laid_out(engines, made))
 
     with timed("step") as step_time:
         queue = state.queue
-        while len(queue) < lag:  # as the run begins
-            queue += (make(len(queue)),)
-        newest = start(lambda: make(lag), in_thread=engines.overlaps)
-        experience = queue[0] if lag else newest()
+        while len(queue) < engines.config.rollout.lag:  # as the run begins
+            queue = make(queue)
+        made = start(partial(make, queue), in_thread=engines.overlaps)
+        experience = (queue or made())[0]
+        assert isinstance(experience, Experience)
         train, metrics = learn(engines, state.train, experience.rows, step)
-        queue = (*queue, newest())[1:]
+        queue = made()[1:]
     return RunState(train, state.reference, queue), experience.metrics | metrics | step_time, experience.samples
 
 
@@ -93,7 +100,6 @@ def produce(
       further: more batches of prompts, from which groups without signal are replaced, where the config says so.
     """
     config = engines.config
-    groups = np.repeat(np.arange(len(prompts), dtype=np.int32), config.samples_per_prompt)
 
     # y ~ mu_old, with the log-probs and routes of the inference engine, and R(x, y).
     def respond(asked: list[Prompt], attempt: int) -> Responses:
@@ -104,29 +110,62 @@ def produce(
         return Responses(asked, rollout, texts, rewards, sampling_time | judging_time)
 
     batch = collect(respond, prompts, further, config.rollout.attempts)
-    rollout, rewards = batch.rollout, batch.rewards
+    rollout = batch.rollout
     if config.rollout.attempts > 1:  # rows of several rollouts lie where the compiler chose
         rollout = engines.settle(engines.place_rows(rollout))
-    if config.rollout.overlong == "penalise":
-        punishment = length_punishment(rollout, config.rollout.overlong_margin)
-        rewards, batch.metrics["reward/overlong"] = rewards + punishment, float(punishment.mean())
 
     # pi_old, by the training engine at the same weights; under R3 it replays the sampler's routes.
     with timed("score") as scoring_time:
-        old, old_statistics = score_old(engines, params, rollout, engines.replay)
+        old, statistics = score_old(engines, params, rollout, engines.replay)
         # Replay alters the policy that is measured, so the gap with live routes is measured as well.
         replayed = engines.replay is RoutingReplay.R3
         live = score_old(engines, params, rollout, RoutingReplay.LIVE)[0] if replayed else old
-        of_reference = None
-        if reference is not None:
-            of_reference = score_old(engines, reference, rollout, RoutingReplay.LIVE)[0].log_probs
-        statistics = old_statistics
         if config.rollout.log_probs == "rescore":
             decoded, rollout = rollout, rescore(engines, params, rollout)
             statistics = statistics | decode_statistics(decoded, rollout.log_probs)
         statistics = statistics | rollout_statistics(rollout, old, live.log_probs, config.model.num_experts)
-        metrics = batch.metrics | rollout_metrics(statistics)
-    metrics |= scoring_time
+        batch.metrics.update(rollout_metrics(statistics))
+    batch.metrics.update(scoring_time)
+    return conclude(engines, reference, replace(batch, rollout=rollout), old)
+
+
+def another_round(
+    engines: Engines, params: dict, reference: dict | None, prompts: Iterator[list[Prompt]], step: int, queue: Queue
+) -> Queue:
+    """Partial rollouts: one more round of each batch in the queue that is unfinished, and the first one of another."""
+    making, lag = engines.making, engines.config.rollout.lag
+
+    def go_on_with(one: Unfinished, of_step: int) -> Experience | Unfinished:
+        one, statistics = go_on(making, params, one, of_step, version=step - 1)
+        if one.rounds < lag:
+            return one
+        with timed("judge") as judging_time:
+            texts, rewards = judge(engines.task, one.prompts, one.rollout)
+        responses = Responses(one.prompts, one.rollout, texts, rewards, one.seconds | judging_time)
+        batch = collect(lambda *_: responses, one.prompts, (), attempts=1)
+        live = one.old if one.live is None else one.live
+        statistics |= rollout_statistics(one.rollout, one.old, live.log_probs, engines.config.model.num_experts)
+        statistics |= lag_statistics(one.rollout, of_step)
+        batch.metrics.update(rollout_metrics(statistics))
+        return laid_out(engines, conclude(making, reference, batch, one.old))
+
+    older = [go_on_with(one, step + ahead) if isinstance(one, Unfinished) else one for ahead, one in enumerate(queue)]
+    return (*older, begin(making, params, next(prompts), step + len(queue), version=step - 1))
+
+
+def conclude(engines: Engines, reference: dict | None, batch: Batch, old: PolicyScores) -> Experience:
+    """What is left once responses are judged and scored: the reference's log-probs, advantages, what is logged."""
+    config, metrics, rollout, rewards = engines.config, batch.metrics, batch.rollout, batch.rewards
+    groups = np.repeat(np.arange(len(batch.prompts), dtype=np.int32), config.samples_per_prompt)
+    if config.rollout.overlong == "penalise":
+        punishment = length_punishment(rollout, config.rollout.overlong_margin)
+        rewards, metrics["reward/overlong"] = rewards + punishment, float(punishment.mean())
+    of_reference = None
+    if reference is not None:
+        with timed("score") as scoring_time:
+            of_reference = score_old(engines, reference, rollout, RoutingReplay.LIVE)[0].log_probs
+            jax.block_until_ready(of_reference)
+        metrics["time/score"] += scoring_time["time/score"]
     sampled = metrics["response/length"] * metrics["response/count"]
     metrics["throughput/sample_tokens_per_s"] = sampled / metrics["time/sample"]
 
@@ -200,13 +239,3 @@ def minibatch_rows(seed: int, step: int, prompts: int, samples: int, minibatches
     order = np.random.default_rng((seed, step)).permutation(prompts).reshape(minibatches, -1)
     rows = order[..., None] * samples + np.arange(samples)
     return rows.reshape(minibatches, -1).astype(np.int32)
-
-
-@contextlib.contextmanager
-def timed(name: str) -> Iterator[Metrics]:
-    """Wall-clock seconds of the block under ``time/<name>``, once it has ended. The block must wait for its results."""
-    times: Metrics = {}
-    with jax.named_scope(name):
-        start = time.perf_counter()
-        yield times
-        times[f"time/{name}"] = time.perf_counter() - start

@@ -1,5 +1,8 @@
 """From unreduced statistics to the metrics of a global step: the names of `rundir.METRICS`, the last reduction."""
 
+import contextlib
+import time
+from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -70,6 +73,16 @@ def update_metrics(updates: list[tuple[Statistics, dict[str, Float[Array, ""]]]]
         metrics["learner/packed_rows"] = float(np.mean([measures["learner/packed_rows"] for _, measures in updates]))
     metrics["learner/learning_rate"] = float(updates[-1][1]["learner/learning_rate"])
     return metrics
+
+
+@contextlib.contextmanager
+def timed(name: str) -> Iterator[dict[str, float]]:
+    """Wall-clock seconds of the block under ``time/<name>``, once it has ended. The block must wait for its results."""
+    times: dict[str, float] = {}
+    with jax.named_scope(name):
+        start = time.perf_counter()
+        yield times
+        times[f"time/{name}"] = time.perf_counter() - start
 
 
 def _with_layers(statistics: Statistics) -> dict[str, float]:

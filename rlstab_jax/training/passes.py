@@ -9,7 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from rlstab_jax.inference import prepare, sample, sample_continuously, sample_keys, sample_matched, score_matched
+from rlstab_jax.inference import (
+    prepare,
+    sample,
+    sample_continuously,
+    sample_keys,
+    sample_matched,
+    sample_on,
+    score_matched,
+)
 from rlstab_jax.inference.matched import MatchedPass
 from rlstab_jax.learner import Packing, PolicyScores, plan, score
 from rlstab_jax.learner.score import replayed_routes, score_statistics
@@ -23,8 +31,13 @@ from rlstab_jax.training.engines import Engines
 from rlstab_jax.types import Rollout, RoutingReplay
 
 
-def sample_responses(engines: Engines, params: dict, prompts: list[Prompt], step: int, attempt: int = 0) -> Rollout:
-    """Responses of the inference engine to train on: ``samples_per_prompt`` adjacent rows for each prompt."""
+def sample_responses(
+    engines: Engines, params: dict, prompts: list[Prompt], step: int, attempt: int = 0, length: int | None = None
+) -> Rollout:
+    """Responses of the inference engine to train on: ``samples_per_prompt`` adjacent rows for each prompt.
+
+    ``length`` is that of the responses; by default the config's.
+    """
     config, ids = engines.config, key_ids(prompts)
     rollout = config.rollout
     tokens, mask = encode_prompts(prompts, engines.task.tokenizer, rollout.prompt_length)
@@ -38,9 +51,26 @@ def sample_responses(engines: Engines, params: dict, prompts: list[Prompt], step
         engines.place_rows(mask),
         sample_keys(jax.random.key(config.seed), step, ids, config.samples_per_prompt, attempt),
         engines.sampling,
-        response_length=rollout.response_length,
+        response_length=length or rollout.response_length,
         samples_per_prompt=config.samples_per_prompt,
         support=rollout.support if truncates(rollout) else 0,
+    )
+
+
+def go_on_sampling(
+    engines: Engines, params: dict, rollout: Rollout, prompts: list[Prompt], step: int, begun: int, length: int
+) -> Rollout:
+    """``length`` more tokens of responses that have ``begun`` tokens, by newer parameters than began them."""
+    config = engines.config
+    return sample_on(
+        engines.inference,
+        engines.settle(prepare(params, config.rollout.precision, engines.mesh)),
+        rollout,
+        sample_keys(jax.random.key(config.seed), step, key_ids(prompts), config.samples_per_prompt),
+        engines.sampling.per_row(config.responses_per_step),
+        begun=begun,
+        response_length=length,
+        support=config.rollout.support if truncates(config.rollout) else 0,
     )
 
 

@@ -23,7 +23,8 @@ from rlstab_jax.learner import Minibatch, PolicyScores
 from rlstab_jax.objectives import advantages_of
 from rlstab_jax.training.config import truncates
 from rlstab_jax.training.engines import Engines
-from rlstab_jax.types import Rollout, Scores, route_dtype
+from rlstab_jax.training.partial import Unfinished
+from rlstab_jax.types import Rollout, RoutingReplay, Scores, route_dtype
 
 
 @struct.dataclass
@@ -40,18 +41,23 @@ class Experience:
     metrics: dict[str, float] = struct.field(pytree_node=False)
     samples: list[dict[str, Any]] = struct.field(pytree_node=False)
 
+    def note(self) -> dict[str, Any]:
+        """What is no array, as JSON."""
+        return {"metrics": self.metrics, "samples": self.samples}
 
-Queue = tuple[Experience, ...]
-
-
-def waiting(engines: Engines, made: Experience, ahead: int) -> Experience:
-    """What was made ``ahead`` global steps before it is learnt from, laid out as it is restored from a checkpoint."""
-    if not engines.config.rollout.lag:
-        return made
-    return replace(made, rows=engines.place(made.rows), metrics=made.metrics | {"staleness/lag": ahead})
+    def annotated(self, note: dict[str, Any]) -> "Experience":
+        return replace(self, **note)
 
 
-def start(make: Callable[[], Experience], *, in_thread: bool) -> Callable[[], Experience]:
+Queue = tuple[Experience | Unfinished, ...]  # what comes first is learnt from first
+
+
+def laid_out(engines: Engines, made: Experience) -> Experience:
+    """Where the learner's devices want it: as it is restored from a checkpoint, if it is to wait."""
+    return replace(made, rows=engines.place(made.rows)) if engines.config.rollout.lag else made
+
+
+def start(make: Callable[[], Queue], *, in_thread: bool) -> Callable[[], Queue]:
     """Calls ``make`` at once, or in a thread of its own. What it returns waits for the result, or raises its error."""
     if not in_thread:
         made = make()
@@ -89,6 +95,7 @@ def blank(engines: Engines) -> Queue:
         routes=routes,
         temperature=rewards,
         support=support,
+        version=jnp.zeros((batch, length), jnp.int32) if rollout.partial else None,
     )
     scores = Scores(of_tokens, of_tokens, of_tokens, response_mask, groups, reference, router_old=router)
     rows = Minibatch(
@@ -98,14 +105,20 @@ def blank(engines: Engines) -> Queue:
         groups=groups,
         reference=reference,
     )
-    return (Experience(rows, {}, []),) * rollout.lag
+    finished = Experience(rows, {}, [])
+    if not rollout.partial:
+        return (finished,) * rollout.lag
+    live = None
+    if engines.replay is RoutingReplay.R3:
+        live = PolicyScores(of_tokens, of_tokens, None, None, None)
+    return (finished, *[Unfinished(rows.rollout, rows.old, live, [], 0, {})] * (rollout.lag - 1))
 
 
 def notes(queue: Queue) -> list[dict[str, Any]]:
     """What a queue holds besides arrays, as JSON."""
-    return [{"metrics": one.metrics, "samples": one.samples} for one in queue]
+    return [one.note() for one in queue]
 
 
 def annotated(queue: Queue, saved: list[dict[str, Any]]) -> Queue:
     """The arrays of a restored queue with their `notes`."""
-    return tuple(replace(one, **of_one) for one, of_one in zip(queue, saved, strict=True))
+    return tuple(one.annotated(note) for one, note in zip(queue, saved, strict=True))
