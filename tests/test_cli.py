@@ -153,6 +153,7 @@ def test_what_is_left_and_the_same_command_again(run: Path, capsys: pytest.Captu
         "experts": "tiles",
         "decode_attention": "reference",
         "decode_experts": "grouped",
+        "expert_chunk": 0,
     }
     assert {"config", "versions", "devices", "mesh", "seed", "command"} <= set(manifest)
     before = (run / "metrics.jsonl").read_bytes()
