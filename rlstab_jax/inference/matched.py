@@ -19,7 +19,8 @@ from jaxtyping import Array, Bool, Float, Int
 from rlstab_jax.inference.sampling import Sampling, check_prompts, distribution, draw
 from rlstab_jax.inference.slots import empty_responses, prefill
 from rlstab_jax.models.decode import decode_step, layer_variables
-from rlstab_jax.models.transformer import KeyValues, Past, Transformer, embed, finish, logits_of
+from rlstab_jax.models.layers import KeyValues, Past
+from rlstab_jax.models.transformer import Transformer, embed, finish, logits_of
 from rlstab_jax.types import Rollout, Routes, route_dtype
 
 
@@ -30,7 +31,7 @@ class MatchedPass:
     Attributes:
       rollout: tokens, masks, log-probs, support and the routes in use.
       entropy: of the distribution drawn from, on each prefix, nats.
-      live, margin, router: as in `models.transformer.Routing`; None for a dense model.
+      live, margin, router: as in `models.layers.Routing`; None for a dense model.
     """
 
     rollout: Rollout

@@ -6,9 +6,9 @@ import jax
 from flax import traverse_util
 from jax.sharding import Mesh
 
+from rlstab_jax.models.layers import SCALE
 from rlstab_jax.models.precision import Precision, saturate, store_weight
 from rlstab_jax.models.sharding import logical_axes, scale_axes
-from rlstab_jax.models.transformer import SCALE
 from rlstab_jax.parallel.sharding import INFERENCE, TRAINING, constrain
 
 

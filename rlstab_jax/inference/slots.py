@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlstab_jax.inference.sampling import Draw, Sampling, draw
 from rlstab_jax.models.decode import decode_step, depth_first, layer_variables
-from rlstab_jax.models.transformer import KeyValues, Past, Transformer, embed, finish, forward, logits_of
+from rlstab_jax.models.layers import KeyValues, Past
+from rlstab_jax.models.transformer import Transformer, embed, finish, forward, logits_of
 from rlstab_jax.parallel.distributed import on_host
 from rlstab_jax.types import Rollout, Routes, masked, route_dtype
 

@@ -10,8 +10,9 @@ from jaxtyping import Array, Float
 
 from rlstab_jax.learner.head import head_log_probs
 from rlstab_jax.learner.packing import Packing, packed_forward
+from rlstab_jax.models.layers import Routing
 from rlstab_jax.models.sharding import laid_out
-from rlstab_jax.models.transformer import Routing, Transformer, forward
+from rlstab_jax.models.transformer import Transformer, forward
 from rlstab_jax.stability.reduce import Mean, Statistics, mean_of
 from rlstab_jax.stability.routing import margin_statistics
 from rlstab_jax.types import Rollout, Routes, RoutingReplay, UserError, join_rows, masked, split_rows

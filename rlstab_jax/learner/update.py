@@ -12,10 +12,11 @@ from jaxtyping import Array, Float, Int
 from rlstab_jax.learner.optimizer import LearnerNumbers, TrainState, apply_gradient
 from rlstab_jax.learner.packing import Packing
 from rlstab_jax.learner.score import PolicyScores, policy_scores, replayed_routes
+from rlstab_jax.models.layers import RouterSums, Routing
 from rlstab_jax.models.precision import Precision
 from rlstab_jax.models.remat import Remat
 from rlstab_jax.models.sharding import laid_out
-from rlstab_jax.models.transformer import RouterSums, Routing, Transformer
+from rlstab_jax.models.transformer import Transformer
 from rlstab_jax.objectives import Objective, coefficients, surrogate
 from rlstab_jax.stability.gaps import first_order, staleness, trust_statistics, weight_statistics
 from rlstab_jax.stability.reduce import Statistics, mean_of, merge

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rlstab_jax.models.config import ModelConfig
-from rlstab_jax.models.transformer import Block, Past, Routing, Transformer
+from rlstab_jax.models.layers import Past, Routing
+from rlstab_jax.models.transformer import Block, Transformer
 from rlstab_jax.types import Routes
 
 

@@ -15,8 +15,8 @@ import tiny
 
 from rlstab_jax.inference import prepare
 from rlstab_jax.models import ModelConfig, Precision, fp8, quantised
+from rlstab_jax.models.layers import SCALE
 from rlstab_jax.models.sharding import logical_axes
-from rlstab_jax.models.transformer import SCALE
 from rlstab_jax.parallel.mesh import MeshConfig, make_mesh
 from rlstab_jax.parallel.sharding import INFERENCE, TRAINING, shardings
 

@@ -17,7 +17,8 @@ from flax import traverse_util
 
 from rlstab_jax.inference import prepare
 from rlstab_jax.models import Precision, fp8, quantised
-from rlstab_jax.models.transformer import SCALE, forward, logits_of
+from rlstab_jax.models.layers import SCALE
+from rlstab_jax.models.transformer import forward, logits_of
 
 UNTIED = dataclasses.replace(tiny.MIXED, tie_embeddings=False)
 LINEAR = {"q", "k", "v", "o", "gate", "up", "down"}

@@ -13,7 +13,7 @@ from rlstab_jax.learner import LearnerConfig, score, update
 from rlstab_jax.learner.optimizer import apply_gradient, learning_rate
 from rlstab_jax.learner.score import policy_scores
 from rlstab_jax.learner.update import router_losses
-from rlstab_jax.models.transformer import RouterSums
+from rlstab_jax.models.layers import RouterSums
 from rlstab_jax.objectives import minirl
 from rlstab_jax.stability.reduce import LogRatioHistogram
 from rlstab_jax.types import RoutingReplay, UserError

@@ -20,9 +20,10 @@ from rlstab_jax.models import Kernels, ModelConfig, Precision, Transformer
 from rlstab_jax.models.attention_tpu import decode_splash, splash
 from rlstab_jax.models.decode import decode_step
 from rlstab_jax.models.experts import megablox
+from rlstab_jax.models.layers import KeyValues, Past
 from rlstab_jax.models.precision import Stored
 from rlstab_jax.models.sharding import logical_axes
-from rlstab_jax.models.transformer import KeyValues, Past, forward
+from rlstab_jax.models.transformer import forward
 from rlstab_jax.parallel.mesh import MeshConfig, make_mesh
 from rlstab_jax.parallel.sharding import INFERENCE, TRAINING, Rules, partition_spec, shardings
 
