@@ -39,8 +39,8 @@ class Benchmark:
     """Shows the results."""
     gpu: tuple[str, Callable[[bool], dict[str, Any]]]
     """The name of the table that is measured on a GPU, and what measures it, quickly if told so."""
-    once: frozenset[str] = frozenset()
-    """Tables that are measured with the first number of threads alone."""
+    threads: Callable[[str, list[int]], list[int]] = lambda table, asked: asked
+    """With which of the numbers of threads that were asked for a table is measured."""
     devices: Callable[[str, int], int] = lambda table, threads: 1
     """The number of virtual devices of the process that measures a table."""
 
@@ -68,8 +68,7 @@ class Benchmark:
         if options.quick:  # takes the cores that it finds
             runs = [self._measured([table], scale, os.cpu_count() or 1)]
         else:
-            threads = options.threads[:1] if table in self.once else options.threads
-            runs = [self._in_process(table, scale, count) for count in threads]
+            runs = [self._in_process(table, scale, count) for count in self.threads(table, options.threads)]
         cells = [cell for run in runs for cell in run["cells"][table]]
         settings = dataclasses.asdict(scale) | self.settings
         result = {"environment": runs[0]["environment"], "settings": settings, "cells": cells}

@@ -131,8 +131,6 @@ alone. Each number is a median with its quartiles over interleaved repetitions; 
 weights and how they are installed. Peak memory is what a run needs beyond what its process held before, weights
 included in the latter.
 
-![Speeds, and what choices cost](decode.png)
-
 """
 
 
@@ -186,6 +184,7 @@ def continuous_panel(axis: Any, cells: Sequence[Cell]) -> None:
 
 PAGE = Page(
     picture="decode.png",
+    caption="Speeds, and what choices cost",
     about=ABOUT,
     tables={
         "peers": ("Against its peers", peers_rows),

@@ -27,6 +27,8 @@ class Page:
 
     picture: str
     """The picture's file."""
+    caption: str
+    """What the picture shows."""
     about: str
     """What stands before the tables."""
     tables: dict[str, tuple[str, Rows]]
@@ -50,8 +52,12 @@ class Page:
         return "\n\n".join(parts)
 
     def write(self, folder: Path, results: dict[str, dict[str, Any]]) -> None:
-        write(folder / "README.md", lambda aside: aside.write_text(self.about + self.text(results) + "\n"))
-        write(folder / self.picture, lambda aside: self.draw(aside, results))
+        """README.md, and the picture where a table that has a panel has results."""
+        drawn = any(name in results for name in self.panels)
+        picture = f"![{self.caption}]({self.picture})\n\n" if drawn else ""
+        write(folder / "README.md", lambda aside: aside.write_text(self.about + picture + self.text(results) + "\n"))
+        if drawn:
+            write(folder / self.picture, lambda aside: self.draw(aside, results))
 
     def draw(self, path: Path, results: dict[str, dict[str, Any]]) -> None:
         """One panel for each table that has one and results."""

@@ -4,13 +4,15 @@ An update is a forward pass, its gradient and a step of Adam. Tables, each with 
 
   peers       this engine, Hugging Face transformers with torch, and Tunix's model with optax: the same weights, batch
               and loss, interleaved in one process. Loss and a gradient must agree before anything is timed. This engine
-              also computes entropies and its diagnostics; the peers compute the loss alone.
+              also computes entropies and its diagnostics; the peers compute the loss alone. With 2 threads it runs on 2
+              virtual devices as well, each with half of the rows.
   replay      routes live, replayed from the old pass (R2), and from the rollout (R3)
   micro       the mini-batch in 1, 2 and 4 parts
   packing     short responses share rows or not; lengths with a long tail (lognormal, sigma 1, mean 1/8, cut)
   precision   float32 and bfloat16
   tokens, layers, experts, vocabulary
               time and temporary memory as each of them grows
+  devices     1 to 8 virtual devices that share the cores, the rows split over them
 
     python -m experiments.benchmarks.update                        # all tables; peers and replay also with 2 threads
     python -m experiments.benchmarks.update --tables peers         # one table; the others stay as they were measured
@@ -30,16 +32,19 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.benchmarks import decode, update_peers, update_report, utilisation
 from experiments.benchmarks.command import Benchmark
 from experiments.benchmarks.common import Contender, Missing, measure
 from experiments.benchmarks.pages import Cell
-from rlstab_jax.learner import LearnerConfig, Minibatch, PolicyScores, init_state, score, update
+from rlstab_jax.learner import LearnerConfig, Minibatch, PolicyScores, init_state, score, state_shardings, update
 from rlstab_jax.learner.packing import plan
 from rlstab_jax.models import Kernels, ModelConfig, Precision, Transformer, resolve_kernels
 from rlstab_jax.objectives import coefficients, minirl
-from rlstab_jax.types import Rollout, RoutingReplay, Scores, route_dtype
+from rlstab_jax.parallel.mesh import MeshConfig, make_mesh
+from rlstab_jax.parallel.sharding import TRAINING, Layout
+from rlstab_jax.types import Rollout, RoutingReplay, Scores, route_dtype, row_axis
 
 OURS = "rlstab_jax"
 KERNELS = resolve_kernels(Kernels(), "cpu")
@@ -70,6 +75,8 @@ class Load:
     """Layers written out in each step of the loop over layers."""
     packing: bool = False
     """Whether several sequences may share a row."""
+    devices: int = 1
+    """Devices that the rows are split over."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +90,8 @@ class Scale:
     layers: tuple[int, ...]
     experts: tuple[int, ...]
     vocabulary: tuple[int, ...]
+    devices: tuple[int, ...]
+    """Their numbers; they divide the rows."""
     micro: tuple[int, ...]
     """Parts of the mini-batch."""
     long: tuple[int, int]
@@ -99,6 +108,7 @@ FULL = Scale(
     layers=(1, 2, 4, 8),
     experts=(8, 32, 128),
     vocabulary=(512, 4096, 32_768),
+    devices=(1, 2, 4, 8),
     micro=(1, 2, 4),
     long=(64, 256),
     repetitions=9,
@@ -110,6 +120,7 @@ QUICK = Scale(
     layers=(1,),
     experts=(8,),
     vocabulary=(32,),
+    devices=(1,),
     micro=(1, 2),
     long=(8, 16),
     repetitions=2,
@@ -167,12 +178,15 @@ def minibatch_of(load: Load, params: dict) -> Minibatch:
 def program(name: str, load: Load) -> Program:
     """Compiles the update of ``load`` from the benchmark's weights."""
     params = decode.parameters(load.model)
-    numbers = LEARNER.numbers()
-    model = Transformer(load.model, load.precision, KERNELS, unroll=load.unroll)
+    mesh = make_mesh(MeshConfig(data=load.devices), jax.devices()[: load.devices])
+    model = Transformer(load.model, load.precision, KERNELS, unroll=load.unroll, mesh=mesh)
     minibatch = minibatch_of(load, params)
-    state = [init_state(params, numbers)]
-    traced = minibatch, OBJECTIVE, numbers
-    packing = plan(np.asarray(minibatch.rollout.fed_mask), load.micro_batches) if load.packing else None
+    packing = plan(np.asarray(minibatch.rollout.fed_mask), load.micro_batches, load.devices) if load.packing else None
+    minibatch, packing = jax.device_put((minibatch, packing), jax.tree.map(over_rows(mesh), (minibatch, packing)))
+    objective, numbers = jax.device_put((OBJECTIVE, LEARNER.numbers()), NamedSharding(mesh, PartitionSpec()))
+    initial = init_state(params, numbers)
+    state = [jax.device_put(initial, state_shardings(mesh, initial, TRAINING))]
+    traced = minibatch, objective, numbers
     replay = RoutingReplay(load.replay)
     compiled = update.lower(
         model, state[0], *traced, replay=replay, micro_batches=load.micro_batches, packing=packing
@@ -185,6 +199,18 @@ def program(name: str, load: Load) -> Program:
     amount = int(minibatch.rollout.response_mask.sum())
     temporary = compiled.memory_analysis().temp_size_in_bytes
     return Program(Contender(name, step, amount), step, lambda: state[0], temporary)
+
+
+def over_rows(mesh: Mesh) -> Callable[[jax.Array], NamedSharding]:
+    """Where an array that travels lies: its rows over all devices."""
+
+    def of(leaf: jax.Array) -> NamedSharding:
+        axes: list[tuple[str, ...] | None] = [None] * leaf.ndim
+        if axes:
+            axes[row_axis(leaf)] = Layout(mesh).rows
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    return of
 
 
 def timed(programs: Sequence[Program], repetitions: int) -> list[dict[str, Any]]:
@@ -224,7 +250,11 @@ def peers_table(scale: Scale, threads: int) -> list[Cell]:
     if scale.peers:
         params = jax.tree.map(np.asarray, decode.parameters(load.model))
         others, differences = update_peers.contenders(load.model, LEARNER, params, batch_of(load), reference, threads)
-    results = measure([ours.contender, *others], scale.repetitions)
+    engines = [ours.contender]
+    if 1 < threads <= jax.local_device_count():
+        name = f"{OURS}, {threads} virtual devices"
+        engines.append(program(name, dataclasses.replace(load, devices=threads)).contender)
+    results = measure([*engines, *others], scale.repetitions)
     return [{"tokens": load.rows * load.tokens, "differences": differences, "contenders": results}]
 
 
@@ -263,8 +293,8 @@ def growth_table(field: str) -> Callable[[Scale, int], list[Cell]]:
     """The table of that field of `Scale`: one of the sizes grows, the others stay."""
 
     def load_of(base: Load, size: int) -> Load:
-        if field == "tokens":
-            return dataclasses.replace(base, tokens=size)
+        if field in ("tokens", "devices"):
+            return dataclasses.replace(base, **{field: size})
         name = {"layers": "num_layers", "experts": "num_experts", "vocabulary": "vocab_size"}[field]
         return dataclasses.replace(base, model=dataclasses.replace(base.model, **{name: size}))
 
@@ -275,14 +305,28 @@ def growth_table(field: str) -> Callable[[Scale, int], list[Cell]]:
     return table
 
 
+GROWTH = ("tokens", "layers", "experts", "vocabulary", "devices")
 TABLES: dict[str, Callable[[Scale, int], list[Cell]]] = {
     "peers": peers_table,
     "replay": replay_table,
     "micro": micro_table,
     "packing": packing_table,
     "precision": precision_table,
-    **{field: growth_table(field) for field in ("tokens", "layers", "experts", "vocabulary")},
+    **{field: growth_table(field) for field in GROWTH},
 }
+
+
+def threads_of(table: str, asked: list[int]) -> list[int]:
+    """All that were asked for only where threads matter most: virtual devices need cores, the others need less time."""
+    if table in ("peers", "replay"):
+        return asked
+    return asked[-1:] if table == "devices" else asked[:1]
+
+
+def devices_of(table: str, threads: int) -> int:
+    return {"peers": threads, "devices": max(FULL.devices)}.get(table, 1)
+
+
 BENCHMARK = Benchmark(
     module="experiments.benchmarks.update",
     about=__doc__,
@@ -293,7 +337,8 @@ BENCHMARK = Benchmark(
     settings={"kernels": dataclasses.asdict(KERNELS), "learner": dataclasses.asdict(LEARNER)},
     page=update_report.PAGE,
     gpu=("utilisation", lambda quick: utilisation.study(utilisation.TINY if quick else utilisation.FULL)),
-    once=frozenset(TABLES) - {"peers", "replay"},
+    threads=threads_of,
+    devices=devices_of,
 )
 main = BENCHMARK.main
 

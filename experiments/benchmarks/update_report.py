@@ -139,12 +139,17 @@ interleaved repetitions; ratios are paired within a repetition. [`update.py`](..
 compares, [`update_peers.py`](../../update_peers.py) how the peers compute the same. Peak memory is what a run needs
 beyond what its process held before; temporary memory is what the compiler plans beside a program's arguments.
 
-![Times, and what choices cost](update.png)
-
 """
-SIZES = {"tokens": "tokens of each row", "layers": "layers", "experts": "experts", "vocabulary": "vocabulary"}
+SIZES = {
+    "tokens": "tokens of each row",
+    "layers": "layers",
+    "experts": "experts",
+    "vocabulary": "vocabulary",
+    "devices": "virtual devices",
+}
 PAGE = Page(
     picture="update.png",
+    caption="Times, and what choices cost",
     about=ABOUT,
     tables={
         "peers": ("Against its peers", peers_rows),
