@@ -63,6 +63,7 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         ("--minibatches 0", "minibatches = 0: expected at least 1"),
         ("--learner.micro-batches 3", "learner.micro_batches = 3: expected a divisor of the mini-batch, 8 responses"),
         ("--learner.packing --kernels.attention cudnn", "kernels.attention = 'cudnn', which takes one sequence a row"),
+        ("--learner.unroll 0", "learner.unroll = 0: expected at least 1"),
         ("--learner.score-micro-batches 5", "learner.score_micro_batches = 5: expected a divisor of the global batch"),
         ("--rollout.prompt-length 3", "rollout.prompt_length = 3, but the task's prompts have up to 6 tokens"),
         ("--rollout.temperature 0", "rollout.temperature = 0.0: expected above 0"),

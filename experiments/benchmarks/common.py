@@ -165,10 +165,12 @@ def environment() -> dict[str, Any]:
     }
 
 
-def held_to(threads: int, module: str, arguments: Sequence[str]) -> Any:
+def held_to(threads: int, module: str, arguments: Sequence[str], devices: int = 1) -> Any:
     """Runs ``python -m module arguments --worker FILE`` on so many CPU cores; returns what it wrote to FILE as JSON.
 
-    A process of its own, since XLA sizes its thread pool when it starts: by the cores that the process may use. Linux.
+    A process of its own, since XLA sizes its thread pool when it starts: by the cores that the process may use, and
+    makes its ``devices`` then. Large arrays lie in huge pages, for all libraries alike: zeroing small ones anew in each
+    run takes longer than some of the work. Linux.
     """
     if sys.platform != "linux":
         raise UserError("holding a process to some cores needs Linux: use --quick, which holds none")
@@ -178,7 +180,9 @@ def held_to(threads: int, module: str, arguments: Sequence[str]) -> Any:
     alone = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1" if threads == 1 else ""
     variables = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     variables["JAX_PLATFORMS"] = "cpu"
-    variables["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {alone}".strip()
+    virtual = f"--xla_force_host_platform_device_count={devices}" if devices > 1 else ""
+    variables["XLA_FLAGS"] = " ".join(f"{os.environ.get('XLA_FLAGS', '')} {alone} {virtual}".split())
+    variables["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"
         command = [sys.executable, "-m", module, *arguments, "--worker", str(file)]

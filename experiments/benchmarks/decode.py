@@ -21,32 +21,27 @@ Peers come with `pip install -e '.[bench]'`; `experiments/benchmarks/peers.py` s
 is not installed is named in the table as missing.
 """
 
-import argparse
 import dataclasses
-import json
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks import bandwidth, decode_report, peers
-from experiments.benchmarks.common import Contender, Missing, environment, held_to, measure, write_json
+from experiments.benchmarks.command import Benchmark
+from experiments.benchmarks.common import Contender, Missing, measure
+from experiments.benchmarks.pages import Cell
 from rlstab_jax.inference import Sampling, prepare, sample, sample_continuously, sample_keys
 from rlstab_jax.models import Kernels, ModelConfig, Precision, Transformer, fp8, resolve_kernels
 from rlstab_jax.models.precision import Format
 from rlstab_jax.models.transformer import forward, logits_of
-from rlstab_jax.types import UserError
 
-RESULTS = Path("experiments/benchmarks/results/decode")
 KERNELS = resolve_kernels(Kernels(), "cpu").for_inference()
 OURS = "rlstab_jax"
 FLOAT32 = Precision()
-Cell = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,60 +302,18 @@ TABLES: dict[str, Callable[[Scale, int], list[Cell]]] = {
 }
 
 
-def measured(tables: list[str], scale: Scale, threads: int) -> dict[str, Any]:
-    """The cells of those tables in this process, by table, and the machine."""
-    cells = {}
-    for table in tables:
-        print(f"{table}, {threads} thread{'s' * (threads > 1)}", file=sys.stderr, flush=True)
-        cells[table] = [{"threads": threads} | cell for cell in TABLES[table](scale, threads)]
-    return {"environment": environment(), "cells": cells}
-
-
-def in_process(table: str, scale: Scale, threads: int) -> dict[str, Any]:
-    """`measured` of one table, in a process of its own that is held to so many threads."""
-    arguments = ["--tables", table, "--threads", str(threads), "--repetitions", str(scale.repetitions)]
-    return held_to(threads, "experiments.benchmarks.decode", arguments)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    options = parse(arguments)
-    scale = QUICK if options.quick else FULL
-    if options.repetitions:
-        scale = dataclasses.replace(scale, repetitions=options.repetitions)
-    if options.worker:
-        write_json(options.worker, measured(options.tables, scale, options.threads[0]))
-        return
-    if options.gpu:
-        write_json(options.out / "bandwidth.json", bandwidth.study(bandwidth.TINY if options.quick else bandwidth.FULL))
-    elif not options.draw:
-        for table in options.tables:
-            if options.quick:  # takes the cores that it finds
-                runs = [measured([table], scale, os.cpu_count() or 1)]
-            else:
-                runs = [in_process(table, scale, threads) for threads in options.threads]
-            cells = [cell for run in runs for cell in run["cells"][table]]
-            settings = dataclasses.asdict(scale) | {"kernels": dataclasses.asdict(KERNELS)}
-            result = {"environment": runs[0]["environment"], "settings": settings, "cells": cells}
-            write_json(options.out / f"{table}.json", result)
-    results = {p.stem: json.loads(p.read_text()) for p in sorted(options.out.glob("*.json"))}
-    if not results:
-        raise UserError(f"{options.out} holds no results: measure first")
-    decode_report.write_report(options.out, results)
-    print(decode_report.tables(results))
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=list(TABLES), help="which to measure")
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="cores of each run (1 2)")
-    parser.add_argument("--repetitions", type=int, default=0, help="timed runs of each contender (9)")
-    parser.add_argument("--quick", action="store_true", help="a smoke test, under a minute")
-    parser.add_argument("--gpu", action="store_true", help="bytes moved per token against the copy bandwidth")
-    parser.add_argument("--draw", action="store_true", help="measure nothing")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the folder to write to")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
-
+BENCHMARK = Benchmark(
+    module="experiments.benchmarks.decode",
+    about=__doc__,
+    results=Path("experiments/benchmarks/results/decode"),
+    tables=TABLES,
+    full=FULL,
+    quick=QUICK,
+    settings={"kernels": dataclasses.asdict(KERNELS)},
+    page=decode_report.PAGE,
+    gpu=("bandwidth", lambda quick: bandwidth.study(bandwidth.TINY if quick else bandwidth.FULL)),
+)
+main = BENCHMARK.main
 
 if __name__ == "__main__":
     main()

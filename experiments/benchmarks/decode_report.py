@@ -1,34 +1,27 @@
 """Tables and picture of the decode benchmark, from its JSON files alone."""
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
-import numpy as np
-
-from experiments.benchmarks.common import Spread, fastest, markdown, rates, ratio, write
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-Cell = dict[str, Any]
-# Okabe and Ito's colours; one and two threads, told apart by the marker as well.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
-MARKERS = {1: "o", 2: "s", 4: "^", 8: "D"}
-
-
-def speed(result: dict[str, Any]) -> str:
-    return Spread.of(rates(result)).text(",.0f")
-
-
-def mebibytes(result: dict[str, Any]) -> str:
-    return "not measured" if result.get("peak_bytes") is None else f"{result['peak_bytes'] / 2**20:,.0f}"
+from experiments.benchmarks.common import Spread, fastest, rates, ratio
+from experiments.benchmarks.pages import (
+    COLOURS,
+    MARKERS,
+    Cell,
+    Page,
+    bars,
+    by_threads,
+    contenders_panel,
+    cost,
+    lines_panel,
+    mebibytes,
+    speed,
+    threads_of,
+)
 
 
-def cost(result: dict[str, Any], base: dict[str, Any]) -> Spread:
-    """Percent by which a run of ``result`` takes longer than one of ``base``, paired by repetition."""
-    return Spread.of(100 * (rates(base) / rates(result) - 1))
+def peak(result: dict[str, Any]) -> str:
+    return mebibytes(result.get("peak_bytes"))
 
 
 def headline(cell: Cell) -> tuple[str, Spread] | None:
@@ -50,7 +43,7 @@ def peers_rows(cells: Sequence[Cell]) -> tuple[list[str], list[list[object]]]:
             times = "" if result is ours else ratio(ours, result).text() + mark
             difference = cell["differences"].get(result["name"])
             logits = "" if difference is None else f"{difference:.0e}"
-            rows.append([*here, result["name"], speed(result), times, mebibytes(result), logits])
+            rows.append([*here, result["name"], speed(result), times, peak(result), logits])
     header = ["threads", "batch", "engine", "tokens/s", "ours is times as fast", "peak memory, MiB", "logits differ by"]
     return header, rows
 
@@ -59,7 +52,7 @@ def recording_rows(cells: Sequence[Cell]) -> tuple[list[str], list[list[object]]
     rows: list[list[object]] = []
     for cell in cells:
         with_routes, without = cell["contenders"]
-        memory = [mebibytes(with_routes), mebibytes(without)]
+        memory = [peak(with_routes), peak(without)]
         percent = cost(with_routes, without).text("+.1f")
         rows.append([cell["threads"], cell["batch"], speed(with_routes), speed(without), percent, *memory])
     return [
@@ -77,13 +70,13 @@ def precision_rows(cells: Sequence[Cell]) -> tuple[list[str], list[list[object]]
                 rows.append([cell["threads"], cell["batch"], result["name"], "missing", result["missing"], ""])
                 continue
             times = ratio(result, base).text()
-            rows.append([cell["threads"], cell["batch"], result["name"], speed(result), times, mebibytes(result)])
+            rows.append([cell["threads"], cell["batch"], result["name"], speed(result), times, peak(result)])
     return ["threads", "batch", "precision", "tokens/s", "times as fast as float32", "peak memory, MiB"], rows
 
 
 def batch_rows(cells: Sequence[Cell]) -> tuple[list[str], list[list[object]]]:
     return ["threads", "batch", "tokens/s", "peak memory, MiB"], [
-        [cell["threads"], result["name"], speed(result), mebibytes(result)]
+        [cell["threads"], result["name"], speed(result), peak(result)]
         for cell in cells
         for result in cell["contenders"]
     ]
@@ -98,7 +91,7 @@ def length_rows(cells: Sequence[Cell]) -> tuple[list[str], list[list[object]]]:
     for cell in cells:
         (result,) = cell["contenders"]
         lengths = [cell["buffer"], f"{cell['mean']:.1f}", cell["longest"], f"{cell['mean'] / cell['longest']:.2f}"]
-        rows.append([cell["threads"], cell["batch"], *lengths, speed(result), mebibytes(result)])
+        rows.append([cell["threads"], cell["batch"], *lengths, speed(result), peak(result)])
     return header, rows
 
 
@@ -112,7 +105,7 @@ def continuous_rows(cells: Sequence[Cell]) -> tuple[list[str], list[list[object]
         continuous, plain = cell["contenders"]
         sizes = [cell["prompts"], cell["slots"], f"{cell['mean']:.1f}", cell["longest"]]
         speeds = [speed(continuous), speed(plain), ratio(continuous, plain).text(), f"{cell['equal_rows']:.1%}"]
-        rows.append([cell["threads"], *sizes, *speeds, mebibytes(continuous), mebibytes(plain)])
+        rows.append([cell["threads"], *sizes, *speeds, peak(continuous), peak(plain)])
     return header, rows
 
 
@@ -130,34 +123,6 @@ def bandwidth_rows(cells: Sequence[Cell]) -> tuple[list[str], list[list[object]]
     return header, rows
 
 
-Rows = Callable[[Sequence[Cell]], tuple[list[str], list[list[object]]]]
-TABLES: dict[str, tuple[str, Rows]] = {
-    "peers": ("Against its peers", peers_rows),
-    "recording": ("What recording routes costs", recording_rows),
-    "precision": ("Number formats", precision_rows),
-    "batch": ("Batch size", batch_rows),
-    "length": ("Response length, with a long tail", length_rows),
-    "continuous": ("Continuous batching", continuous_rows),
-    "bandwidth": ("Bytes moved on a GPU", bandwidth_rows),
-}
-
-
-def tables(results: dict[str, dict[str, Any]]) -> str:
-    """All tables that have results, as Markdown, each with its machine."""
-    parts = []
-    for name, (title, make) in TABLES.items():
-        if name not in results:
-            continue
-        found = results[name]["environment"]
-        versions = ", ".join(f"{library} {version}" for library, version in found["versions"].items())
-        machine = f"{found['device']}, {found['cores']} cores, Python {found['python']}, {versions}"
-        repetitions = {len(r["seconds"]) for c in results[name]["cells"] for r in c["contenders"] if "seconds" in r}
-        counts = " or ".join(str(n) for n in sorted(repetitions))
-        table = markdown(*make(results[name]["cells"]))
-        parts.append(f"## {title}\n\n{table}\n\n{counts} interleaved repetitions. {machine}.")
-    return "\n\n".join(parts)
-
-
 ABOUT = """# Decode
 
 `python -m experiments.benchmarks.decode` measures; with `--draw` it makes this page and the picture from the JSON files
@@ -166,74 +131,11 @@ alone. Each number is a median with its quartiles over interleaved repetitions; 
 weights and how they are installed. Peak memory is what a run needs beyond what its process held before, weights
 included in the latter.
 
-![Speeds, and what choices cost](decode.png)
-
 """
 
 
-def write_report(folder: Path, results: dict[str, dict[str, Any]]) -> None:
-    """Writes README.md and decode.png."""
-    write(folder / "README.md", lambda aside: aside.write_text(ABOUT + tables(results) + "\n"))
-    write(folder / "decode.png", lambda aside: draw(aside, results))
-
-
-def draw(path: Path, results: dict[str, dict[str, Any]]) -> None:
-    """One panel for each table on the CPU that has results."""
-    panels = [name for name in PANELS if name in results]
-    columns = min(len(panels), 3)
-    lines = -(-len(panels) // max(columns, 1))
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(5.2 * columns, 4.4 * lines), layout="constrained", squeeze=False
-    )
-    for axis, name in zip(axes.flat, panels, strict=False):
-        PANELS[name](axis, results[name]["cells"])
-        axis.set_title(TABLES[name][0])
-        axis.grid(alpha=0.25)
-    for axis in axes.flat[len(panels) :]:
-        axis.axis("off")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def bars(axis: Any, x: Sequence[float] | np.ndarray, spreads: Sequence[Spread], **style: Any) -> None:
-    """Medians with quartiles."""
-    middle, low, high = np.array(spreads).T
-    axis.errorbar(x, middle, np.stack([middle - low, high - middle]), capsize=2, **style)
-
-
 def peers_panel(axis: Any, cells: Sequence[Cell]) -> None:
-    names = [r["name"] for r in cells[0]["contenders"]]
-    for i, name in enumerate(names):
-        found = [(j, c["contenders"][i]) for j, c in enumerate(cells) if "missing" not in c["contenders"][i]]
-        if found:
-            x = np.array([j for j, _ in found]) + 0.8 * ((i + 0.5) / len(names) - 0.5)
-            spreads = [Spread.of(rates(r)) for _, r in found]
-            axis.bar(x, [s.median for s in spreads], 0.8 / len(names), color=COLOURS[i], label=name)
-            bars(axis, x, spreads, fmt="none", ecolor="black", lw=0.8)
-    plural = [f"{c['threads']} thread{'s' * (c['threads'] > 1)}\nbatch {c['batch']}" for c in cells]
-    axis.set_xticks(range(len(cells)), plural)
-    axis.set_ylim(0, 1.45 * axis.get_ylim()[1])
-    axis.set_ylabel("tokens/s")
-    axis.legend(fontsize=7, loc="upper left")
-
-
-def by_threads(cells: Sequence[Cell]) -> dict[int, list[Cell]]:
-    return {threads: [c for c in cells if c["threads"] == threads] for threads in {c["threads"]: None for c in cells}}
-
-
-def lines_panel(
-    axis: Any, cells: Sequence[Cell], points: Callable[[list[Cell]], tuple[Sequence[Any], list[Spread]]]
-) -> None:
-    """One line for each number of threads; categories lie side by side, so that no bar hides another."""
-    for i, (threads, group) in enumerate(by_threads(cells).items()):
-        labels, spreads = points(group)
-        style = {"color": COLOURS[i], "marker": MARKERS.get(threads, "x"), "label": f"threads: {threads}", "ls": "none"}
-        bars(axis, np.arange(len(labels)) + 0.12 * i, spreads, **style)
-        axis.set_xticks(range(len(labels)), labels)
-        axis.set_xlim(-0.4, len(labels) - 0.4)
-    low, high = axis.get_ylim()
-    axis.set_ylim(min(0, low), 1.1 * high)
-    axis.legend(fontsize=8)
+    contenders_panel(axis, cells, lambda cell: f"{threads_of(cell)}\nbatch {cell['batch']}")
 
 
 def recording_panel(axis: Any, cells: Sequence[Cell]) -> None:
@@ -280,11 +182,25 @@ def continuous_panel(axis: Any, cells: Sequence[Cell]) -> None:
     axis.set_ylabel("tokens/s")
 
 
-PANELS: dict[str, Callable[[Any, Sequence[Cell]], None]] = {
-    "peers": peers_panel,
-    "recording": recording_panel,
-    "precision": precision_panel,
-    "batch": batch_panel,
-    "length": length_panel,
-    "continuous": continuous_panel,
-}
+PAGE = Page(
+    picture="decode.png",
+    caption="Speeds, and what choices cost",
+    about=ABOUT,
+    tables={
+        "peers": ("Against its peers", peers_rows),
+        "recording": ("What recording routes costs", recording_rows),
+        "precision": ("Number formats", precision_rows),
+        "batch": ("Batch size", batch_rows),
+        "length": ("Response length, with a long tail", length_rows),
+        "continuous": ("Continuous batching", continuous_rows),
+        "bandwidth": ("Bytes moved on a GPU", bandwidth_rows),
+    },
+    panels={
+        "peers": peers_panel,
+        "recording": recording_panel,
+        "precision": precision_panel,
+        "batch": batch_panel,
+        "length": length_panel,
+        "continuous": continuous_panel,
+    },
+)

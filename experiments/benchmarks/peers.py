@@ -179,9 +179,9 @@ class _Ids:
         return self.vocab + 1
 
 
-def _tunix(config: ModelConfig, params: dict, prompts: np.ndarray, new_tokens: int, threads: int) -> dict[str, Engine]:
+def tunix_model(config: ModelConfig, params: dict) -> Any:
+    """Tunix's `Qwen3` with our weights."""
     from flax import nnx
-    from tunix.generate.sampler import CacheConfig, Sampler
     from tunix.models.qwen3.model import ModelConfig as Qwen3Config
     from tunix.models.qwen3.model import Qwen3
 
@@ -204,6 +204,14 @@ def _tunix(config: ModelConfig, params: dict, prompts: np.ndarray, new_tokens: i
         rngs=nnx.Rngs(0),
     )
     _tunix_load(config, params, model)
+    return model
+
+
+def _tunix(config: ModelConfig, params: dict, prompts: np.ndarray, new_tokens: int, threads: int) -> dict[str, Engine]:
+    from flax import nnx
+    from tunix.generate.sampler import CacheConfig, Sampler
+
+    model = tunix_model(config, params)
     batch, length = prompts.shape
     cache = CacheConfig(length + new_tokens, config.num_layers, config.num_kv_heads, config.head_dim)
     sampler = Sampler(model, _Ids(config.vocab_size), cache)

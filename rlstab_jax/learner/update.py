@@ -57,6 +57,9 @@ class LearnerConfig:
     remat: Remat = "full"
     """What layers keep for the backward pass: none recomputes nothing; dots keeps matrix products; full keeps the input
     of each layer alone; offload as full, but in the host's memory."""
+    unroll: int = 1
+    """Layers (periods of them, where kinds alternate) written out in each step of the loop over layers: less copying,
+    longer to compile."""
     moments_dtype: Literal["float32", "bfloat16"] = "float32"
     """How Adam's moments are kept between updates; bfloat16 rounds them stochastically."""
     offload_optimizer: bool = False

@@ -57,13 +57,60 @@ def chunked(q: Query, k: Keys, v: Keys, segments: Segments) -> Query:
 def _attended(
     q: Float[Array, "batch head query c"], k: Keys, v: Keys, mask: Bool[Array, "batch query key"]
 ) -> Float[Array, "batch head query c"]:
-    batch, _, queries, c = q.shape
-    grouped = q.reshape(batch, k.shape[1], -1, queries, c)
-    exact = _exact(q)
-    scores = jnp.einsum("bkgtc,bksc->bkgts", grouped, k, precision=exact, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores * c**-0.5, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return jnp.einsum("bkgts,bksc->bkgtc", weights, v, precision=exact).reshape(q.shape)
+    return _masked_attention(q.reshape(q.shape[0], k.shape[1], -1, *q.shape[2:]), k, v, mask).reshape(q.shape)
+
+
+Grouped = Float[Array, "batch kv_head group query c"]
+
+
+@jax.custom_vjp
+def _masked_attention(q: Grouped, k: Keys, v: Keys, mask: Bool[Array, "batch query key"]) -> Grouped:
+    """softmax(q k / sqrt(c)) v where ``mask``. Its gradient keeps logsumexps, and computes the weights from them again.
+
+    The gradient of a softmax needs sum_s w_s dw_s for each query, which is that of its result and the result's
+    gradient. Two habits of the compiler for CPUs are worked around: it transposes the large operand of products that
+    sum over queries, unless the small one is written first; and a sum whose result is spread over a large array it
+    computes with that array, very slowly, unless a selection stands between the two.
+    """
+    return _masked_attention_forward(q, k, v, mask)[0]
+
+
+def _masked_attention_forward(q, k, v, mask):
+    scores = _masked_scores(q, k, mask)
+    highest = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - highest)
+    total = weights.sum(-1, keepdims=True)
+    y = _product("bkgts,bksc->bkgtc", weights.astype(q.dtype), v, jnp.float32)
+    y = (y / total).astype(q.dtype)
+    return y, (q, k, v, mask, y, highest + jnp.log(total))
+
+
+def _masked_attention_backward(saved, d_y):
+    q, k, v, mask, y, normaliser = saved
+    weights = jnp.exp(_masked_scores(q, k, mask) - normaliser)
+    d_weights = jnp.where(mask[:, None, None], _product("bkgtc,bksc->bkgts", d_y, v, jnp.float32), 0.0)
+    expected = jnp.sum(d_y.astype(jnp.float32) * y.astype(jnp.float32), axis=-1, keepdims=True)
+    expected = jnp.where(mask.any(-1)[:, None, None, :, None], expected, 0.0)
+    d_scores = (weights * (d_weights - expected) * q.shape[-1] ** -0.5).astype(q.dtype)
+    d_q = _product("bkgts,bksc->bkgtc", d_scores, k, q.dtype)
+    d_k = _product("bkgtc,bkgts->bkcs", q, d_scores, k.dtype)
+    d_v = _product("bkgtc,bkgts->bkcs", d_y, weights.astype(q.dtype), v.dtype)
+    d_k, d_v = jax.lax.optimization_barrier((d_k, d_v))
+    return d_q, d_k.swapaxes(2, 3), d_v.swapaxes(2, 3), None
+
+
+_masked_attention.defvjp(_masked_attention_forward, _masked_attention_backward)
+
+
+def _masked_scores(
+    q: Grouped, k: Keys, mask: Bool[Array, "batch query key"]
+) -> Float[Array, "batch kv_head group query key"]:
+    scores = _product("bkgtc,bksc->bkgts", q, k, jnp.float32)
+    return jnp.where(mask[:, None, None], scores * q.shape[-1] ** -0.5, -1e30)
+
+
+def _product(letters: str, a: Array, b: Array, out: jnp.dtype) -> Array:
+    return jnp.einsum(letters, a, b, precision=_exact(a), preferred_element_type=out)
 
 
 def cudnn(q: Query, k: Keys, v: Keys, segments: Segments) -> Query:
@@ -140,10 +187,6 @@ def decode_reference(
     (prompt_k, prompt_v), (response_k, response_v) = prompt, response
     prompts, kv_heads, prompt_length, _ = prompt_v.shape
     samples, group = rows // prompts, heads // kv_heads
-    exact = _exact(q)
-
-    def product(letters: str, a: Array, b: Array, out: jnp.dtype) -> Array:
-        return jnp.einsum(letters, a, b, precision=exact, preferred_element_type=out)
 
     def by_row(x: Array) -> Array:  # [prompts, kv_head, samples, group, ...] -> [rows, kv_head, group, ...]
         return x.swapaxes(1, 2).reshape(rows, kv_heads, group, *x.shape[4:])
@@ -152,13 +195,13 @@ def decode_reference(
         return x.reshape(prompts, samples, kv_heads, group, *x.shape[3:]).swapaxes(1, 2)
 
     grouped = q.reshape(rows, kv_heads, group, c)
-    to_prompt = by_row(product("pksgc,pkct->pksgt", by_prompt(grouped), prompt_k, jnp.float32))
-    to_response = product("rkgc,rkct->rkgt", grouped, response_k, jnp.float32)
+    to_prompt = by_row(_product("pksgc,pkct->pksgt", by_prompt(grouped), prompt_k, jnp.float32))
+    to_response = _product("rkgc,rkct->rkgt", grouped, response_k, jnp.float32)
     mask = jnp.concatenate([jnp.repeat(prompt_mask, samples, axis=0), response_mask], axis=1)
     scores = jnp.concatenate([to_prompt, to_response], axis=-1) * c**-0.5
     weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -1e30), axis=-1).astype(q.dtype)
-    y = by_row(product("pksgt,pktc->pksgc", by_prompt(weights[..., :prompt_length]), prompt_v, q.dtype))
-    y = y + product("rkgt,rktc->rkgc", weights[..., prompt_length:], response_v, q.dtype)
+    y = by_row(_product("pksgt,pktc->pksgc", by_prompt(weights[..., :prompt_length]), prompt_v, q.dtype))
+    y = y + _product("rkgt,rktc->rkgc", weights[..., prompt_length:], response_v, q.dtype)
     return y.reshape(rows, heads, 1, c)
 
 

@@ -1,7 +1,7 @@
 """Expert feed-forward layers (SwiGLU), dropless, in ways that compute the same mathematics.
 
-`dense` is the reference: every expert sees every token. `tiles` sorts tokens by expert and pads each expert's share to
-whole tiles, so that shapes are static and no token is dropped. `grouped` pads each expert's share to the largest.
+`dense` is the reference: every expert sees every token. `tiles` sorts tokens by expert and goes over them tile by tile,
+so that shapes are static and no token is dropped. `grouped` pads each expert's share to the largest.
 `ragged` multiplies with `jax.lax.ragged_dot`, a real kernel on TPU, or with one that takes its place: `megablox` on
 TPU, `tokamax` on GPU. An expert number equal to ``num_experts`` means "not dispatched": padding never loads an expert.
 All return sums in float32, which the caller rounds, once, whether they came from one device or from several.
@@ -53,9 +53,13 @@ Sums = Float[Array, "tokens d"]
 
 def swiglu(x: Array, weights: ExpertWeights, precision: Precision, product: Callable = matmul) -> Array:
     """down(silu(gate x) * up x), with ``product`` as the matrix product."""
-    gate = jax.nn.silu(product(x, weights.gate, precision, precision.dtype))
-    hidden = saturating(jnp.multiply, gate, product(x, weights.up, precision, precision.dtype))
-    return product(hidden, weights.down, precision, precision.dtype)
+    gate, up = (product(x, weight, precision, precision.dtype) for weight in (weights.gate, weights.up))
+    return product(gated(gate, up), weights.down, precision, precision.dtype)
+
+
+def gated(gate: Array, up: Array) -> Array:
+    """silu(gate) * up"""
+    return saturating(jnp.multiply, jax.nn.silu(gate), up)
 
 
 def dense(x: Tokens, experts: Experts, gates: Gates, weights: ExpertWeights, precision: Precision) -> Sums:
@@ -68,68 +72,123 @@ def dense(x: Tokens, experts: Experts, gates: Gates, weights: ExpertWeights, pre
 
 
 def tile_size(assignments: int, num_experts: int) -> int:
-    """About half of an expert's mean share, a power of two in [8, 128]: small padding, large products."""
+    """About half of an expert's mean share, a power of two in [8, 128]: little waste, large products."""
     return int(np.clip(2 ** math.floor(math.log2(max(assignments / num_experts / 2, 1))), 8, 128))
 
 
-def tiles(x: Tokens, experts: Experts, gates: Gates, weights: ExpertWeights, precision: Precision) -> Sums:
-    """Sorts tokens by expert into tiles that hold tokens of one expert each; one product per tile."""
+@struct.dataclass
+class Tiling:
+    """Assignments sorted by expert into rows, and the tiles that cover them.
+
+    Each expert's tiles begin with its first row. What its last tile has too many are rows of the experts behind it, and
+    behind all rows lies room for one tile.
+    """
+
+    slot: Int[Array, "tokens k"]  # the row of each assignment; past the last one if it is not dispatched
+    source: Int[Array, "rows"]  # the token of each row; past the last one if there is none
+    owner: Int[Array, "tiles"]  # the expert of each tile
+    start: Int[Array, "tiles"]  # its first row
+    end: Int[Array, "tiles"]  # behind the last row of its expert
+    used: Int[Array, ""]  # tiles that are needed
+
+
+def tiling(experts: Experts, num_experts: int, tile: int) -> Tiling:
+    """Sorts assignments stably, without a sort: by counting."""
     num_tokens, k = experts.shape
-    num_experts = weights.num_experts
-    tile = tile_size(num_tokens * k, weights.in_layer)
-    # Each expert leaves at most one tile that is not full.
-    num_tiles = -(-num_tokens * k // tile) + min(num_experts, num_tokens * k)
     flat = experts.reshape(-1)
     one_hot = flat[:, None] == jnp.arange(num_experts)
-    rank = jnp.take_along_axis(  # position of each assignment among those of its expert
-        jnp.cumsum(one_hot, axis=0, dtype=jnp.int32), jnp.minimum(flat, num_experts - 1)[:, None], axis=1
-    )[:, 0]
-    tiles_of = -(-one_hot.sum(0, dtype=jnp.int32) // tile)
+    counted = jnp.cumsum(one_hot, axis=0, dtype=jnp.int32)
+    end = jnp.cumsum(counted[-1])
+    first = end - counted[-1]
+    rows = num_tokens * k + tile
+    slot = jnp.where(flat == num_experts, rows, jnp.where(one_hot, first + counted - 1, 0).sum(1))
+    source = jnp.full(rows, num_tokens, jnp.int32)
+    source = source.at[slot].set(jnp.arange(num_tokens * k, dtype=jnp.int32) // k, mode="drop")
+    tiles_of = -(-counted[-1] // tile)
     last_tile = jnp.cumsum(tiles_of)
-    first_slot = (last_tile - tiles_of) * tile
-    dropped = flat == num_experts
-    slot = jnp.where(dropped, num_tiles * tile, first_slot[jnp.minimum(flat, num_experts - 1)] + rank - 1)
-    # Slots that stay empty read the row of zeros behind the last token.
-    source = (
-        jnp.full(num_tiles * tile, num_tokens, jnp.int32)
-        .at[slot]
-        .set(jnp.arange(num_tokens * k, dtype=jnp.int32) // k, mode="drop", unique_indices=False)
-    )
-    owner = jnp.searchsorted(last_tile, jnp.arange(num_tiles), side="right", method="compare_all")
+    number = jnp.arange(-(-num_tokens * k // tile) + min(num_experts, num_tokens * k))
+    owner = jnp.searchsorted(last_tile, number, side="right", method="compare_all")
     owner = jnp.minimum(owner, num_experts - 1)
-    slot = slot.reshape(num_tokens, k)
-
-    tiled = _dispatch(x, source, slot).reshape(num_tiles, tile, -1)
-    y = swiglu(tiled, weights, precision, partial(_tile_product, owner=owner))
-    return _combine(y.reshape(num_tiles * tile, -1), gates, source, slot)
+    start = first[owner] + (number - (last_tile - tiles_of)[owner]) * tile
+    return Tiling(slot.reshape(num_tokens, k), source, owner, start, end[owner], last_tile[-1])
 
 
-def _tile_product(x: Array, weight: Stored, precision: Precision, out: str, owner: Array) -> Array:
-    scale = None if weight.scale is None else weight.scale[owner]
-    values = weight.values
-    if weight.scale is None:  # cast before the gather: fewer numbers
-        values = saturate(values, precision.dtype)
-    return matmul(x, Stored(_owned(values, owner), scale, weight.across), precision, out)
+def tiles(x: Tokens, experts: Experts, gates: Gates, weights: ExpertWeights, precision: Precision) -> Sums:
+    """Sorts tokens by expert into tiles that hold tokens of one expert each, and goes from tile to tile.
+
+    Tiles that are not needed cost nothing, and no weight moves but those of the tile's expert.
+    """
+    tile = tile_size(experts.size, weights.in_layer)
+    plan = tiling(experts, weights.num_experts, tile)
+    if weights.gate.scale is None:  # once, and not in each tile
+        weights = jax.tree.map(lambda values: saturate(values, precision.dtype), weights)
+    rows = _dispatch(x, plan.source, plan.slot)
+    y = _through_tiles(rows, weights, plan, tile, precision)
+    return _combine(y, gates, plan.source, plan.slot)
 
 
-@jax.custom_vjp
-def _owned(weight: Float[Array, "E a b"], owner: Int[Array, "n"]) -> Float[Array, "n a b"]:
-    """``weight[owner]``. Its gradient sums each expert's tiles as one matrix product, much faster than a scatter."""
-    return weight[owner]
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _through_tiles(
+    rows: Float[Array, "rows d"], weights: ExpertWeights, plan: Tiling, tile: int, precision: Precision
+) -> Float[Array, "rows d"]:
+    """Each row through its expert; anything in rows behind those of the last one.
+
+    Its gradient reads what went into silu instead of computing it again, and sums a weight's gradient in float32.
+    """
+    return _through_tiles_forward(rows, weights, plan, tile, precision)[0]
 
 
-def _owned_forward(weight, owner):
-    return weight[owner], (owner, weight.shape[0])
+def _through_tiles_forward(rows, weights, plan, tile, precision):
+    def one(i, done):
+        expert, start = _of_expert(weights, plan.owner[i]), plan.start[i]
+        x = jax.lax.dynamic_slice_in_dim(rows, start, tile)
+        gate, up = (matmul(x, weight, precision, precision.dtype) for weight in (expert.gate, expert.up))
+        y = matmul(gated(gate, up), expert.down, precision, precision.dtype)
+        # Rows of later experts are written over by their own tiles, which come later.
+        return _write(done, (gate, up, y), start)
+
+    hidden, width = weights.gate.values.shape[-1], rows.shape[-1]
+    zeros = tuple(jnp.zeros((rows.shape[0], columns), precision.dtype) for columns in (hidden, hidden, width))
+    gate, up, y = jax.lax.fori_loop(0, plan.used, one, zeros)
+    return y, (rows, weights, plan, gate, up)
 
 
-def _owned_backward(saved, gradient):
-    owner, num_experts = saved
-    one_hot = (jnp.arange(num_experts)[:, None] == owner).astype(gradient.dtype)
-    total = jnp.matmul(one_hot, gradient.reshape(gradient.shape[0], -1), precision=jax.lax.Precision.HIGHEST)
-    return total.reshape(num_experts, *gradient.shape[1:]), None
+def _through_tiles_backward(tile, precision, saved, gradient):
+    rows, weights, plan, gate, up = saved
+    product = partial(matmul, precision=precision, out=precision.dtype)
+
+    def one(i, done):
+        d_rows, d_weights = done
+        start = plan.start[i]
+        own = (start + jnp.arange(tile) < plan.end[i])[:, None]
+        x, gate_, up_, d_y = (
+            jnp.where(own, jax.lax.dynamic_slice_in_dim(a, start, tile), 0) for a in (rows, gate, up, gradient)
+        )
+        expert = _of_expert(weights, plan.owner[i])
+        hidden, through_gate = jax.vjp(gated, gate_, up_)
+        d_hidden, d_down = jax.vjp(product, hidden, expert.down)[1](d_y)
+        d_gate, d_up = through_gate(d_hidden)
+        d_x, d_gate = jax.vjp(product, x, expert.gate)[1](d_gate)
+        d_x_too, d_up = jax.vjp(product, x, expert.up)[1](d_up)
+        d_expert = expert.replace(gate=d_gate, up=d_up, down=d_down)
+        d_weights = jax.tree.map(lambda total, d: total.at[plan.owner[i]].add(d), d_weights, d_expert)
+        return _write((d_rows,), (d_x + d_x_too,), start)[0], d_weights
+
+    zeros = jnp.zeros_like(rows), jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
+    d_rows, d_weights = jax.lax.fori_loop(0, plan.used, one, zeros)
+    return d_rows, jax.tree.map(lambda d, w: d.astype(w.dtype), d_weights, weights), None
 
 
-_owned.defvjp(_owned_forward, _owned_backward)
+_through_tiles.defvjp(_through_tiles_forward, _through_tiles_backward)
+
+
+def _of_expert(weights: ExpertWeights, expert: Int[Array, ""]) -> ExpertWeights:
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, expert, keepdims=False), weights)
+
+
+def _write(arrays: tuple[Array, ...], parts: tuple[Array, ...], start: Int[Array, ""]) -> tuple[Array, ...]:
+    write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
+    return tuple(write(array, part) for array, part in zip(arrays, parts, strict=True))
 
 
 @jax.custom_vjp

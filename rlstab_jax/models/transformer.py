@@ -101,12 +101,15 @@ class Transformer(nn.Module):
 
     On a ``mesh`` of several devices rows and activations lie by the table ``rules``, by which the parameters are
     expected to lie too, and experts are computed where they lie (`expert_parallel`).
+
+    ``unroll`` periods are written out in each step of the scan over them: what they keep is then copied less.
     """
 
     config: ModelConfig
     precision: Precision = Precision()
     kernels: Kernels = Kernels()
     remat: Remat = "none"
+    unroll: int = 1
     mesh: Mesh | None = None
     rules: Rules = TRAINING
 
@@ -126,6 +129,7 @@ class Transformer(nn.Module):
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, nn.broadcast, 0),
                 length=repeats,
+                unroll=min(self.unroll, repeats),
             )(cfg, kinds, self.precision, self.kernels, self.layout, name=f"segment_{i}")
             for i, (kinds, repeats) in enumerate(cfg.segments)
         ]

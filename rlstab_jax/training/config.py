@@ -280,6 +280,7 @@ def validate(config: RunConfig) -> None:
             "learner.packing = True with kernels.attention = 'cudnn', which takes one sequence a row: use "
             "packing = False, or 'reference'"
         )
+    require(learner.unroll >= 1, "learner.unroll", learner.unroll, "at least 1")
     if learner.replay != "live" and not config.model.num_moe_layers:
         raise UserError(
             f"learner.replay = {learner.replay!r}, but the model is dense: use replay = 'live', or give it experts"

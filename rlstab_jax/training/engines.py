@@ -211,7 +211,8 @@ def build(config: RunConfig) -> Engines:
             "all advantages would be 0; use at least 2, or an objective with another baseline"
         )
     config = dataclasses.replace(config, model=model, rollout=rollout, kernels=kernels)
-    training = Transformer(model, config.learner.precision, kernels, remat=config.learner.remat, mesh=mesh)
+    learner = config.learner
+    training = Transformer(model, learner.precision, kernels, learner.remat, learner.unroll, mesh)
     inference = Transformer(model, rollout.precision, kernels.for_inference(), mesh=mesh, rules=INFERENCE)
     for one in {mesh, sampling_mesh}:
         if one.size > 1:

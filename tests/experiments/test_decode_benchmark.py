@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.benchmarks import bandwidth, common, decode, decode_report, peers
+from experiments.benchmarks import bandwidth, common, decode, decode_report, pages, peers
 from rlstab_jax.models import ModelConfig, Precision
 
 OURS = {"name": "rlstab_jax", "amount": 10, "seconds": [1.0, 2.0, 5.0], "peak_bytes": 3 * 2**20}
@@ -24,7 +24,7 @@ def test_rates_and_paired_ratios() -> None:
     assert common.fastest([{"name": "x", "missing": "why"}, OURS, PEER]) is OURS
     assert common.fastest([{"name": "x", "missing": "why"}]) is None
     twice = OURS | {"seconds": [2.0, 4.0, 10.0]}
-    assert decode_report.cost(twice, OURS) == common.Spread(100, 100, 100)
+    assert pages.cost(twice, OURS) == common.Spread(100, 100, 100)
 
 
 def test_repetitions_are_interleaved_and_the_first_run_is_not_timed() -> None:
@@ -65,7 +65,7 @@ def test_tables_name_the_fastest_peer_and_the_missing_one() -> None:
     slow = PEER | {"name": "transformers, grouped_mm", "seconds": [8.0, 8.0, 80.0]}
     missing = {"name": peers.TUNIX, "missing": "No module named 'tunix'"}
     cell = {"threads": 1, "batch": 64, "differences": {PEER["name"]: 4e-6}, "contenders": [OURS, PEER, slow, missing]}
-    text = decode_report.tables({"peers": {"environment": ENVIRONMENT, "cells": [cell]}})
+    text = decode_report.PAGE.text({"peers": {"environment": ENVIRONMENT, "cells": [cell]}})
     assert "| 1 | 64 | rlstab_jax | 5 [4, 8] |  | 3 |  |" in text
     assert "| transformers, eager experts | 5 [3, 5] | 2.00 [1.50, 3.00] (fastest) | not measured | 4e-06 |" in text
     assert "| transformers, grouped_mm | 2 [1, 2] | 4.00 [3.00, 6.00] | not measured |  |" in text
@@ -116,7 +116,7 @@ def test_quick_run_writes_numbers_table_and_picture(tmp_path: Path) -> None:
     assert found["environment"]["versions"].keys() >= {"jax", "jaxlib", "numpy"}
     (cell,) = json.loads((tmp_path / "recording.json").read_text())["cells"]
     assert [r["name"] for r in cell["contenders"]] == ["routes recorded", "not recorded"]
-    percent = decode_report.cost(*cell["contenders"]).text("+.1f")
+    percent = pages.cost(*cell["contenders"]).text("+.1f")
     (cell,) = json.loads((tmp_path / "continuous.json").read_text())["cells"]
     lengths = decode.long_tailed(cell["prompts"], cell["buffer"])
     assert cell["equal_rows"] == 1
