@@ -21,6 +21,7 @@ import matplotlib
 import numpy as np
 import tyro
 
+from experiments import statistics
 from rlstab_jax.learner import LearnerConfig
 from rlstab_jax.models import ModelConfig, fp8
 from rlstab_jax.objectives import ObjectiveConfig
@@ -114,34 +115,17 @@ def keep(metrics: Metrics, path: Path) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """How a run ended: ``kind`` is collapsed, degraded or learnt; ``onset`` the gradient step of the collapse.
-
-    Collapsed: a gradient that is not finite, or a held-out accuracy (training engine) below half its running maximum
-    at every evaluation of the last 10% of the horizon. Its onset is the first evaluation from which on it stays there.
-    Degraded: not collapsed, and at the end at least 0.1 below the peak.
-    """
-
-    kind: str
-    onset: float
-    peak: float
-    final: float
-
-
-def outcome(metrics: Metrics) -> Outcome:
+def outcome(metrics: Metrics) -> statistics.Outcome:
+    """How a run ended, by its held-out accuracy with the training engine; see `statistics.Outcome`."""
     evaluated = np.isfinite(metrics[ACCURACY])
-    steps, accuracy = metrics[X][evaluated], metrics[ACCURACY][evaluated]
-    peak, final = float(accuracy.max()), float(accuracy[-1])
     trained = np.isfinite(metrics["reward/mean"])
     broken = metrics[X][trained & ~np.isfinite(metrics["learner/grad_norm"])]
-    if len(broken):
-        return Outcome("collapsed", float(broken[0]), peak, final)
-    low = accuracy < 0.5 * np.maximum.accumulate(accuracy)
-    if low[steps > 0.9 * metrics[X][-1]].all():
-        begins = len(low) - int(np.argmin(low[::-1])) if not low.all() else 0
-        return Outcome("collapsed", float(steps[begins]), peak, final)
-    return Outcome("degraded" if final <= peak - 0.1 else "learnt", math.nan, peak, final)
+    return statistics.outcome(
+        metrics[X][evaluated],
+        metrics[ACCURACY][evaluated],
+        metrics[X][-1],
+        float(broken[0]) if len(broken) else math.nan,
+    )
 
 
 def first_remarks(metrics: Metrics, config: MonitorConfig) -> dict[str, float]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import monitor_study as study
+from experiments.statistics import Outcome
 from rlstab_jax.rundir import read_metrics
 from rlstab_jax.stability.monitor import BASELINE, CHECKS, MonitorConfig, review
 
@@ -23,7 +24,7 @@ def run(accuracy: list[float], **columns: list[float]) -> study.Metrics:
 
 def test_outcomes():
     fallen = [0.3, 0.6, 0.2, 0.5, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2]
-    assert study.outcome(run(fallen)) == study.Outcome("collapsed", 40.0, 0.6, 0.2)  # it had come back at 32
+    assert study.outcome(run(fallen)) == Outcome("collapsed", 40.0, 0.6, 0.2)  # it had come back at 32
     assert study.outcome(run([0.3, 0.6, 0.2, 0.2, 0.4])).kind == "degraded"
     assert study.outcome(run([0.3, 0.6, 0.55, 0.58, 0.52])).kind == "learnt"
     broken = study.outcome(run([0.3] * 10, learner__grad_norm=[1, 1, 1, 1, math.nan, 1, 1, 1, 1, 1]))

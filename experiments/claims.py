@@ -1,0 +1,232 @@
+"""The claims of PAPER.md, sections 6 and 7, each as a contrast of cells with a rule that turns it into a verdict.
+
+Written before any confirmatory run; PROTOCOL.md says why. All contrasts are paired: same cold start, prompts and keys.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+
+from experiments import statistics
+from experiments.study import Run
+
+SMALLEST = 0.03  # smallest effect of interest, in accuracy
+ENOUGH = 10  # pairs, for a verdict
+NOT_YET, REPRODUCED, UNDECIDED, REFUTED = "not yet run", "reproduced", "not reproduced in this range", "refuted here"
+
+Runs = Mapping[str, Sequence[Run]]
+Kind = Literal["higher", "equivalent", "collapses", "best", "trend", "amplifies"]
+RULES: dict[Kind, str] = {
+    "higher": "mean difference A - B. Reproduced: at least the smallest effect, and adjusted p < 0.05; refuted: the "
+    "95% interval is below the smallest effect",
+    "equivalent": "mean difference A - B. Reproduced: the 90% interval lies within +- the smallest effect; refuted: "
+    "beyond it in either direction, and adjusted p < 0.05",
+    "collapses": "runs of A that collapse. Reproduced: at least half of them, more than of B with adjusted p < 0.05 "
+    "(McNemar, exact); refuted: the upper bound (Clopper-Pearson) of A's share is below a half",
+    "best": "A less each of B. Reproduced: each 90% interval is above minus the smallest effect; refuted: one of B is "
+    "better by the smallest effect, its 95% interval above 0 (Bonferroni over B)",
+    "trend": "slope of A - B over log2 N. Verdicts as of a mean difference",
+    "amplifies": "log2 of KL (k3) with live routes over KL with the sampler's routes replayed, in the runs of A. "
+    "Verdicts as of a mean difference",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrast:
+    """One claim as a comparison of cells of one study."""
+
+    claim: str
+    """Its letter in section 6, or the name of the work in section 7."""
+    says: str
+    study: str
+    kind: Kind
+    a: tuple[str, ...]
+    b: tuple[str, ...] = ()
+    endpoint: Literal["final", "peak", "speed"] = "final"
+    levels: tuple[float, ...] = ()
+    """Of a trend: log2 N of each cell."""
+    smallest: float = SMALLEST
+    primary: bool = True
+
+
+def _n(number: int, clip: bool, mode: str) -> str:
+    return f"n{number}-{'clip' if clip else 'noclip'}-{mode}"
+
+
+def _r3_over_r2(number: int, claim: str, says: str, sign: int, primary: bool) -> Contrast:
+    cells = (_n(number, True, "r3"),), (_n(number, True, "r2"),)
+    return Contrast(claim, says, "off_policy", "higher", *(cells if sign > 0 else cells[::-1]), primary=primary)
+
+
+_ON, _OFF = "on_policy", "off_policy"
+PAPER = (
+    Contrast("a", "on-policy, MiniRL with IS is the most stable", _ON, "best", ("minirl",),
+             ("no_is", "length_norm", "r3", "r3-no_is", "r3-length_norm")),
+    Contrast("b", "without IS, on-policy training collapses", _ON, "collapses", ("no_is",), ("minirl",)),
+    Contrast("b", "with R3 too", _ON, "collapses", ("r3-no_is",), ("r3",), primary=False),
+    Contrast("b", "at 4 bits", _ON, "collapses", ("no_is-4bit",), ("minirl-4bit",), primary=False),
+    Contrast("c", "length normalisation is worse", _ON, "higher", ("minirl",), ("length_norm",)),
+    Contrast("c", "and worse still with R3", _ON, "higher", ("length_norm",), ("r3-length_norm",), primary=False),
+    Contrast("d", "R3 gives nothing on-policy", _ON, "equivalent", ("r3",), ("minirl",)),
+    Contrast("e", "clipping without replay collapses, N = 8", _OFF, "collapses",
+             (_n(8, True, "live"),), (_n(8, True, "r3"),)),
+    Contrast("e", "replay (R3) without clipping collapses, N = 8", _OFF, "collapses",
+             (_n(8, False, "r3"),), (_n(8, True, "r3"),)),
+    *(Contrast("e", f"{what}, N = {n}", _OFF, "collapses", (_n(n, *cell),), (_n(n, True, "r3"),), primary=False)
+      for n in (2, 4, 16) for what, cell in
+      (("clipping without replay", (True, "live")), ("replay (R3) without clipping", (False, "r3")))),
+    _r3_over_r2(2, "f", "R2 is better than R3 at N = 2", -1, True),
+    _r3_over_r2(8, "g", "R3 is better than R2 at N = 8", 1, True),
+    _r3_over_r2(4, "g", "R3 is better than R2 at N = 4", 1, False),
+    Contrast("g", "R2 does not last at N = 8", _OFF, "collapses", (_n(8, True, "r2"),), (_n(8, True, "r3"),),
+             primary=False),
+    Contrast("h", "R3 gains on R2 as N grows", _OFF, "trend", tuple(_n(n, True, "r3") for n in (2, 4, 8, 16)),
+             tuple(_n(n, True, "r2") for n in (2, 4, 8, 16)), levels=(1.0, 2.0, 3.0, 4.0)),
+    Contrast("h", "R3 gains on live routing as N grows", _OFF, "trend",
+             (_n(1, True, "r3"), *(_n(n, True, "r3") for n in (2, 4, 8, 16))),
+             (_n(1, True, "live"), *(_n(n, True, "live") for n in (2, 4, 8, 16))), levels=(0.0, 1.0, 2.0, 3.0, 4.0),
+             primary=False),
+    Contrast("i", "stabilised off-policy runs (N = 8, R3) peak as on-policy ones", _OFF, "equivalent",
+             (_n(8, True, "r3"),), (_n(1, True, "live"),), "peak"),
+    Contrast("j", "off-policy updates (N = 8, R3) converge faster, at equal responses", _OFF, "higher",
+             (_n(8, True, "r3"),), (_n(1, True, "live"),), "speed"),
+    Contrast("k", "cold starts end alike: the strong and the plain one", "cold_start", "equivalent", ("strong",),
+             ("plain",)),
+    Contrast("k", "the noisy and the plain one", "cold_start", "equivalent", ("noisy",), ("plain",)),
+    Contrast("l", "routing amplifies the discrepancy, by half at least", _ON, "amplifies", ("r3",),
+             smallest=math.log2(1.5)),
+    Contrast("n", "CISPO can collapse where MiniRL does not, N = 8", "objectives", "collapses", ("n8-cispo",),
+             ("n8-minirl",)),
+)  # fmt: skip
+
+LATER = (
+    Contrast("DPPO", "its trust region, anchored at mu, is better than MiniRL's at N = 8", "objectives", "higher",
+             ("n8-dppo_tv",), ("n8-minirl",)),
+    Contrast("DPPO", "the anchor alone is better: MiniRL's clip on pi/mu", "objectives", "higher",
+             ("n8-anchor_mu",), ("n8-minirl",), primary=False),
+    Contrast("DPPO", "MiniRL collapses at N = 8", "objectives", "collapses", ("n8-minirl",), ("n8-dppo_tv",),
+             primary=False),
+    Contrast("R3", "R3 helps on-policy", _ON, "higher", ("r3",), ("minirl",)),
+    Contrast("R3", "it makes truncation redundant, N = 8", _OFF, "equivalent", ("n8-clip-r3-nocap",),
+             ("n8-clip-r3",)),
+    Contrast("IcePop", "its band is better than GRPO alone, N = 8", "objectives", "higher", ("n8-icepop",),
+             ("n8-grpo",)),
+    Contrast("TIS", "the weight is better than DAPO alone, N = 8", "objectives", "higher", ("n8-tis",), ("n8-dapo",)),
+    Contrast("GSPO", "sequence ratios are better than GRPO's, N = 8", "objectives", "higher", ("n8-gspo",),
+             ("n8-grpo",)),
+    Contrast("RSPO", "the router shift is better than GSPO, N = 8", "objectives", "higher", ("n8-rspo",),
+             ("n8-gspo",)),
+    Contrast("FP16", "rollouts in fp16 are better than in bf16", "discrepancy", "higher", ("fp16",), ("bf16",)),
+)  # fmt: skip
+ALL = PAPER + LATER
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What the finished runs say of a contrast."""
+
+    contrast: Contrast
+    pairs: int
+    """That all of its cells have run."""
+    figures: str
+    p: float
+    """Not adjusted; NaN for rules without one."""
+    reproduced: bool
+    """But for the adjusted p."""
+    refuted: bool
+    refuted_by_p: bool = False
+    """Whether the refutation needs the adjusted p as well."""
+
+    def text(self, adjusted: float) -> str:
+        if self.pairs < ENOUGH:
+            return f"{NOT_YET} ({self.pairs} of {ENOUGH} pairs)" if self.pairs else NOT_YET
+        significant = math.isnan(adjusted) or adjusted < 0.05
+        if self.reproduced and (significant or self.contrast.kind == "equivalent"):
+            return REPRODUCED
+        if self.refuted and (significant or not self.refuted_by_p):
+            return REFUTED
+        return UNDECIDED
+
+
+def common(runs: Runs, cells: Sequence[str]) -> list[list[Run]]:
+    """The runs of each cell, in rows: those of the pairs that all cells have."""
+    by_pair = [{run.pair: run for run in runs.get(name, ())} for name in cells]
+    pairs = sorted(set.intersection(*(set(found) for found in by_pair)))
+    return [[found[pair] for pair in pairs] for found in by_pair]
+
+
+def judge(contrast: Contrast, runs: Runs) -> Verdict:
+    """Applies the contrast's rule to the pairs that all of its cells have run."""
+    cells = common(runs, contrast.a + contrast.b)
+    a, b = cells[: len(contrast.a)], cells[len(contrast.a) :]
+    pairs, smallest = len(a[0]), contrast.smallest
+    if pairs == 0:
+        return Verdict(contrast, 0, "", math.nan, False, False)
+    if contrast.kind == "collapses":
+        return _judge_collapses(contrast, a[0], b[0])
+    if contrast.kind == "best":
+        return _judge_best(contrast, a[0], b)
+    if contrast.kind == "amplifies":
+        ratio = [run.mean("discrepancy_live/k3") / run.mean("discrepancy/k3") for run in a[0]]
+        differences = np.log2(ratio)
+    elif contrast.kind == "trend":
+        by_level = np.stack([_differences(contrast, x, y) for x, y in zip(a, b, strict=True)], axis=1)
+        differences = statistics.slope(by_level, np.array(contrast.levels))
+    else:
+        differences = _differences(contrast, a[0], b[0])
+    found = statistics.estimate(differences, _cold_starts(a[0]))
+    figures = f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+    if contrast.kind == "equivalent":
+        beyond = abs(found.mean) >= smallest and not found.low <= 0 <= found.high
+        figures += f", 90% [{found.low90:+.3f}, {found.high90:+.3f}]"
+        return Verdict(contrast, pairs, figures, found.p, found.equivalent(smallest), beyond, refuted_by_p=True)
+    return Verdict(contrast, pairs, figures, found.p, found.mean >= smallest, found.high < smallest)
+
+
+def _differences(contrast: Contrast, a: Sequence[Run], b: Sequence[Run]) -> np.ndarray:
+    return np.array([getattr(x, contrast.endpoint) - getattr(y, contrast.endpoint) for x, y in zip(a, b, strict=True)])
+
+
+def _cold_starts(runs: Sequence[Run]) -> np.ndarray:
+    return np.array([run.cold_start for run in runs])
+
+
+def _judge_collapses(contrast: Contrast, a: Sequence[Run], b: Sequence[Run]) -> Verdict:
+    first, second = (np.array([run.outcome.kind == "collapsed" for run in runs]) for runs in (a, b))
+    low, high = statistics.clopper_pearson(int(first.sum()), len(first))
+    figures = f"{first.sum()} of {len(first)} [{low:.2f}, {high:.2f}] against {second.sum()}"
+    more = first.mean() >= 0.5 and first.sum() > second.sum()
+    return Verdict(contrast, len(first), figures, statistics.mcnemar(first, second), bool(more), high < 0.5)
+
+
+def _judge_best(contrast: Contrast, a: Sequence[Run], others: Sequence[Sequence[Run]]) -> Verdict:
+    """An intersection of tests, so that each of them may use its whole level; the refutation is a union."""
+    found = [statistics.estimate(_differences(contrast, a, b), _cold_starts(a)) for b in others]
+    worst = int(np.argmin([e.low90 for e in found]))
+    figures = f"least: {found[worst].mean:+.3f}, 90% from {found[worst].low90:+.3f}, against {contrast.b[worst]}"
+    refuted = any(e.mean <= -contrast.smallest and e.high < 0 and e.p * len(found) < 0.05 for e in found)
+    reproduced = all(e.low90 > -contrast.smallest for e in found)
+    return Verdict(contrast, len(a), figures, math.nan, reproduced, refuted)
+
+
+def verdicts(contrasts: Sequence[Contrast], runs: Mapping[str, Runs]) -> list[tuple[Verdict, float, str]]:
+    """For each contrast its verdict, its p adjusted by Holm, and the verdict in words.
+
+    A family are the primary contrasts of one study that have a p and enough pairs, or the other ones of that study.
+    """
+    judged = [judge(contrast, runs.get(contrast.study, {})) for contrast in contrasts]
+    adjusted = [math.nan] * len(judged)
+    for family in {(contrast.study, contrast.primary) for contrast in contrasts}:
+        members = [
+            i
+            for i, verdict in enumerate(judged)
+            if (verdict.contrast.study, verdict.contrast.primary) == family
+            and verdict.pairs >= ENOUGH
+            and math.isfinite(verdict.p)
+        ]
+        for i, p in zip(members, statistics.holm([judged[i].p for i in members]), strict=True):
+            adjusted[i] = p
+    return [(verdict, p, verdict.text(p)) for verdict, p in zip(judged, adjusted, strict=True)]

@@ -1,0 +1,82 @@
+"""Off-policy training (the paper's Figs. 2 to 4, and the cells that it leaves empty).
+
+N updates per rollout batch, clipping on or off, routing live or replayed, all at equal responses; then the learning
+rates, the size of the mini-batch and the cap of the weight at N = 8.
+
+    python -m experiments.off_policy --seeds 12 [--hours 2] [--plan] [--draw]
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from experiments import drawing
+from experiments.setting import at_rate, base, clipping, replay, updates
+from experiments.study import Cell, Panel, Run, Study, main
+
+UPDATES = (2, 4, 8, 16)
+REPLAYS = {"live": "live", "r2": "R2", "r3": "R3"}
+RATES = (1e-3, 2e-3)
+SIZES = {64: 8, 256: 32}  # mini-batch in responses, and its prompts; 128 is the base's
+
+
+def name(number: int, clip: bool, mode: str) -> str:
+    return f"n{number}-{'clip' if clip else 'noclip'}-{mode}"
+
+
+def _cell(number: int, clip: bool, mode: str, suffix: str = "", **changes: object) -> Cell:
+    label = f"N = {number}, {'clip' if clip else 'no clip'}, {REPLAYS[mode]}"
+    return Cell(name(number, clip, mode) + suffix, updates(number) | clipping(clip) | replay(mode) | changes, label)
+
+
+def grid() -> tuple[Cell, ...]:
+    """The cells in the order of their worth."""
+    on_policy = [_cell(1, True, "live"), _cell(1, True, "r3")]  # R2, and no clipping, change nothing there: a test
+    main_cells = [_cell(n, clip, mode) for n in (8, 2, 4, 16) for clip in (True, False) for mode in REPLAYS]
+    rates = [
+        _cell(n, clip, mode, f"-lr{rate:g}", **at_rate(rate))
+        for rate in RATES
+        for n, clip, mode in [(1, True, "live"), *((8, clip, mode) for clip in (True, False) for mode in REPLAYS)]
+    ]
+    sizes = [
+        _cell(8, clip, mode, f"-batch{size}", prompts_per_minibatch=prompts)
+        for size, prompts in SIZES.items()
+        for clip, mode in ((True, "live"), (True, "r3"))
+    ]
+    caps = [
+        _cell(8, True, mode, f"-{label}", **changes)
+        for label, changes in (
+            ("nocap", {"objective.cap": math.inf}),
+            ("capfactor", {"objective.cap_on": "discrepancy"}),
+        )
+        for mode in ("live", "r3")
+    ]
+    return (*on_policy, *main_cells, *rates, *sizes, *caps)
+
+
+def picture(study: Study, runs: Mapping[str, list[Run]], out: Path) -> None:
+    """Final accuracy and share of collapses by N."""
+    lines = {
+        (f"{'clip' if clip else 'no clip'}, {label}"): {
+            number: name(number, number == 1 or clip, "live" if number == 1 and mode == "r2" else mode)
+            for number in (1, *UPDATES)
+        }
+        for clip in (True, False)
+        for mode, label in REPLAYS.items()
+    }
+    drawing.by_level(lines, runs, "N, updates per rollout batch", out / "by_updates.png")
+
+
+STUDY = Study(
+    name="off_policy",
+    question="Off-policy updates: clipping and routing replay, by N",
+    base=base(),
+    cells=grid(),
+    panels=tuple(
+        Panel(f"N = {n}", tuple(name(n, clip, mode) for clip in (True, False) for mode in REPLAYS)) for n in UPDATES
+    ),
+    picture=picture,
+)
+
+if __name__ == "__main__":
+    main(STUDY)

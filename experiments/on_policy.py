@@ -1,0 +1,39 @@
+"""On-policy training (the paper's Fig. 1): MiniRL, and what is taken from it or added to it, one update per batch.
+
+Once with e4m3 rollouts, and once in 4 bits, where the discrepancy is ten times as large.
+
+    python -m experiments.on_policy --seeds 12 [--hours 2] [--plan] [--draw]
+"""
+
+from experiments.setting import base, replay
+from experiments.study import Cell, Panel, Study, main
+from rlstab_jax.models import quantised
+
+ARMS = {
+    "minirl": ("MiniRL", {}),
+    "no_is": ("- IS", {"objective.importance_sampling": False}),
+    "length_norm": ("+ length norm", {"objective.length_normalise": True}),
+    "r3": ("+ R3", replay("r3")),
+    "r3-no_is": ("+ R3, - IS", replay("r3") | {"objective.importance_sampling": False}),
+    "r3-length_norm": ("+ R3, + length norm", replay("r3") | {"objective.length_normalise": True}),
+}
+FOUR_BIT = {"rollout.precision": quantised("float4_e2m1fn")}
+E4M3_CELLS = tuple(Cell(name, changes, label) for name, (label, changes) in ARMS.items())
+FOUR_BIT_CELLS = tuple(
+    Cell(f"{name}-4bit", ARMS[name][1] | FOUR_BIT, f"{ARMS[name][0]}, 4 bits")
+    for name in ("minirl", "no_is", "r3", "r3-no_is")
+)
+
+STUDY = Study(
+    name="on_policy",
+    question="On-policy training: MiniRL and its ablations",
+    base=base(minibatches=1),
+    cells=E4M3_CELLS + FOUR_BIT_CELLS,
+    panels=(
+        Panel("e4m3 rollouts", tuple(cell.name for cell in E4M3_CELLS)),
+        Panel("4-bit rollouts", tuple(cell.name for cell in FOUR_BIT_CELLS)),
+    ),
+)
+
+if __name__ == "__main__":
+    main(STUDY)
