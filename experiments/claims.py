@@ -76,7 +76,7 @@ PAPER = (
     Contrast("e", "replay (R3) without clipping collapses, N = 8", _OFF, "collapses",
              (_n(8, False, "r3"),), (_n(8, True, "r3"),)),
     *(Contrast("e", f"{what}, N = {n}", _OFF, "collapses", (_n(n, *cell),), (_n(n, True, "r3"),), primary=False)
-      for n in (2, 4, 16) for what, cell in
+      for n in (2, 4) for what, cell in
       (("clipping without replay", (True, "live")), ("replay (R3) without clipping", (False, "r3")))),
     _r3_over_r2(2, "f", "R2 is better than R3 at N = 2", -1, True),
     _r3_over_r2(8, "g", "R3 is better than R2 at N = 8", 1, True),

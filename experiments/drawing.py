@@ -26,16 +26,23 @@ Runs = Mapping[str, list[Run]]
 
 
 def draw(study: Study, runs: Runs, out: Path) -> None:
-    """Writes ``cells.csv`` and the pictures of what has been run; nothing if nothing has."""
+    """Writes the tables and pictures of what has been run; nothing if nothing has."""
     if not any(runs.values()):
         print(f"{study.name}: no run is finished yet")
         return
     out.mkdir(parents=True, exist_ok=True)
-    write_csv(out / "cells.csv", cell_table(study, runs))
+    for name, rows in tables(study, runs).items():
+        write_csv(out / name, rows)
     panels(study, runs, out / "curves.png")
     if study.picture is not None:
-        study.picture(study, runs, out)
+        study.picture(runs, out)
     print(f"{study.name}: {sum(map(len, runs.values()))} runs drawn in {out}")
+
+
+def tables(study: Study, runs: Runs) -> dict[str, list[dict[str, Any]]]:
+    """The study's tables, by the names of their files."""
+    own = study.tables(runs) if study.tables is not None else {}
+    return {"cells.csv": cell_table(study, runs), **{name: rows for name, rows in own.items() if rows}}
 
 
 def cell_table(study: Study, runs: Runs) -> list[dict[str, Any]]:

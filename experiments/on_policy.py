@@ -2,7 +2,7 @@
 
 Once with e4m3 rollouts, and once in 4 bits, where the discrepancy is ten times as large.
 
-    python -m experiments.on_policy --seeds 12 [--hours 2] [--plan] [--draw]
+    python -m experiments.on_policy --seeds 10 [--hours 2] [--plan] [--draw]
 """
 
 from experiments.setting import base, replay

@@ -4,7 +4,7 @@ Each cell runs with each *pair* of a cold start and a seed; such a run is an ord
 left of a finished one is a line of ``experiments/results/<study>/runs.jsonl``, from which tables and pictures are
 drawn without the run directories. A run is known by its config, so that two studies with a cell in common run it once.
 
-    python -m experiments.off_policy --seeds 12 --hours 2     # runs what is missing, then draws
+    python -m experiments.off_policy --seeds 10 --hours 2     # runs what is missing, then draws
     python -m experiments.off_policy --draw                   # draws from the committed metrics
     python -m experiments.off_policy --plan                   # says what is missing and what it will cost
 """
@@ -56,7 +56,7 @@ class Pairs:
 
     first_seed: int
     first_cold_start: int
-    cold_starts: int = 6
+    cold_starts: int = 5
 
     def seed(self, pair: int) -> int:
         return self.first_seed + pair
@@ -88,8 +88,10 @@ class Study:
     cells: tuple[Cell, ...]
     panels: tuple[Panel, ...]
     pairs: Pairs = CONFIRMATORY
-    picture: "Callable[[Study, Mapping[str, list[Run]], Path], None] | None" = None
-    """Draws what is this study's own, besides the panels."""
+    picture: "Callable[[Mapping[str, list[Run]], Path], None] | None" = None
+    """Draws what is this study's own, besides the panels, into a folder."""
+    tables: "Callable[[Mapping[str, list[Run]]], Mapping[str, list[dict[str, Any]]]] | None" = None
+    """This study's own tables by their file names, besides that of the cells."""
 
     def __post_init__(self) -> None:
         names = [cell.name for cell in self.cells]
@@ -194,9 +196,7 @@ def runs_of(study: Study, records: Mapping[str, dict[str, Any]]) -> dict[str, li
     return {cell.name: list(_runs_of(study, cell, pairs, records)) for cell in study.cells}
 
 
-def _runs_of(
-    study: Study, cell: Cell, pairs: Sequence[int], records: Mapping[str, dict[str, Any]]
-) -> Iterator[Run]:
+def _runs_of(study: Study, cell: Cell, pairs: Sequence[int], records: Mapping[str, dict[str, Any]]) -> Iterator[Run]:
     for pair in pairs:
         config = study.config(cell, pair)
         if (row := records.get(key_of(config))) is not None:
@@ -236,7 +236,7 @@ def add(path: Path, row: Mapping[str, Any]) -> None:
 
 def run(
     study: Study,
-    seeds: int = 12,
+    seeds: int = 10,
     hours: float = math.inf,
     workers_: Annotated[int, tyro.conf.arg(name="workers")] = 2,
     cells: str = "*",
@@ -292,3 +292,5 @@ def main(study: Study) -> None:
         tyro.cli(functools.partial(run, study))
     except UserError as error:
         raise SystemExit(str(error)) from error
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command goes on") from None

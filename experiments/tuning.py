@@ -1,36 +1,70 @@
 """Learning rates, on seeds and cold starts of their own: the same grid and budget for each method.
 
-Its runs are pilots too: PROTOCOL.md takes the spread between seeds from those at the common rate.
+Its runs are pilots too: ``power.csv`` says how many pairs a contrast of two methods would need.
 
     python -m experiments.tuning --seeds 2 [--hours 2] [--plan] [--draw]
 """
 
-from experiments.off_policy import REPLAYS
-from experiments.setting import LEARNING_RATE, at_rate, base, clipping, replay, updates
-from experiments.study import TUNING, Cell, Panel, Study, main
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-RATES = (1e-3, 2e-3, 7e-4, 3e-3)
+import numpy as np
+
+from experiments import drawing, statistics
+from experiments.claims import SMALLEST, common
+from experiments.off_policy import REPLAYS
+from experiments.setting import RATES, at_rate, base, clipping, replay, updates
+from experiments.study import TUNING, Cell, Panel, Run, Study, main
+
 METHODS = {"n1": (1, True, "live")} | {
     f"n8-{'clip' if clip else 'noclip'}-{mode}": (8, clip, mode) for clip in (True, False) for mode in REPLAYS
 }
 
 
+def name(method: str, rate: float) -> str:
+    return f"{method}-lr{rate:g}"
+
+
 def _cell(method: str, rate: float) -> Cell:
     number, clip, mode = METHODS[method]
     changes = updates(number) | clipping(clip) | replay(mode) | at_rate(rate)
-    return Cell(f"{method}-lr{rate:g}", changes, f"{method}, {rate:g}")
+    return Cell(name(method, rate), changes, method)
+
+
+def picture(runs: Mapping[str, list[Run]], out: Path) -> None:
+    """Final accuracy and share of collapses by learning rate."""
+    lines = {method: {rate: name(method, rate) for rate in RATES} for method in METHODS}
+    drawing.by_level(lines, runs, "learning rate", out / "by_rate.png")
+
+
+def power(runs: Mapping[str, list[Run]]) -> list[dict[str, Any]]:
+    """For two methods at one rate: the spread of paired differences of final accuracy, and what it asks for."""
+    rows = []
+    for rate, (a, b) in itertools.product(RATES, itertools.combinations(METHODS, 2)):
+        first, second = common(runs, (name(a, rate), name(b, rate)))
+        if len(first) < 2:
+            continue
+        differences = np.array([x.final - y.final for x, y in zip(first, second, strict=True)])
+        spread = float(np.std(differences, ddof=1))
+        row: dict[str, Any] = {"a": a, "b": b, "learning_rate": rate, "pairs": len(first)}
+        row |= {"mean": float(differences.mean()), "spread": spread}
+        row |= {"pairs_for_smallest_effect": statistics.pairs_needed(SMALLEST, max(spread, 1e-3))}
+        row |= {f"detectable_with_{n}": statistics.detectable(n, max(spread, 1e-3)) for n in (10, 20)}
+        rows.append(row)
+    return rows
 
 
 STUDY = Study(
     name="tuning",
     question="Learning rates on tuning seeds",
     base=base(),
-    cells=tuple(_cell(method, rate) for rate in (LEARNING_RATE, *RATES) for method in METHODS),
-    panels=tuple(
-        Panel(f"learning rate {rate:g}", tuple(f"{method}-lr{rate:g}" for method in METHODS))
-        for rate in sorted((LEARNING_RATE, *RATES))
-    ),
+    cells=tuple(_cell(method, rate) for rate in RATES for method in METHODS),
+    panels=tuple(Panel(f"learning rate {rate:g}", tuple(name(method, rate) for method in METHODS)) for rate in RATES),
     pairs=TUNING,
+    picture=picture,
+    tables=lambda runs: {"power.csv": power(runs)},
 )
 
 if __name__ == "__main__":

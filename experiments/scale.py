@@ -1,0 +1,40 @@
+"""The main contrasts at three model sizes and three lengths of responses. Its budget is its own; see PROTOCOL.md.
+
+python -m experiments.scale --seeds 10 [--hours 2] [--plan] [--draw]
+"""
+
+from typing import Any
+
+from experiments.setting import base, clipping, replay, updates
+from experiments.study import Cell, Panel, Study, main
+
+SIZES: dict[str, dict[str, Any]] = {
+    "small": {"model.embed_dim": 32, "model.num_experts": 8, "model.head_dim": 8},
+    "base": {},
+    "large": {"model.num_layers": 4, "model.embed_dim": 96, "model.num_experts": 32, "model.head_dim": 24},
+}
+LENGTHS: dict[str, dict[str, Any]] = {
+    "len33": {"task.operands": (8, 16)},  # the longest answer, in tokens
+    "len61": {"task.operands": (16, 30)},
+}
+MAIN = {
+    "n8-clip-live": updates(8) | replay("live"),
+    "n8-clip-r3": updates(8) | replay("r3"),
+    "n8-noclip-live": updates(8) | replay("live") | clipping(False),
+    "n1-live": updates(1) | replay("live"),
+}
+
+STUDY = Study(
+    name="scale",
+    question="Model size and response length",
+    base=base(),
+    cells=tuple(
+        Cell(f"{scale}-{name}", changes | change, f"{name}")
+        for scale, change in (SIZES | LENGTHS).items()
+        for name, changes in MAIN.items()
+    ),
+    panels=tuple(Panel(scale, tuple(f"{scale}-{name}" for name in MAIN)) for scale in SIZES | LENGTHS),
+)
+
+if __name__ == "__main__":
+    main(STUDY)

@@ -1,0 +1,132 @@
+"""The verdicts on the claims of PAPER.md, sections 6 and 7, from the committed metrics of all studies.
+
+python -m experiments.verdicts                 # writes experiments/results/README.md
+python -m experiments.verdicts --protocol-only    # prints PROTOCOL.md's tables of contrasts and of cells
+"""
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from experiments import cold_start, controls, discrepancy, objectives, off_policy, on_policy, scale, tuning
+from experiments.claims import ENOUGH, LATER, NOT_YET, PAPER, REFUTED, REPRODUCED, UNDECIDED, Contrast, Runs, verdicts
+from experiments.study import RESULTS, read_records, runs_of
+
+CONFIRMATORY = tuple(
+    module.STUDY for module in (off_policy, on_policy, objectives, discrepancy, cold_start, controls, scale)
+)
+STUDIES = (tuning.STUDY, *CONFIRMATORY)
+README = RESULTS / "README.md"
+
+# What has no cells yet, and what it waits for.
+WAITING = (
+    ("b", "without IS, training collapses under a mismatch that training cannot remove", "a sampler that mixes mu"),
+    ("m", "ablated gradients during training, by large samples", "a measurement of gradients at checkpoints"),
+    ("", "replay's benefit is caused by restored first-order validity", "replay of permuted and of frozen routes"),
+    ("", "lag 0 to 8 of asynchronous rollouts against N of synchronous ones", "`rollout.lag`"),
+    ("", "the gap's autocorrelation, rather than its size, predicts the collapse without IS", "a probe at checkpoints"),
+    ("PR2", "a predictor of routes after the update", "the predictor"),
+    ("TRM, minimum prefix", "sequence masks by the largest token KL, by the smallest prefix ratio", "cells"),
+)
+
+
+def write(path: Path, results: Path) -> None:
+    """Writes the page of verdicts."""
+    path.write_text(page(results))
+
+
+def page(results: Path) -> str:
+    """The page of verdicts, from the committed metrics alone."""
+    records = read_records(results)
+    runs = {study.name: runs_of(study, records) for study in CONFIRMATORY}
+    parts = [
+        "# Verdicts on the paper's claims",
+        "`python -m experiments.verdicts` writes this page from the committed metrics (`*/runs.jsonl`); "
+        "[`PROTOCOL.md`](../PROTOCOL.md) has the rules, which were fixed before the runs.",
+        f'A verdict is "{REPRODUCED}", "{UNDECIDED}" or "{REFUTED}", and needs {ENOUGH} pairs of a cold start and a '
+        f'seed; before that it is "{NOT_YET}". Differences are of held-out accuracy, paired, with 95% intervals of a '
+        "hierarchical bootstrap; counts have exact intervals; p is adjusted by Holm within a study's primary claims.",
+        "## The paper's own claims (PAPER.md, section 6)",
+        _table(PAPER, runs),
+        "Claim (m), that the ablated gradients are neither equal to nor linearly correlated with the true one, has "
+        "been looked at by enumeration: " + enumerated(results),
+        "## Claims of later work (section 7)",
+        _table(LATER, runs),
+        "## What has been run",
+        _progress(records),
+        "## What waits for something to be built",
+        _rows(("claim", "what", "waits for"), WAITING),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(contrasts: Sequence[Contrast], runs: Mapping[str, Runs]) -> str:
+    rows = [
+        (v.contrast.claim, v.contrast.says, v.contrast.study, v.figures, "" if math.isnan(p) else f"{p:.2g}", words)
+        for v, p, words in verdicts(contrasts, runs)
+    ]
+    return _rows(("claim", "as tested", "study", "figures", "p", "verdict"), rows)
+
+
+def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _progress(records: Mapping[str, dict[str, Any]]) -> str:
+    rows = []
+    for study in STUDIES:
+        done = runs_of(study, records)
+        complete = sum(len(runs) >= ENOUGH for runs in done.values())
+        link = f"[`{study.name}`]({study.name})" if any(done.values()) else f"`{study.name}`"
+        command = f"`python -m experiments.{study.name} --draw`"
+        rows.append((link, str(len(study.cells)), str(complete), str(sum(map(len, done.values()))), command))
+    return _rows(("study", "cells", f"with {ENOUGH} pairs", "runs", "tables and pictures"), rows)
+
+
+def enumerated(results: Path) -> str:
+    """What the enumeration of a tiny policy says of claim (m)."""
+    with (results / "first_order" / "slopes.csv").open() as file:
+        rows = {(row["gap"], row["quantity"]): row for row in csv.DictReader(file)}
+
+    def shown(gap: str, quantity: str) -> str:
+        row = rows[gap, quantity]
+        return f"{float(row['median']):.2f} [{float(row['low']):.2f}, {float(row['high']):.2f}]"
+
+    return (
+        f"there the cosine of the length-normalised gradient with the true one is "
+        f"{shown('none', 'length_normalised_cosine')} at no gap at all, and without the weight the error is "
+        f"{shown('precision', 'no_weight_error / weight_error')} times as large; so they are not equal, but they are "
+        "correlated ([`first_order`](first_order/README.md))."
+    )
+
+
+def protocol() -> str:
+    """PROTOCOL.md's tables: every contrast with its rule, and every study with its cells."""
+    contrasts = [
+        (c.claim, c.says, "primary" if c.primary else "", c.study, c.kind, ", ".join(c.a), ", ".join(c.b))
+        for c in PAPER + LATER
+    ]
+    studies = [(s.name, str(len(s.cells)), ", ".join(cell.name for cell in s.cells)) for s in STUDIES]
+    head = ("claim", "as tested", "", "study", "rule", "A", "B")
+    return _rows(head, contrasts) + "\n\n" + _rows(("study", "cells", "names, in the order of running"), studies)
+
+
+def main(protocol_only: bool = False) -> None:
+    """Writes the page of verdicts.
+
+    Args:
+      protocol_only: print the protocol's tables instead.
+    """
+    if protocol_only:
+        print(protocol())
+    else:
+        write(README, RESULTS)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
