@@ -149,7 +149,7 @@ def by_level(lines: Mapping[str, Mapping[float, str]], runs: Runs, label: str, p
             (left, [e.mean for e in ends], [e.low for e in ends], [e.high for e in ends]),
             (right, shares, [low for low, _ in bounds], [high for _, high in bounds]),
         ):
-            ax.errorbar(place, mean, [np.subtract(mean, low), np.subtract(high, mean)], **style)
+            ax.errorbar(place, mean, np.maximum(0, [np.subtract(mean, low), np.subtract(high, mean)]), **style)
     left.set_ylabel("final held-out accuracy", fontsize=8)
     right.set_ylabel("share of runs that collapsed", fontsize=8)
     for ax in (left, right):

@@ -7,6 +7,7 @@ cold start resemble each other.
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -85,7 +86,8 @@ def kaplan_meier(
     low, high = share.copy(), share.copy()
     inside = (share > 0) & (share < 1)
     if inside.any():
-        interval = survival.confidence_interval(level, method="log-log")
+        with warnings.catch_warnings(action="ignore"):  # it has none where none or all have collapsed
+            interval = survival.confidence_interval(level, method="log-log")
         low[inside] = np.append(1.0, interval.low.probabilities)[inside]
         high[inside] = np.append(1.0, interval.high.probabilities)[inside]
     return moments, share, low, high

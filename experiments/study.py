@@ -184,9 +184,9 @@ class Run:
 
 
 def read_records(results: Path) -> dict[str, dict[str, Any]]:
-    """The committed lines of all studies, by the keys of their configs."""
-    paths = sorted(results.glob(f"*/{RUNS}"))
-    return {row["key"]: row for path in paths for row in map(json.loads, path.read_text().splitlines())}
+    """The committed lines of all studies, by the keys of their configs; a torn last line is left out."""
+    lines = [line for path in sorted(results.glob(f"*/{RUNS}")) for line in path.read_text().splitlines(keepends=True)]
+    return {row["key"]: row for row in (json.loads(line) for line in lines if line.endswith("\n"))}
 
 
 def runs_of(study: Study, records: Mapping[str, dict[str, Any]]) -> dict[str, list[Run]]:
@@ -223,14 +223,14 @@ def missing(study: Study, records: Mapping[str, dict[str, Any]], seeds: int, onl
                 key = key_of(config)
                 if key not in taken and fnmatch.fnmatch(cell.name, only):
                     taken.add(key)
-                    jobs.append(workers.Job(cell.name, f"{cell.name}-pair{pair:02d}", key, config, differences(config)))
+                    jobs.append(workers.Job(cell.name, pair, key, config, differences(config)))
     return jobs
 
 
 def add(path: Path, row: Mapping[str, Any]) -> None:
     """Appends a finished run to the committed metrics; a torn line of an interrupted writer is cut before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    cut_lines(path, "seconds", math.inf)
+    cut_lines(path, "pair", math.inf)
     append(path, json_line(row))
 
 

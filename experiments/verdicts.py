@@ -13,7 +13,19 @@ from typing import Any
 import tyro
 
 from experiments import cold_start, controls, discrepancy, objectives, off_policy, on_policy, scale, tuning
-from experiments.claims import ENOUGH, LATER, NOT_YET, PAPER, REFUTED, REPRODUCED, UNDECIDED, Contrast, Runs, verdicts
+from experiments.claims import (
+    ENOUGH,
+    LATER,
+    NOT_YET,
+    PAPER,
+    REFUTED,
+    REPRODUCED,
+    RULES,
+    UNDECIDED,
+    Contrast,
+    Runs,
+    verdicts,
+)
 from experiments.study import RESULTS, read_records, runs_of
 
 CONFIRMATORY = tuple(
@@ -106,14 +118,19 @@ def enumerated(results: Path) -> str:
 
 
 def protocol() -> str:
-    """PROTOCOL.md's tables: every contrast with its rule, and every study with its cells."""
+    """PROTOCOL.md's tables: the rules, every contrast, and every study with its cells."""
     contrasts = [
         (c.claim, c.says, "primary" if c.primary else "", c.study, c.kind, ", ".join(c.a), ", ".join(c.b))
         for c in PAPER + LATER
     ]
     studies = [(s.name, str(len(s.cells)), ", ".join(cell.name for cell in s.cells)) for s in STUDIES]
     head = ("claim", "as tested", "", "study", "rule", "A", "B")
-    return _rows(head, contrasts) + "\n\n" + _rows(("study", "cells", "names, in the order of running"), studies)
+    tables = (
+        _rows(("rule", "what it compares, and its verdicts"), tuple(RULES.items())),
+        _rows(head, contrasts),
+        _rows(("study", "cells", "names, in the order of running"), studies),
+    )
+    return "\n\n".join(tables)
 
 
 def main(protocol_only: bool = False) -> None:

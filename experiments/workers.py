@@ -53,13 +53,16 @@ class Job:
     """One run to do."""
 
     cell: str
-    name: str
-    """Of the cell and the pair."""
+    pair: int
     key: str
     """What it is known by; see `study.key_of`."""
     config: RunConfig
     differences: Mapping[str, Any]
     """Of the config from the defaults."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.cell}-pair{self.pair:02d}"
 
 
 def condense(metrics: Mapping[str, np.ndarray], every: int) -> dict[str, list[float | None]]:
@@ -100,7 +103,7 @@ def do(job: Job, runs: Path, deadline: float = math.inf) -> Row | None:
     versions = {name: manifest["versions"][name] for name in ("python", "jax", "numpy", "rlstab_jax")}
     return {
         "cell": job.cell,
-        "name": job.name,
+        "pair": job.pair,
         "key": job.key,
         "config": dict(job.differences),
         "versions": versions,

@@ -50,8 +50,9 @@ def no_run(*args: Any) -> None:
 
 def test_a_small_study_is_run_and_drawn(results: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (results / "small" / study.RUNS).read_text().splitlines()]
-    names = ["live-pair00", "live-pair01", "noclip-pair00", "noclip-pair01", "r2-pair00", "r2-pair01"]
-    assert [row["name"] for row in rows] == names
+    assert [(row["cell"], row["pair"]) for row in rows] == [
+        (cell, i) for cell in ("live", "noclip", "r2") for i in (0, 1)
+    ]
     assert [row["config"]["seed"] for row in rows] == [2000, 2001] * 3
     assert rows[0]["versions"].keys() == {"python", "jax", "numpy", "rlstab_jax"}
     assert rows[0]["cpu_seconds"] > 0
@@ -97,19 +98,23 @@ def test_a_run_that_is_out_of_time_goes_on_later(results: Path, tmp_path: Path) 
     whole = study.read_records(results)[job.key]
     assert math.isnan(row["cpu_seconds"])  # it is known of neither piece
     assert row["metrics"] == whole["metrics"]
-    study.add(tmp_path / "kept.jsonl", row)
-    assert json.loads((tmp_path / "kept.jsonl").read_text())["cpu_seconds"] is None
+    kept = tmp_path / "kept" / study.RUNS
+    study.add(kept, row)
+    assert json.loads(kept.read_text())["cpu_seconds"] is None
+    with kept.open("a") as file:
+        file.write('{"torn": ')
+    assert study.read_records(tmp_path).keys() == {job.key}
+    study.add(kept, row | {"key": "another"})
+    assert study.read_records(tmp_path).keys() == {job.key, "another"}
 
 
 def test_processes_report_a_run_that_fails_and_go_on(tmp_path: Path) -> None:
     """Both jobs fail before any long work, one after the other in a process of its own."""
     broken = dataclasses.replace(SMALL.base, gradient_steps=0)
-    jobs = [workers.Job("cell", name, name, broken, {}) for name in ("first", "second")]
-    said = list[str]()
-    assert workers.work(jobs, tmp_path, no_run, processes=1, say=said.append) == ["first", "second"]
-    assert said == [
-        f"{name} failed: UserError: gradient_steps = 0: expected at least 1" for name in ("first", "second")
-    ]
+    jobs = [workers.Job("cell", pair, "key", broken, {}) for pair in (0, 1)]
+    names, said = ["cell-pair00", "cell-pair01"], list[str]()
+    assert workers.work(jobs, tmp_path, no_run, processes=1, say=said.append) == names
+    assert said == [f"{name} failed: UserError: gradient_steps = 0: expected at least 1" for name in names]
 
 
 def test_running_order_is_two_pairs_at_a_time() -> None:
