@@ -1,0 +1,256 @@
+"""The token-level gradient against the sequence-level one (PAPER.md, Eqs. 4 and 2) at the weights of trained runs.
+
+At the cold start of each on-policy MiniRL run and at its end, and each time at those weights and after seven more
+updates (as in the last mini-batch of N = 8), a large fresh sample of mu_old gives the gradient of Eq. 2 and those of
+the objectives that approximate it: with and without the weight, with 1/|y|, and with routes replayed. This is claim
+(m), and what replay does to the first-order approximation.
+
+The sample is drawn in two halves, and all inner products are between a gradient of one half and one of the other: the
+sampling noise of the two is independent, so that it does not pass for similarity, nor its square for length.
+
+    python -m experiments.gradients [--seeds 10] [--draw]     # after `python -m experiments.on_policy`
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float
+
+from experiments import drawing, on_policy, statistics
+from experiments.claims import ENOUGH, NOT_YET, REFUTED, REPRODUCED, UNDECIDED
+from experiments.study import RESULTS, add, key_of
+from rlstab_jax.learner import Minibatch, TrainState, init_state
+from rlstab_jax.learner.score import policy_scores, replayed_routes
+from rlstab_jax.models import Transformer
+from rlstab_jax.objectives import Objective, coefficients, minirl, sequence_is, surrogate
+from rlstab_jax.tasks import prompt_iterator
+from rlstab_jax.training.checkpoint import Checkpoints
+from rlstab_jax.training.cold_start import cold_start
+from rlstab_jax.training.config import RunConfig
+from rlstab_jax.training.engines import Engines, build, initial_params
+from rlstab_jax.training.loop import RunState, learn, minibatch, produce
+from rlstab_jax.training.passes import score_old
+from rlstab_jax.types import RoutingReplay, Scores, UserError
+
+REFERENCE = "sequence"  # Eq. 2, live routing, no truncation
+_OPEN = {"eps_low": float("inf"), "eps_high": float("inf"), "cap": float("inf")}
+# As they are used at these weights: without clipping, which the paper's theory does not hold.
+GRADIENTS: dict[str, tuple[Objective, RoutingReplay]] = {
+    REFERENCE: (sequence_is(), RoutingReplay.LIVE),
+    "token": (minirl(**_OPEN), RoutingReplay.LIVE),
+    "no_is": (minirl(**_OPEN, importance_sampling=False), RoutingReplay.LIVE),
+    "length_norm": (minirl(**_OPEN, length_normalise=True), RoutingReplay.LIVE),
+    "r2": (minirl(**_OPEN), RoutingReplay.R2),
+    "r3": (minirl(**_OPEN), RoutingReplay.R3),
+    "clipped": (minirl(), RoutingReplay.LIVE),
+}
+UPDATES = (0, 7)
+FOLDER = RESULTS / "gradients"
+FILE = "gradients.jsonl"
+
+
+@partial(jax.jit, static_argnames=("model", "replay", "logits_per_chunk"))
+def gradient(
+    model: Transformer,
+    params: dict,
+    rows: Minibatch,
+    objective: Objective,
+    *,
+    replay: RoutingReplay,
+    logits_per_chunk: int,
+) -> Float[Array, "parameters"]:
+    """The gradient of an objective's loss at ``params`` over rows that mu_old sampled, in one vector."""
+    routes = replayed_routes(replay, rows.rollout, rows.old.routes)
+    old = rows.old.log_probs
+    scores = Scores(old, old, rows.rollout.log_probs, rows.rollout.response_mask, rows.groups)
+    c = coefficients(objective, scores)
+
+    def loss(params: dict) -> Float[Array, ""]:
+        target, _ = policy_scores(model, {"params": params}, rows.rollout, routes, logits_per_chunk)
+        return surrogate(objective, dataclasses.replace(scores, target=target.log_probs), rows.advantage, c)[0]
+
+    return ravel_pytree(jax.grad(loss)(params))[0]
+
+
+def inner_products(
+    engines: Engines,
+    old: dict,
+    params: dict,
+    batches: int,
+    step: int,
+    wanted: Mapping[str, tuple[Objective, RoutingReplay]] = GRADIENTS,
+) -> Float[np.ndarray, "objective objective"]:
+    """Of the gradients at ``params``, between two halves of a sample of mu_old, symmetrised.
+
+    Args:
+      engines: their objective gives the advantages; one mini-batch a rollout batch.
+      old: the weights that sampled, theta_old.
+      params: those at which the gradients are taken, theta.
+      batches: mini-batches of each half.
+      step: keys of the draws.
+    """
+    config = engines.config
+    data = prompt_iterator(engines.task.split("train"), config.prompts_per_step, seed=config.seed + step)
+    r3 = any(replay is RoutingReplay.R3 for _, replay in wanted.values())
+    halves = []
+    for half in range(2):
+        total = np.zeros(())
+        for batch in range(batches):
+            rows = produce(engines, old, None, next(data), step + half * batches + batch).rows
+            rows = minibatch(rows, np.arange(config.responses_per_step, dtype=np.int32))
+            replayed = score_old(engines, old, rows.rollout, RoutingReplay.R3)[0] if r3 else None
+            each = []
+            for objective, replay in wanted.values():
+                use = replayed if replay is RoutingReplay.R3 and replayed is not None else rows.old
+                each.append(
+                    gradient(
+                        engines.training,
+                        params,
+                        dataclasses.replace(rows, old=use),
+                        objective,
+                        replay=replay,
+                        logits_per_chunk=config.learner.logits_per_chunk,
+                    )
+                )
+            total = total + np.asarray(jnp.stack(each), np.float64)
+        halves.append(total / batches)
+    products = halves[0] @ halves[1].T
+    return (products + products.T) / 2
+
+
+def compared(products: Float[np.ndarray, "objective objective"]) -> tuple[np.ndarray, np.ndarray]:
+    """Each gradient's cosine with the first one, and its distance from it relative to that one's length.
+
+    NaN where the estimate of a squared length, which noise can make negative, is not positive.
+    """
+    squares = np.diag(products)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        cosines = products[0] / np.sqrt(squares * squares[0])
+        distances = np.sqrt(np.maximum(squares + squares[0] - 2 * products[0], 0.0) / squares[0])
+    bad = (squares <= 0) | (squares[0] <= 0)
+    return np.where(bad, np.nan, cosines), np.where(bad, np.nan, distances)
+
+
+def states(config: RunConfig, run: Path, engines: Engines) -> dict[str, TrainState]:
+    """A run's training state at its beginning and at its end. Raises UserError if there is no such run."""
+
+    def fresh() -> RunState:
+        return RunState(init_state(initial_params(engines.training, 0), engines.numbers), None)
+
+    if not (run / "checkpoints").is_dir():
+        raise UserError(f"{run} holds no run: `python -m experiments.on_policy --cells minirl` makes it")
+    with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:
+        restored = checkpoints.restore(engines.placed_like(fresh))
+    started = cold_start(engines, run.parent / "cold_start", say=lambda line: None)
+    if restored is None or started is None or restored[2]["gradient_steps"] < config.gradient_steps:
+        raise UserError(f"{run} is not complete: `python -m experiments.on_policy --cells minirl` goes on with it")
+    begin = engines.place(init_state(started.params, engines.numbers))
+    return {"begin": begin, "end": engines.place(restored[1].train)}
+
+
+def measure(
+    config: RunConfig,
+    run: Path,
+    batches: int = 16,
+    wanted: Mapping[str, tuple[Objective, RoutingReplay]] = GRADIENTS,
+    further: Sequence[int] = UPDATES,
+) -> list[dict[str, Any]]:
+    """The inner products of one on-policy run: at its beginning and end, after each number of ``further`` updates."""
+    engines, found = build(config), []
+    for point, begun in states(config, run, engines).items():
+        old = begun.params
+        for updates in further:
+            step = 10**6 * (1 + updates)  # far from the run's own, so that prompts and draws are fresh
+            state = jax.tree.map(jnp.copy, begun)  # an update takes its buffers
+            if updates:
+                several = build(dataclasses.replace(config, minibatches=updates))
+                prompts = prompt_iterator(engines.task.split("train"), several.config.prompts_per_step, seed=step)
+                state, _ = learn(several, state, produce(several, old, None, next(prompts), step).rows, step)
+            products = inner_products(engines, old, state.params, batches, step, wanted)
+            found.append({"point": point, "updates": updates, "names": list(wanted), "products": products.tolist()})
+    return found
+
+
+def table(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Cosine with the gradient of Eq. 2 and relative distance from it, over pairs, with 95% intervals."""
+    rows = [{"cold_start": pair["cold_start"], **row} for pair in pairs for row in pair["measured"]]
+    out = []
+    for point, updates in dict.fromkeys((row["point"], row["updates"]) for row in rows):
+        here = [row for row in rows if (row["point"], row["updates"]) == (point, updates)]
+        cold_starts = np.array([row["cold_start"] for row in here])
+        numbers = np.array([compared(np.array(row["products"])) for row in here])  # [pair, cosine or distance, name]
+        for i, name in enumerate(here[0]["names"]):
+            if name == REFERENCE:
+                continue
+            line: dict[str, Any] = {"point": point, "updates": updates, "gradient": name, "pairs": len(here)}
+            for quantity, values in zip(("cosine", "distance"), numbers[:, :, i].T, strict=True):
+                known = np.isfinite(values)
+                if not known.all():
+                    line |= {quantity: float("nan"), f"{quantity}_low": float("nan"), f"{quantity}_high": float("nan")}
+                    continue
+                found = statistics.estimate(values, cold_starts)
+                line |= {quantity: found.mean, f"{quantity}_low": found.low, f"{quantity}_high": found.high}
+            out.append(line)
+    return out
+
+
+def correlated(rows: Sequence[Mapping[str, Any]], name: str) -> str:
+    """The verdict on "nor linearly correlated with the true gradient" at the weights that sampled, at both points:
+    reproduced where each cosine's 95% interval is below a half, refuted where each is above."""
+    here = [row for row in rows if row["gradient"] == name and row["updates"] == 0]
+    if not here or min(row["pairs"] for row in here) < ENOUGH:
+        return NOT_YET
+    if all(row["cosine_high"] < 0.5 for row in here):
+        return REPRODUCED
+    return REFUTED if all(row["cosine_low"] > 0.5 for row in here) else UNDECIDED
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def main(
+    seeds: int = 10,
+    draw_only: Annotated[bool, tyro.conf.arg(name="draw")] = False,
+    runs: Path = Path("runs/studies"),
+    batches: int = 16,
+) -> None:
+    """Measures the pairs that are not there yet, then writes the table.
+
+    Args:
+      seeds: pairs of the on-policy study.
+      draw_only: only write the table.
+      runs: where the run directories are.
+      batches: mini-batches of each half of the sample.
+    """
+    path, study = FOLDER / FILE, on_policy.STUDY
+    cell = study.cell("minirl")
+    there = {row["pair"] for row in read(path)}
+    for pair in range(0 if draw_only else seeds):
+        if pair in there:
+            continue
+        config = study.config(cell, pair)
+        key = key_of(config)
+        candidates = sorted(runs.glob(f"*-{key}"))  # another study may have run it under another name
+        run = candidates[0] if candidates else runs / key
+        found = measure(config, run, batches)
+        add(path, {"pair": pair, "cold_start": config.cold_start.seed, "measured": found})
+        print(f"pair {pair} measured")
+    if rows := read(path):
+        drawing.write_csv(FOLDER / "gradients.csv", table(rows))
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main)
+    except UserError as error:
+        raise SystemExit(str(error)) from error
