@@ -56,7 +56,7 @@ class Pairs:
 
     first_seed: int
     first_cold_start: int
-    cold_starts: int = 5
+    cold_starts: int = 10
 
     def seed(self, pair: int) -> int:
         return self.first_seed + pair
@@ -66,7 +66,7 @@ class Pairs:
 
 
 # No study uses a seed or a cold start of the other kind; those up to 101 belong to the study of the monitor.
-TUNING = Pairs(first_seed=1000, first_cold_start=1000, cold_starts=2)
+TUNING = Pairs(first_seed=1000, first_cold_start=1000, cold_starts=4)
 CONFIRMATORY = Pairs(first_seed=2000, first_cold_start=2000)
 
 

@@ -2,7 +2,7 @@
 
 Its runs are pilots too: ``power.csv`` says how many pairs a contrast of two methods would need.
 
-    python -m experiments.tuning --seeds 2 [--hours 2] [--plan] [--draw]
+    python -m experiments.tuning --seeds 4 [--hours 2] [--plan] [--draw]
 """
 
 import itertools

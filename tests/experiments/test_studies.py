@@ -124,10 +124,10 @@ def test_running_order_is_two_pairs_at_a_time() -> None:
 
 
 def test_pairs_are_dealt_to_the_cold_starts() -> None:
-    assert [(CONFIRMATORY.seed(i), CONFIRMATORY.cold_start(i)) for i in (0, 4, 5)] == [
+    assert [(CONFIRMATORY.seed(i), CONFIRMATORY.cold_start(i)) for i in (0, 9, 10)] == [
         (2000, 2000),
-        (2004, 2004),
-        (2005, 2000),
+        (2009, 2009),
+        (2010, 2000),
     ]
 
 
@@ -188,7 +188,7 @@ def made_up(final: float, pair: int, collapsed: bool = False, **means: float) ->
     accuracy = np.array([0.2, 0.9, 0.1, 0.1] if collapsed else [0.2, final, final, final])
     metrics = {study.X: np.array([0.0, 100, 200, 300]), study.ACCURACY: accuracy}
     metrics |= {name.replace("__", "/"): np.full(4, value) for name, value in means.items()}
-    return Run(pair, 2000 + pair % 5, 300, math.nan, 60.0, metrics)
+    return Run(pair, 2000 + pair % 10, 300, math.nan, 60.0, metrics)
 
 
 def cell_of(finals: list[float], collapsed: int = 0, **means: float) -> list[Run]:
