@@ -12,7 +12,18 @@ from typing import Any
 
 import tyro
 
-from experiments import cold_start, controls, discrepancy, gradients, objectives, off_policy, on_policy, scale, tuning
+from experiments import (
+    cold_start,
+    controls,
+    discrepancy,
+    gradients,
+    objectives,
+    off_policy,
+    on_policy,
+    persistence,
+    scale,
+    tuning,
+)
 from experiments.claims import (
     ENOUGH,
     LATER,
@@ -39,7 +50,6 @@ WAITING = (
     ("b", "without IS, training collapses under a mismatch that training cannot remove", "a sampler that mixes mu"),
     ("", "replay's benefit is caused by restored first-order validity", "replay of permuted and of frozen routes"),
     ("", "lag 0 to 8 of asynchronous rollouts against N of synchronous ones", "`rollout.lag`"),
-    ("", "the gap's autocorrelation, rather than its size, predicts the collapse without IS", "a probe at checkpoints"),
     ("PR2", "a predictor of routes after the update", "the predictor"),
     ("TRM, minimum prefix", "sequence masks by the largest token KL, by the smallest prefix ratio", "cells"),
 )
@@ -98,6 +108,10 @@ def _progress(records: Mapping[str, dict[str, Any]]) -> str:
         link = f"[`{study.name}`]({study.name})" if any(done.values()) else f"`{study.name}`"
         command = f"`python -m experiments.{study.name} --draw`"
         rows.append((link, str(len(study.cells)), str(complete), str(sum(map(len, done.values()))), command))
+    for module in (gradients, persistence):
+        name, done = module.FOLDER.name, len(module.read(results / module.FOLDER.name / module.FILE))
+        link = f"[`{name}`]({name})" if done else f"`{name}`"
+        rows.append((link, "", "", str(done), f"`python -m experiments.{name} --draw`"))
     return _rows(("study", "cells", f"with {ENOUGH} pairs", "runs", "tables and pictures"), rows)
 
 
