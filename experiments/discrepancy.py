@@ -18,7 +18,6 @@ PRECISIONS = {
     "e5m2": fp8("float8_e5m2"),
     "4bit": quantised("float4_e2m1fn"),
     "e4m3_router_exempt": fp8("float8_e4m3fn", quantise_router=False),
-    "e4m3_weights_only": Precision(weights="float8_e4m3fn"),
 }
 REPLAYED = ("e4m3", "4bit")
 

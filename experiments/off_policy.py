@@ -16,6 +16,7 @@ from experiments.study import Cell, Panel, Run, Study, main
 
 UPDATES = (2, 4, 8, 16)
 REPLAYS = {"live": "live", "r2": "R2", "r3": "R3"}
+METHODS = ((1, True, "live"), *((8, clip, mode) for clip in (True, False) for mode in REPLAYS))
 SIZES = {64: 8, 256: 32}  # mini-batch in responses, and its prompts; 128 is the base's
 
 
@@ -33,14 +34,8 @@ def grid() -> tuple[Cell, ...]:
     on_policy = [_cell(1, True, "live"), _cell(1, True, "r3")]  # R2, and no clipping, change nothing there: a test
     main_cells = [_cell(n, clip, mode) for n in (8, 2, 4) for clip in (True, False) for mode in REPLAYS]
     main_cells += [_cell(16, True, mode) for mode in REPLAYS]
-    methods = [(1, True, "live"), *((8, clip, mode) for clip in (True, False) for mode in REPLAYS)]
-    place = RATES.index(LEARNING_RATE)
-    rates = [
-        _cell(n, clip, mode, f"-lr{rate:g}", **at_rate(rate))
-        for rate in RATES[max(0, place - 1) : place + 2]
-        for n, clip, mode in methods
-        if rate > LEARNING_RATE or (clip and rate < LEARNING_RATE)  # without clipping, the smaller one is dropped
-    ]
+    above = RATES[RATES.index(LEARNING_RATE) + 1 :][:1]  # the next lower one was dropped
+    rates = [_cell(n, clip, mode, f"-lr{rate:g}", **at_rate(rate)) for rate in above for n, clip, mode in METHODS]
     sizes = [
         _cell(8, True, mode, f"-batch{size}", prompts_per_minibatch=prompts)
         for size, prompts in SIZES.items()

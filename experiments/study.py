@@ -210,7 +210,9 @@ def _runs_of(study: Study, cell: Cell, pairs: Sequence[int], records: Mapping[st
             )
 
 
-def missing(study: Study, records: Mapping[str, dict[str, Any]], seeds: int, only: str = "*") -> list[workers.Job]:
+def missing(
+    study: Study, records: Mapping[str, dict[str, Any]], seeds: int, only: Sequence[str] = ("*",)
+) -> list[workers.Job]:
     """What is left to run, in the order of running: two pairs at a time through all cells.
 
     So all cells are equally far at any time, and two workers begin with two cold starts, not twice with one.
@@ -221,7 +223,7 @@ def missing(study: Study, records: Mapping[str, dict[str, Any]], seeds: int, onl
             for pair in range(block, min(block + 2, seeds)):
                 config = study.config(cell, pair)
                 key = key_of(config)
-                if key not in taken and fnmatch.fnmatch(cell.name, only):
+                if key not in taken and any(fnmatch.fnmatch(cell.name, pattern) for pattern in only):
                     taken.add(key)
                     jobs.append(workers.Job(cell.name, pair, key, config, differences(config)))
     return jobs
@@ -239,7 +241,7 @@ def run(
     seeds: int = 10,
     hours: float = math.inf,
     workers_: Annotated[int, tyro.conf.arg(name="workers")] = 2,
-    cells: str = "*",
+    cells: tuple[str, ...] = ("*",),
     draw_only: Annotated[bool, tyro.conf.arg(name="draw")] = False,
     plan_only: Annotated[bool, tyro.conf.arg(name="plan")] = False,
     runs: Path = Path("runs/studies"),
@@ -252,7 +254,7 @@ def run(
       seeds: pairs of a cold start and a seed, for each cell.
       hours: stop after so long; unfinished runs are saved and go on when the command is given again.
       workers_: processes, each with its share of the cores; 0 runs in this one.
-      cells: only those whose name matches, e.g. 'n8*'.
+      cells: only those whose name matches one of these, e.g. 'n8*' 'n1-*'.
       draw_only: only draw, from the committed metrics.
       plan_only: only say what is missing.
       runs: where the run directories and their cold starts are kept.

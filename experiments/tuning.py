@@ -2,7 +2,7 @@
 
 Its runs are pilots too: ``power.csv`` says how many pairs a contrast of two methods would need.
 
-    python -m experiments.tuning --seeds 4 [--hours 2] [--plan] [--draw]
+    python -m experiments.tuning --seeds 3 [--hours 2] [--plan] [--draw]
 """
 
 import itertools
@@ -12,15 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from experiments import drawing, statistics
+from experiments import drawing, off_policy, statistics
 from experiments.claims import SMALLEST, common
-from experiments.off_policy import REPLAYS
+from experiments.off_policy import name as cell_name
 from experiments.setting import RATES, at_rate, base, clipping, replay, updates
 from experiments.study import TUNING, Cell, Panel, Run, Study, main
 
-METHODS = {"n1": (1, True, "live")} | {
-    f"n8-{'clip' if clip else 'noclip'}-{mode}": (8, clip, mode) for clip in (True, False) for mode in REPLAYS
-}
+METHODS = {"n1" if n == 1 else cell_name(n, clip, mode): (n, clip, mode) for n, clip, mode in off_policy.METHODS}
 
 
 def name(method: str, rate: float) -> str:

@@ -80,7 +80,7 @@ def page(results: Path) -> str:
         "## Claims of later work (section 7)",
         _table(LATER, runs),
         "## What has been run",
-        _progress(records),
+        _progress(records, results),
         "## What waits for something to be built",
         _rows(("claim", "what", "waits for"), WAITING),
     ]
@@ -100,7 +100,7 @@ def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _progress(records: Mapping[str, dict[str, Any]]) -> str:
+def _progress(records: Mapping[str, dict[str, Any]], results: Path) -> str:
     rows = []
     for study in STUDIES:
         done = runs_of(study, records)
