@@ -155,6 +155,7 @@ def by_level(lines: Mapping[str, Mapping[float, str]], runs: Runs, label: str, p
     for ax in (left, right):
         ax.set_xticks(range(len(levels)), [f"{level:g}" for level in levels])
         ax.set_xlabel(label, fontsize=8)
+        ax.set_xlim(-0.5, len(levels) - 0.5)
         ax.set_ylim(-0.03, 1.03)
         _plain(ax)
     handles, names = left.get_legend_handles_labels()
