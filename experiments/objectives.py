@@ -24,7 +24,7 @@ OBJECTIVES = {
     "sequence_is": ObjectiveConfig("sequence_is", cap=5.0),
 }
 FIRST = ("minirl", "dppo_tv", "grpo", "cispo", "gspo", "anchor_mu")
-ON_POLICY = FIRST[:4]
+ON_POLICY = FIRST[:3]
 
 STUDY = Study(
     name="objectives",

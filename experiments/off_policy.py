@@ -35,7 +35,12 @@ def grid() -> tuple[Cell, ...]:
     main_cells = [_cell(n, clip, mode) for n in (8, 2, 4) for clip in (True, False) for mode in REPLAYS]
     main_cells += [_cell(16, True, mode) for mode in REPLAYS]
     above = RATES[RATES.index(LEARNING_RATE) + 1 :][:1]  # the next lower one was dropped
-    rates = [_cell(n, clip, mode, f"-lr{rate:g}", **at_rate(rate)) for rate in above for n, clip, mode in METHODS]
+    rates = [
+        _cell(*method, f"-lr{rate:g}", **at_rate(rate))
+        for rate in above
+        for method in METHODS
+        if method != (8, False, "r2")  # dropped as well
+    ]
     sizes = [
         _cell(8, True, mode, f"-batch{size}", prompts_per_minibatch=prompts)
         for size, prompts in SIZES.items()

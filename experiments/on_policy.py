@@ -20,8 +20,7 @@ ARMS = {
 FOUR_BIT = {"rollout.precision": quantised("float4_e2m1fn")}
 E4M3_CELLS = tuple(Cell(name, changes, label) for name, (label, changes) in ARMS.items())
 FOUR_BIT_CELLS = tuple(
-    Cell(f"{name}-4bit", ARMS[name][1] | FOUR_BIT, f"{ARMS[name][0]}, 4 bits")
-    for name in ("minirl", "no_is", "r3", "r3-no_is")
+    Cell(f"{name}-4bit", ARMS[name][1] | FOUR_BIT, f"{ARMS[name][0]}, 4 bits") for name in ("minirl", "no_is", "r3")
 )
 
 STUDY = Study(
