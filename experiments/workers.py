@@ -147,7 +147,8 @@ def work(
             keep(row)
             counts["done"] += 1
             final = next(x for x in reversed(row["metrics"]["eval/accuracy_training"]) if x is not None)
-            say(f"{counts['done']}/{len(jobs)} {job}: accuracy {final:.2f} after {row['seconds']:.0f} s")
+            time_taken = f" after {row['seconds']:.0f} s" if math.isfinite(row["seconds"]) else ""
+            say(f"{counts['done']}/{len(jobs)} {job}: accuracy {final:.2f}{time_taken}")
 
     if not jobs:
         return failed
