@@ -59,7 +59,8 @@ def cell_table(study: Study, runs: Runs) -> list[dict[str, Any]]:
             found = mean_of(done, endpoint)
             row |= {endpoint: found.mean, f"{endpoint}_low": found.low, f"{endpoint}_high": found.high}
         row |= {name: float(np.mean([run.mean(name) for run in done])) for name in MEASURED}
-        rows.append(row | {"seconds": float(np.nanmedian([run.seconds for run in done] + [math.nan]))})
+        known = [run.seconds for run in done if math.isfinite(run.seconds)]
+        rows.append(row | {"seconds": float(np.median(known)) if known else math.nan})
     return rows
 
 

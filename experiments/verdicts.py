@@ -22,6 +22,7 @@ from experiments import (
     on_policy,
     persistence,
     scale,
+    staleness,
     tuning,
 )
 from experiments.claims import (
@@ -40,7 +41,7 @@ from experiments.claims import (
 from experiments.study import RESULTS, read_records, runs_of
 
 CONFIRMATORY = tuple(
-    module.STUDY for module in (off_policy, on_policy, objectives, discrepancy, cold_start, controls, scale)
+    module.STUDY for module in (off_policy, on_policy, objectives, discrepancy, cold_start, controls, staleness, scale)
 )
 STUDIES = (tuning.STUDY, *CONFIRMATORY)
 README = RESULTS / "README.md"
@@ -49,7 +50,6 @@ README = RESULTS / "README.md"
 WAITING = (
     ("b", "without IS, training collapses under a mismatch that training cannot remove", "a sampler that mixes mu"),
     ("", "replay's benefit is caused by restored first-order validity", "replay of permuted and of frozen routes"),
-    ("", "lag 0 to 8 of asynchronous rollouts against N of synchronous ones", "`rollout.lag`"),
     ("PR2", "a predictor of routes after the update", "the predictor"),
     ("TRM, minimum prefix", "sequence masks by the largest token KL, by the smallest prefix ratio", "cells"),
 )
