@@ -42,7 +42,7 @@ from rlstab_jax.training.passes import score_old
 from rlstab_jax.types import RoutingReplay, Scores, UserError
 
 REFERENCE = "sequence"  # Eq. 2, live routing, no truncation
-_OPEN = {"eps_low": float("inf"), "eps_high": float("inf"), "cap": float("inf")}
+_OPEN: dict[str, Any] = {"eps_low": float("inf"), "eps_high": float("inf"), "cap": float("inf")}
 # As they are used at these weights: without clipping, which the paper's theory does not hold.
 GRADIENTS: dict[str, tuple[Objective, RoutingReplay]] = {
     REFERENCE: (sequence_is(), RoutingReplay.LIVE),

@@ -109,9 +109,10 @@ def _progress(records: Mapping[str, dict[str, Any]], results: Path) -> str:
         command = f"`python -m experiments.{study.name} --draw`"
         rows.append((link, str(len(study.cells)), str(complete), str(sum(map(len, done.values()))), command))
     for module in (gradients, persistence):
-        name, done = module.FOLDER.name, len(module.read(results / module.FOLDER.name / module.FILE))
-        link = f"[`{name}`]({name})" if done else f"`{name}`"
-        rows.append((link, "", "", str(done), f"`python -m experiments.{name} --draw`"))
+        name = module.FOLDER.name
+        measured = len(module.read(results / name / module.FILE))
+        link = f"[`{name}`]({name})" if measured else f"`{name}`"
+        rows.append((link, "", "", str(measured), f"`python -m experiments.{name} --draw`"))
     return _rows(("study", "cells", f"with {ENOUGH} pairs", "runs", "tables and pictures"), rows)
 
 

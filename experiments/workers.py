@@ -208,7 +208,7 @@ def _serve(jobs: Sequence[Job], begun: Any, done: Any, halt: Any, runs: Path, de
     if cores:
         os.sched_setaffinity(0, cores)
     if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(runs / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str((runs / "compiled").resolve()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     parent = os.getppid()
     while not halt.is_set() and time.time() < deadline and os.getppid() == parent:
