@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import itertools
+import json
 import os
 import sys
 import time
@@ -23,6 +24,8 @@ USAGE = """usage: rlstab COMMAND CONFIG [options]
 commands:
   train CONFIG   cold start (or resume), then reinforcement learning
   sft CONFIG     the cold start alone
+  plan CONFIG --topology v5p:4x4x4
+                 memory, time and cost on accelerators that are not there
   diagnose CHECKPOINT CONFIG
                  the gaps between the engines before training, for a list of precisions
   eval CHECKPOINT [CONFIG] --data FILE
@@ -74,6 +77,20 @@ class DiagnoseOptions:
     """Held-out prompts to answer, with --samples-per-prompt responses each."""
     compilation_cache: Path | None = TrainOptions.compilation_cache
     """Where compiled programs are kept between runs; None for nowhere."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanOptions:
+    """Options of a plan."""
+
+    topology: str = ""
+    """Accelerators to plan for, such as v5e:4x4, v5p:4x4x4 or cuda:h100:64; an unknown one lists the known."""
+    price: float | None = None
+    """Of a chip-hour, in any currency; gives the cost of the run."""
+    by: tuple[int, ...] = (1, 2, 4, 8)
+    """Values of N, minibatches, to compare."""
+    json: bool = False
+    """JSON on standard output in the place of tables."""
 
 
 def eval_options() -> Any:
@@ -269,6 +286,28 @@ def diagnose_command(arguments: Sequence[str], begin: Any) -> int:
     return 0
 
 
+def plan_command(arguments: Sequence[str], begin: Any) -> int:
+    from rich.console import Console
+
+    from rlstab_jax.parallel.topology import topology, without_accelerators
+    from rlstab_jax.rundir import plain
+    from rlstab_jax.training.plan import make_plan
+    from rlstab_jax.training.plan_report import as_json, by_minibatches, print_plan
+
+    _, options, config = parse("plan", arguments, PlanOptions())
+    chosen = topology(options.topology)
+    if (options.price is not None and options.price < 0) or any(n < 1 for n in options.by):
+        raise UserError(f"--price {options.price} --by {options.by}: expected a price of 0 or more, and N of 1 or more")
+    without_accelerators()
+    plan = make_plan(config, chosen, say=lambda line: print(line, file=sys.stderr, flush=True))
+    table = by_minibatches(plan, options.by, options.price)
+    if options.json:
+        print(json.dumps(plain(as_json(plan, table, options.price))))
+    else:
+        print_plan(plan, table, options.price, Console())
+    return 0
+
+
 def eval_command(arguments: Sequence[str], begin: Any) -> int:
     from rlstab_jax.training.assess import assess, line_of_result
 
@@ -402,6 +441,7 @@ def line_of(metrics: dict[str, float], short: bool = False) -> str:
 COMMANDS = {
     "train": train_command,
     "sft": sft_command,
+    "plan": plan_command,
     "diagnose": diagnose_command,
     "eval": eval_command,
     "report": report_command,

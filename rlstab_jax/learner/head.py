@@ -130,7 +130,10 @@ def head_log_probs(
         running = _run(tiles, lambda h, start: logits_of(model, variables, h), hidden, rows)
         return running.log_prob, running.entropy
     tiles = Tiles.of(hidden.shape[0], vocab, logits_per_chunk)
-    return _log_probs(tiles, precision, model.config.tie_embeddings, weight.values, hidden, rows)
+    # The weight is gathered once. A product with parts of it would be a sum over devices of each tile of logits.
+    tied = model.config.tie_embeddings
+    values = model.layout.constrain(weight.values, *(("vocab", None) if tied else (None, "vocab")))
+    return _log_probs(tiles, precision, tied, values, hidden, rows)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

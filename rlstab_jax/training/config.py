@@ -49,6 +49,8 @@ class RolloutConfig:
     """How the devices set aside are split; ``mesh`` of the run splits the others."""
     slots: int = 0
     """Responses in flight under continuous batching; 0 samples the whole batch at once."""
+    waves: int = 1
+    """Equal parts that a batch's prompts are sampled in, one after another: less memory, the same draws."""
     response_length: int = 0
     """Longest response, in tokens, the stop token included; 0 takes what the task needs."""
     prompt_length: int = 0
@@ -220,6 +222,17 @@ def validate(config: RunConfig) -> None:
         raise UserError(
             f"rollout.devices = {rollout.devices} with rollout.lag = 0: each step would wait for its own batch while "
             "the other devices idle; give a lag of 1 or more, or set no devices aside"
+        )
+    require(
+        rollout.waves >= 1 and config.prompts_per_step % rollout.waves == 0,
+        "rollout.waves",
+        rollout.waves,
+        f"a divisor of the prompts of a global step, {config.prompts_per_step}",
+    )
+    if rollout.waves > 1 and (rollout.partial or rollout.slots):
+        raise UserError(
+            f"rollout.waves = {rollout.waves} with rollout.partial = {rollout.partial} and rollout.slots = "
+            f"{rollout.slots}: waves are of whole responses, and slots keep few in flight anyway; use 1 wave, or 0 of both"
         )
     require(rollout.slots >= 0, "rollout.slots", rollout.slots, "0 (all at once) or more")
     require(rollout.response_length >= 0, "rollout.response_length", rollout.response_length, "0 or more")

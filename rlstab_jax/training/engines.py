@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -40,11 +40,10 @@ ROWS = (Minibatch, Rollout, PolicyScores)
 
 
 @dataclasses.dataclass(frozen=True)
-class Engines:
-    """The two engines and what they share. ``inference`` and ``training`` differ in precision alone."""
+class EnginePair:
+    """The two engines and what they share, for any task. ``inference`` and ``training`` differ in precision alone."""
 
     config: RunConfig  # as resolved: kernels, vocabulary and lengths are filled in
-    task: Task
     mesh: Mesh
     rollout_mesh: Mesh | None  # of the devices that are set aside for making batches
     inference: Transformer
@@ -55,7 +54,7 @@ class Engines:
     sampling: Sampling
 
     @property
-    def making(self) -> "Engines":
+    def making(self) -> Self:
         """The engines that make batches: on the devices set aside, or else these."""
         if self.rollout_mesh is None:
             return self
@@ -90,7 +89,7 @@ class Engines:
             if isinstance(node, dict) and not alone:
                 return shardings(self.mesh, logical_axes(node), TRAINING)
             if isinstance(node, ROWS) and not alone:
-                return jax.tree.map(self._over_rows, node)
+                return jax.tree.map(partial(row_sharding, self.mesh), node)
             return jax.tree.map(lambda _: everywhere, node)
 
         return jax.tree.map(of, tree, is_leaf=lambda node: isinstance(node, (TrainState, dict, *ROWS)))
@@ -122,32 +121,58 @@ class Engines:
 
     def place_rows(self, tree: Any) -> Any:
         """Puts arrays that travel onto the mesh, their rows over the data-parallel devices."""
-        return put(tree, jax.tree.map(self._over_rows, tree))
-
-    def _over_rows(self, leaf: Any) -> NamedSharding:
-        axes: list[tuple[str, ...] | None] = [None] * np.ndim(leaf)
-        if axes:
-            axes[row_axis(leaf)] = Layout(self.mesh).rows
-        return NamedSharding(self.mesh, PartitionSpec(*axes))
+        return put(tree, jax.tree.map(partial(row_sharding, self.mesh), tree))
 
 
 def _starves(mesh: Mesh) -> bool:
     return mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
 
 
+def row_sharding(mesh: Mesh, leaf: Any) -> NamedSharding:
+    """Where an array that travels lies: its rows over the data-parallel devices; a scalar on each."""
+    axes: list[tuple[str, ...] | None] = [None] * np.ndim(leaf)
+    if axes:
+        axes[row_axis(leaf)] = Layout(mesh).rows
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Engines(EnginePair):
+    """Engines with the task that they are trained on."""
+
+    task: Task
+
+
 def build(config: RunConfig) -> Engines:
     """Checks ``config`` and builds what it describes. Raises UserError before any long work."""
     validate(config)
     task = config.task.build()
-    tokenizer = task.tokenizer
-    kernels = resolve_kernels(config.kernels, jax.default_backend())
     if config.learner.remat == "offload":
         check_offload(jax.local_devices(), "learner.remat = 'offload'")
     if config.learner.offload_optimizer:
         check_offload(jax.local_devices(), "learner.offload_optimizer = True")
-    model = config.model
     if config.initial:
-        model = matched(model, Path(config.initial))
+        config = dataclasses.replace(config, model=matched(config.model, Path(config.initial)))
+    config = resolved(config, task)
+    heldout, evaluation, cold_start = len(task.split("heldout")), config.evaluation, config.cold_start
+    if (
+        max(evaluation.prompts * bool(evaluation.every), cold_start.check_prompts * bool(cold_start.max_steps))
+        > heldout
+    ):
+        raise UserError(
+            f"evaluation.prompts = {config.evaluation.prompts} and cold_start.check_prompts = "
+            f"{config.cold_start.check_prompts}, but the task holds out {heldout} prompts: "
+            "ask for fewer, or hold out more"
+        )
+    tokenizer = task.tokenizer
+    pair = build_pair(config, *meshes(config), jax.default_backend(), tokenizer.stop_ids, tokenizer.pad_id)
+    return Engines(**vars(pair), task=task)
+
+
+def resolved(config: RunConfig, task: Task) -> RunConfig:
+    """``config`` with the vocabulary and the lengths that it leaves to the task. Raises UserError where they are less
+    than the task needs."""
+    model, tokenizer = config.model, task.tokenizer
     if model.vocab_size == 0:
         model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
     if model.vocab_size < tokenizer.vocab_size:
@@ -175,17 +200,29 @@ def build(config: RunConfig) -> Engines:
             f"rollout.partial = {rollout.partial}: {rollout.lag - 1} rounds of so many tokens leave none of the "
             f"response's {rollout.response_length} to the last round: lower it, or the lag"
         )
-    heldout, evaluation, cold_start = len(task.split("heldout")), config.evaluation, config.cold_start
-    if (
-        max(evaluation.prompts * bool(evaluation.every), cold_start.check_prompts * bool(cold_start.max_steps))
-        > heldout
-    ):
+    return dataclasses.replace(config, model=model, rollout=rollout)
+
+
+def build_pair(
+    config: RunConfig, mesh: Mesh, rollout_mesh: Mesh | None, platform: str, stop_ids: Sequence[int], pad_id: int
+) -> EnginePair:
+    """The engines of a resolved config on the devices of ``mesh``, which need not be there.
+
+    Args:
+      config: as `resolved` returns it.
+      mesh, rollout_mesh: as of `meshes`, of any devices.
+      platform: theirs, "cpu", "gpu" or "tpu".
+      stop_ids, pad_id: of the tokeniser.
+
+    Raises:
+      UserError: the mesh does not divide the model or the batch, or the objective does not fit the config.
+    """
+    rollout, model, kernels = config.rollout, config.model, resolve_kernels(config.kernels, platform)
+    if config.learner.packing and kernels.attention == "cudnn":
         raise UserError(
-            f"evaluation.prompts = {config.evaluation.prompts} and cold_start.check_prompts = "
-            f"{config.cold_start.check_prompts}, but the task holds out {heldout} prompts: "
-            "ask for fewer, or hold out more"
+            "learner.packing = True with kernels.attention = 'cudnn', which takes one sequence a row: use "
+            "packing = False, or 'reference'"
         )
-    mesh, rollout_mesh = meshes(config)
     sampling_mesh = rollout_mesh or mesh
     if rollout.slots and sampling_mesh.size > 1:
         raise UserError(
@@ -194,7 +231,8 @@ def build(config: RunConfig) -> Engines:
         )
     rows, rollout_rows = Layout(mesh).row_parts, Layout(sampling_mesh).row_parts
     batches = {"prompts_per_minibatch": (config.prompts_per_minibatch, rows, "mesh")}
-    batches["prompts_per_minibatch x minibatches"] = (config.prompts_per_step, rollout_rows, "rollout.mesh")
+    at_once = config.prompts_per_step // rollout.waves
+    batches["prompts_per_minibatch x minibatches / rollout.waves"] = (at_once, rollout_rows, "rollout.mesh")
     if config.cold_start.max_steps:
         batches["cold_start.batch_size"] = (config.cold_start.batch_size, rows, "mesh")
     for name, (size, parts, on) in batches.items():
@@ -210,7 +248,7 @@ def build(config: RunConfig) -> Engines:
             f"samples_per_prompt = 1, but objective {config.objective.name!r} compares the responses of one prompt: "
             "all advantages would be 0; use at least 2, or an objective with another baseline"
         )
-    config = dataclasses.replace(config, model=model, rollout=rollout, kernels=kernels)
+    config = dataclasses.replace(config, kernels=kernels)
     learner = config.learner
     training = Transformer(model, learner.precision, kernels, learner.remat, learner.unroll, mesh)
     inference = Transformer(model, rollout.precision, kernels.for_inference(), mesh=mesh, rules=INFERENCE)
@@ -220,9 +258,8 @@ def build(config: RunConfig) -> Engines:
             check_divides(one, shapes, logical_axes(shapes), TRAINING)
             if model.num_moe_layers:
                 expert_parallel.shared_scales(model.expert_dim, rollout.precision, Layout(one))
-    return Engines(
+    return EnginePair(
         config=config,
-        task=task,
         mesh=mesh,
         rollout_mesh=rollout_mesh,
         inference=inference,
@@ -235,8 +272,8 @@ def build(config: RunConfig) -> Engines:
             top_k=np.int32(rollout.top_k),
             top_p=np.float32(rollout.top_p),
             min_p=np.float32(rollout.min_p),
-            stop_ids=np.array(tokenizer.stop_ids, np.int32),
-            pad_id=np.int32(tokenizer.pad_id),
+            stop_ids=np.array(stop_ids, np.int32),
+            pad_id=np.int32(pad_id),
         ),
     )
 

@@ -12,21 +12,24 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from rlstab_jax.learner import Minibatch, PolicyScores, TrainState, update
 from rlstab_jax.objectives import Objective, advantages_of
 from rlstab_jax.parallel.distributed import on_host
+from rlstab_jax.parallel.sharding import Layout
 from rlstab_jax.tasks import Prompt
 from rlstab_jax.training.collect import Batch, Responses, collect, length_punishment, without_truncated
-from rlstab_jax.training.engines import Engines, judge
+from rlstab_jax.training.engines import Engines, judge, row_sharding
 from rlstab_jax.training.measure import decode_statistics, rollout_metrics, rollout_statistics, timed, update_metrics
 from rlstab_jax.training.partial import Unfinished, begin, go_on, lag_statistics
 from rlstab_jax.training.passes import packed, rescore, sample_responses, score_old
 from rlstab_jax.training.queue import Experience, Queue, laid_out, start
-from rlstab_jax.types import Rollout, RoutingReplay, Scores, take_rows
+from rlstab_jax.types import Rollout, RoutingReplay, Scores, row_axis, take_rows
 
 
 @struct.dataclass
@@ -196,7 +199,7 @@ def learn(engines: Engines, train: TrainState, rows: Minibatch, step: int) -> tu
             train, *measured = update(
                 engines.training,
                 train,
-                engines.settle(minibatch(rows, engines.place(of_update))),
+                engines.settle(minibatch(rows, engines.place(of_update), engines.mesh)),
                 engines.objective,
                 engines.numbers,
                 replay=engines.replay,
@@ -215,7 +218,28 @@ def learn(engines: Engines, train: TrainState, rows: Minibatch, step: int) -> tu
     return train, metrics
 
 
-minibatch = jax.jit(take_rows)
+@partial(jax.jit, static_argnames="mesh")
+def minibatch(whole: Minibatch, rows: Int[Array, "rows"], mesh: Mesh) -> Minibatch:
+    """Those rows of a batch, split over the devices as the batch is.
+
+    On several devices they are taken in parts of one row for each: a part is on all devices at once while it moves,
+    since compilers know no better way, which a whole mini-batch of long responses would not fit.
+    """
+    if mesh.size == 1:
+        return take_rows(whole, rows)
+
+    def over_devices(tree: Minibatch) -> Minibatch:
+        return jax.lax.with_sharding_constraint(tree, jax.tree.map(partial(row_sharding, mesh), tree))
+
+    of_each = rows.reshape(Layout(mesh).row_parts, -1).T
+    parts = jax.lax.map(lambda part: over_devices(take_rows(whole, part)), of_each)
+
+    def joined(leaf: jax.Array) -> jax.Array:
+        axis = row_axis(leaf[0])
+        split = jnp.moveaxis(leaf, 0, axis + 1)
+        return split.reshape(*split.shape[:axis], -1, *split.shape[axis + 2 :])
+
+    return over_devices(jax.tree.map(joined, parts))
 
 
 @jax.jit

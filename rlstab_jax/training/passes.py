@@ -28,7 +28,7 @@ from rlstab_jax.tasks import Prompt, encode_prompts
 from rlstab_jax.training.collect import key_ids
 from rlstab_jax.training.config import truncates
 from rlstab_jax.training.engines import Engines
-from rlstab_jax.types import Rollout, RoutingReplay
+from rlstab_jax.types import Rollout, RoutingReplay, row_axis
 
 
 def sample_responses(
@@ -41,20 +41,37 @@ def sample_responses(
     config, ids = engines.config, key_ids(prompts)
     rollout = config.rollout
     tokens, mask = encode_prompts(prompts, engines.task.tokenizer, rollout.prompt_length)
+    keys = sample_keys(jax.random.key(config.seed), step, ids, config.samples_per_prompt, attempt)
     sampler: Callable[..., Rollout] = sample_matched if rollout.log_probs == "matched" else sample
     if rollout.slots:
         sampler = partial(sample_continuously, slots=rollout.slots)
-    return sampler(
-        engines.inference,
-        engines.settle(prepare(params, rollout.precision, engines.mesh)),
-        engines.place_rows(tokens),
-        engines.place_rows(mask),
-        sample_keys(jax.random.key(config.seed), step, ids, config.samples_per_prompt, attempt),
-        engines.sampling,
-        response_length=length or rollout.response_length,
-        samples_per_prompt=config.samples_per_prompt,
-        support=rollout.support if truncates(rollout) else 0,
-    )
+    variables = engines.settle(prepare(params, rollout.precision, engines.mesh))
+
+    def wave(number: int) -> Rollout:
+        size = len(prompts) // rollout.waves
+        part = slice(number * size, (number + 1) * size)
+        return engines.settle(
+            sampler(
+                engines.inference,
+                variables,
+                engines.place_rows(tokens[part]),
+                engines.place_rows(mask[part]),
+                keys[number * size * config.samples_per_prompt :][: size * config.samples_per_prompt],
+                engines.sampling,
+                response_length=length or rollout.response_length,
+                samples_per_prompt=config.samples_per_prompt,
+                support=rollout.support if truncates(rollout) else 0,
+            )
+        )
+
+    waves = [wave(number) for number in range(rollout.waves)]
+    return waves[0] if len(waves) == 1 else engines.place_rows(_joined(waves))
+
+
+@jax.jit
+def _joined(rollouts: list[Rollout]) -> Rollout:
+    """The rows of several rollouts, one after the other."""
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=row_axis(parts[0])), *rollouts)
 
 
 def go_on_sampling(

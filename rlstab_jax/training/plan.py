@@ -1,0 +1,312 @@
+"""What a run needs of accelerators that are not there: memory, time and money, before a chip is rented.
+
+Each program of a global step is compiled ahead of time. Memory is the compiler's own account. Time is a roofline: the
+longest of computing, moving bytes between memory and chip, and sending bytes to other chips, each at the chip's peak
+rate and all overlapping. No real run is as fast; what bounds it, and what changes with N, is what it is for.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rlstab_jax.parallel.mesh import make_mesh
+from rlstab_jax.parallel.topology import Topology, topology_devices
+from rlstab_jax.training.config import RunConfig, validate
+from rlstab_jax.training.engines import EnginePair, build_pair, resolved
+from rlstab_jax.training.plan_flops import products, scaled
+from rlstab_jax.training.plan_hlo import program_cost, round_cost
+from rlstab_jax.training.plan_programs import AFFECTED, Program, Programs, device_bytes
+from rlstab_jax.types import RoutingReplay, UserError
+
+PHASES = ("prepare", "prefill", "resize", "decode", "score", "split", "update")
+SAMPLING = ("prefill", "resize", "decode")
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A program of the global step, on one device. Bytes, operations and seconds are of one run of it."""
+
+    name: str
+    runs: float
+    """In a global step; of decoding, steps."""
+    memory: Mapping[str, float]
+    """Bytes of the program by what they hold: its arguments and its temporaries, gradients among these."""
+    kept: Mapping[str, float]
+    """Bytes of what else is on the device meanwhile."""
+    needed: float | None
+    """Bytes at its peak, with what is kept; None where the compiler refused it without a number."""
+    fits: bool
+    products: Mapping[str, float]
+    """Operations of matrix products by the rate of the chip that they run at."""
+    repeated: float
+    """Products that the compiled program makes, over those of the function shared by all devices: 1 where each device
+    does its share, and no grouped product has become a dense one."""
+    bytes: float
+    """Between the memory and the chip."""
+    sent: Mapping[str, float]
+    """Bytes to other devices, by kind of collective."""
+    seconds: Mapping[str, float]
+    """At the chip's rates: compute, memory, network."""
+
+    @property
+    def bound(self) -> str:
+        return max(self.seconds, key=lambda resource: self.seconds[resource])
+
+    @property
+    def roofline(self) -> float:
+        """Seconds of one run."""
+        return max(self.seconds.values())
+
+    @property
+    def total(self) -> float:
+        """Seconds in a global step."""
+        return self.runs * self.roofline
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """The smallest change found that makes a phase fit."""
+
+    phase: str
+    field: str
+    value: Any
+    needed: float | None
+    """Bytes that the phase needs then, by the compiler; None where nothing was found."""
+    tried: tuple[str, ...]
+    """What was compiled on the way."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    topology: Topology
+    config: RunConfig
+    """With the changes."""
+    phases: tuple[Phase, ...]
+    """With the changes."""
+    refused: tuple[Phase, ...]
+    """Those that do not fit as the config has them, and the changes before them."""
+    changes: tuple[Change, ...]
+    """One for each that does not fit."""
+    row_devices: int
+    """Devices that rows of a batch are split over."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the config fits as it is."""
+        return not self.refused
+
+    def bytes_of(self, phase: str, part: str) -> float:
+        """Bytes of a part of a phase's memory."""
+        return next(p.memory.get(part, 0.0) for p in self.phases if p.name == phase)
+
+
+def make_plan(config: RunConfig, topology: Topology, say: Callable[[str], None] = lambda line: None) -> Plan:
+    """Compiles the programs of ``config`` for ``topology``. No task is built if the config states its vocabulary and
+    its lengths; nothing is read or computed either way.
+
+    Raises:
+      UserError: a config that cannot run there, a compiler that is not installed.
+    """
+    validate(config)
+    model, rollout = config.model, config.rollout
+    stop_ids: Sequence[int] = (0,)
+    if not (model.vocab_size and rollout.prompt_length and rollout.response_length):
+        task = config.task.build()
+        config, stop_ids = resolved(config, task), task.tokenizer.stop_ids
+    if config.rollout.slots or config.rollout.log_probs == "matched":
+        raise UserError(
+            f"rollout.slots = {config.rollout.slots}, rollout.log_probs = {config.rollout.log_probs!r}: a plan is made "
+            "for sampling in whole batches; use 0 slots and 'decode' or 'rescore'"
+        )
+    if config.rollout.devices or config.rollout.partial:
+        raise UserError(
+            f"rollout.devices = {config.rollout.devices}, rollout.partial = {config.rollout.partial}: a plan is made for devices that sample and learn in turns; "
+            "use 0"
+        )
+    devices = topology_devices(topology)
+
+    def engines(config: RunConfig) -> EnginePair:
+        return build_pair(config, make_mesh(config.mesh, devices), None, topology.platform, stop_ids, 0)
+
+    programs = Programs(engines(config))
+    measured: dict[str, Phase] = {}
+    refused, changes = [], []
+    todo = list(PHASES)
+    while todo:
+        program: Program | None = getattr(programs, name := todo.pop(0))
+        if program is None:
+            continue
+        say(f"compiling {name}")
+        measured[name] = phase = measure(programs, program, topology)
+        if not phase.fits:
+            refused.append(phase)
+            change, programs = remedy(programs, phase, topology, engines, say)
+            changes.append(change)
+            if change.needed is not None:
+                todo = [other for other in PHASES if other in (*todo, name) or other in AFFECTED[change.field]]
+    phases = tuple(measured[name] for name in PHASES if name in measured)
+    return Plan(topology, programs.engines.config, phases, tuple(refused), tuple(changes), programs.row_devices)
+
+
+def measure(programs: Programs, program: Program, topology: Topology) -> Phase:
+    """Compiles a program and accounts for it."""
+    runs = _runs(programs, program.name)
+    devices = topology.devices
+    used = 1 / programs.engines.mesh.shape["expert"]
+    work = scaled(products(program.traced.jaxpr, used=used), 1 / devices)
+    kept = {name: float(device_bytes(tree)) for name, tree in program.kept.items()}
+    parts = {name: float(device_bytes(tree)) for name, tree in program.parts.items()}
+    try:
+        compiled = program.compiled
+    except Exception as error:
+        if not _too_large(error):
+            raise
+        asked = _asked_for(error)
+        needed = None if asked is None else asked + sum(kept.values())
+        seconds = _seconds(work, 0.0, {}, topology)
+        return Phase(program.name, runs, parts, kept, needed, False, work, 1.0, 0.0, {}, seconds)
+    stated = compiled.memory_analysis()
+    peak = float(stated.peak_memory_in_bytes)
+    if topology.platform == "cpu":  # its compiler's peak leaves temporaries out
+        peak += stated.temp_size_in_bytes
+    other = max(stated.argument_size_in_bytes - sum(parts.values()), 0.0)
+    results = float(max(stated.output_size_in_bytes - stated.alias_size_in_bytes, 0))
+    temporaries = max(peak - sum(parts.values()) - other - results, 0.0)
+    memory = {**parts, "other arguments": other, "results": results, "temporaries": temporaries}
+    if program.name == "update":
+        memory["gradients"] = min(parts["parameters"], memory["temporaries"])
+        memory["temporaries"] -= memory["gradients"]
+    # Decoding is counted by its steps; what a window takes besides is small.
+    cost = (round_cost if program.name == "decode" else program_cost)(compiled.as_text())
+    # Beyond what the function has, of the products that both can see: all rows of the buffers of grouped ones included.
+    visible = sum(products(program.traced.jaxpr, silent=False).values()) / devices
+    more = max(cost.products - visible, 0.0)
+    repeated = 1 + more / sum(work.values()) if work else 1.0
+    traffic = cost.bytes
+    if program.name == "decode":
+        work, traffic = _over_windows(programs, program, work, traffic, devices)
+    needed = peak + sum(kept.values())
+    seconds = _seconds(scaled(work, repeated), traffic, cost.sent, topology)
+    return Phase(
+        program.name, runs, memory, kept, needed, needed <= topology.memory, work, repeated, traffic, cost.sent, seconds
+    )
+
+
+def _runs(programs: Programs, name: str) -> float:
+    """How often a phase runs in a global step."""
+    config = programs.engines.config
+    waves = config.rollout.waves
+    if name == "decode":  # a wave ends when the longest of its responses does
+        return waves * (config.rollout.response_length - 1)
+    # Under R3 the old pass runs once more, with live routes, to measure what replay alters.
+    passes = 2 if programs.engines.replay is RoutingReplay.R3 else 1
+    passes += config.rollout.log_probs == "rescore"
+    each = {"prefill": waves, "resize": waves * (len(programs.windows) - 1)}
+    return {**each, "score": passes, "split": config.minibatches, "update": config.minibatches}.get(name, 1)
+
+
+def _over_windows(programs: Programs, program: Program, work: Any, traffic: float, devices: int) -> tuple[Any, float]:
+    """Of a decode step at the mean window: what is compiled is the largest, and the cache is read as far as it goes."""
+    lengths = programs.windows
+    steps = [after - before for before, after in zip([0, *lengths], lengths, strict=False)]
+    mean = sum(count * length for count, length in zip(steps, lengths, strict=True)) / lengths[-1]
+    missing = 1 - mean / lengths[-1]
+    cache = device_bytes(programs.slots(lengths[-1]).response)
+    if len(lengths) > 1:
+        used = 1 / programs.engines.mesh.shape["expert"]
+        shortest = scaled(products(programs.decode_of(lengths[0]).jaxpr, used=used), 1 / devices)
+        share = missing / (1 - lengths[0] / lengths[-1])
+        work = {rate: work[rate] - share * (work[rate] - shortest.get(rate, 0.0)) for rate in work}
+    return work, max(traffic - missing * cache, 0.0)
+
+
+def _seconds(
+    work: Mapping[str, float], traffic: float, sent: Mapping[str, float], topology: Topology
+) -> dict[str, float]:
+    chip = topology.chip
+    compute = sum(count / getattr(chip, rate) for rate, count in work.items())
+    network = sum(sent.values()) / chip.network(topology.chips)
+    # A chip's rates are shared by its devices.
+    times = {"compute": compute, "memory": traffic / chip.memory_bandwidth, "network": network}
+    return {resource: seconds * chip.devices for resource, seconds in times.items()}
+
+
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def _too_large(error: Exception) -> bool:
+    return "RESOURCE_EXHAUSTED" in str(error) or "Ran out of memory" in str(error)
+
+
+def _asked_for(error: Exception) -> float | None:
+    """Bytes that a refused program asked for, where the compiler says it."""
+    found = re.search(r"Used ([\d.]+)([KMGT]) of|\(?([\d.]+)([KMGT])\)? exceeds", str(error))
+    if not found:
+        return None
+    number, unit = (group for group in found.groups() if group)
+    return float(number) * _UNITS[unit]
+
+
+def remedy(
+    programs: Programs,
+    phase: Phase,
+    topology: Topology,
+    engines: Callable[[RunConfig], EnginePair],
+    say: Callable[[str], None],
+) -> tuple[Change, Programs]:
+    """The smallest change that makes a phase fit: estimated, then compiled; the next larger one where that fails.
+
+    A part of a batch needs the part of what is no argument. Where no number of parts is enough, the next larger
+    topologies are named by division, and not compiled.
+    """
+    config = programs.engines.config
+    field, values = _lever(programs, phase.name)
+    tried = []
+    now = _get(config, field) if field else 1
+    grows = ("temporaries", "KV cache", "records", "prompts")
+    fixed = sum(size for name, size in {**phase.memory, **phase.kept}.items() if name not in grows)
+    variable = max((phase.needed or math.inf) - fixed, 0.0)
+    for value in values:
+        estimate = fixed + variable * now / value
+        if math.isfinite(estimate) and estimate > topology.memory and value != values[-1]:
+            continue
+        say(f"{phase.name} does not fit: trying {field} = {value}")
+        tried.append(f"{field} = {value}")
+        changed = programs.changed(engines(_set(config, field, value)), field)
+        program = getattr(changed, phase.name)
+        after = measure(changed, program, topology) if program is not None else None
+        if after is None or after.fits:
+            return Change(phase.name, field, value, after.needed if after else 0.0, tuple(tried)), changed
+    larger = topology
+    while (following := larger.larger) is not None and (phase.needed or math.inf) > larger.memory * (
+        larger.devices / topology.devices
+    ):
+        larger = following
+    return Change(phase.name, "topology", larger.name, None, tuple(tried)), programs
+
+
+def _lever(programs: Programs, phase: str) -> tuple[str, list[int]]:
+    """The field that splits a phase's batch, and its larger values that the batch and the devices divide by."""
+    config, rows = programs.engines.config, programs.row_devices
+    field, whole = {
+        **dict.fromkeys(SAMPLING, ("rollout.waves", config.prompts_per_step)),
+        "score": ("learner.score_micro_batches", config.responses_per_step),
+        "update": ("learner.micro_batches", config.prompts_per_minibatch * config.samples_per_prompt),
+    }.get(phase, ("", 0))
+    if not field:
+        return "", []
+    now = _get(config, field)
+    return field, [parts for parts in range(now + 1, whole + 1) if whole % parts == 0 and whole // parts % rows == 0]
+
+
+def _get(config: Any, field: str) -> Any:
+    for name in field.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def _set(config: Any, field: str, value: Any) -> Any:
+    head, _, rest = field.partition(".")
+    return dataclasses.replace(config, **{head: _set(getattr(config, head), rest, value) if rest else value})

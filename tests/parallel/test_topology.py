@@ -1,0 +1,69 @@
+"""Chips and topologies by name, and what is said where a compiler is missing. Compiling itself: tests of plans."""
+
+import importlib.util
+
+import pytest
+from jax.experimental import topologies
+
+from rlstab_jax.parallel.topology import GPUS, TPUS, topology, topology_devices
+from rlstab_jax.types import UserError
+
+
+@pytest.mark.parametrize(
+    ("name", "chips", "devices", "memory"),
+    [
+        ("v5e:2x2", 4, 4, 15.75),
+        ("v5p:4x4x4", 64, 64, 95.74),
+        ("v6e:8x8", 64, 64, 31.25),
+        ("tpu7x:2x2x1", 4, 8, 94.75),  # a chip is two devices, which share its memory
+    ],
+)
+def test_tpus(name: str, chips: int, devices: int, memory: float) -> None:
+    found = topology(name)
+    assert (found.chips, found.devices, found.platform) == (chips, devices, "tpu")
+    assert found.memory == pytest.approx(memory * 2**30)
+
+
+def test_gpus() -> None:
+    few, many = topology("cuda:h200:8"), topology("cuda:h100:64")
+    assert (many.chips, many.devices, many.platform, many.memory) == (64, 64, "gpu", 80e9)
+    # Eight have NVLink, 900 GB/s both ways; beyond, an adapter of 400 Gbit/s each.
+    assert few.chip.network(few.chips) == 450e9
+    assert many.chip.network(many.chips) == 50e9
+
+
+def test_rates_are_in_order() -> None:
+    """No chip is faster in wider numbers."""
+    for chip in [*(chip for chip, _ in TPUS.values()), *GPUS.values()]:
+        assert chip.narrow_float >= chip.bfloat16 > chip.float32
+        assert chip.int8 >= chip.bfloat16
+        assert chip.source.startswith("https://")
+
+
+def test_the_next_larger() -> None:
+    assert topology("v5p:2x2x4").larger == topology("v5p:4x4x4")
+    assert topology("v5p:8x8x8").larger is None
+    assert topology("cuda:h100:8").larger == topology("cuda:h100:16")
+
+
+@pytest.mark.parametrize(
+    "name", ["", "v5p", "v5p:4x4", "v7:2x2", "cuda:b300:8", "cuda:h100", "cuda:h100:0", "cuda:h100:12"]
+)
+def test_unknown(name: str) -> None:
+    with pytest.raises(UserError, match=r"is unknown: give one of v5e:\{2x2,4x4,8x8,16x16\}, v5p.*cuda:\{h100,h200\}"):
+        topology(name)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is not None, reason="the CUDA plugin is installed")
+def test_without_the_cuda_plugin() -> None:
+    with pytest.raises(UserError, match=r"'cuda:h100:64'.* NVIDIA GPUs cannot .*: pip install 'rlstab_jax\[cuda\]'"):
+        topology_devices(topology("cuda:h100:64"))
+
+
+def test_without_libtpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(**_: object) -> None:
+        raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology.\nmore")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", absent)
+    with pytest.raises(UserError, match=r"TPUs cannot .* \(JAX TPU .* topology\.\): pip install 'rlstab_jax\[tpu\]'"):
+        topology_devices(topology("v5e:2x2"))

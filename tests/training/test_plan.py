@@ -1,0 +1,217 @@
+"""Plans: one made end to end for four chips that are not there, in a process of its own, and the arithmetic by hand."""
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from rlstab_jax.cli import main
+from rlstab_jax.models import Kernels
+from rlstab_jax.parallel.mesh import MeshConfig, make_mesh
+from rlstab_jax.parallel.topology import Topology, topology
+from rlstab_jax.training.config import RunConfig
+from rlstab_jax.training.engines import EnginePair, build_pair
+from rlstab_jax.training.plan import Change, Phase, Plan, measure, remedy
+from rlstab_jax.training.plan_programs import Programs
+from rlstab_jax.training.plan_report import as_json, by_minibatches, print_plan
+from tests.training import plan_config
+
+ROOT = Path(__file__).parents[2]
+CHIP = topology("v5e:2x2")
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed; the test extra has it on Linux x86_64"
+)
+
+
+def planned(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "rlstab_jax.cli", "plan", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+
+
+@needs_libtpu
+def test_four_chips() -> None:
+    """Bytes of a device by hand; nothing but JSON on standard output; the task is never built."""
+    done = planned("tests/training/plan_config.py", "--topology", "v5e:2x2", "--json", "--price", "2", "--by", "1", "2")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    phases = {phase["name"]: phase for phase in plan["phases"]}
+    assert list(phases) == ["prepare", "prefill", "resize", "decode", "score", "split", "update"]
+    assert plan["fits"]
+    assert plan["refused"] == plan["changes"] == []
+
+    # Float32 parameters: fsdp splits by 2 what has an "embed" dimension, expert by 2 what has one of experts.
+    d, heads, c, layers, vocab = 64, 4 + 2 + 2 + 4, 32, 2, 128
+    attention = d * c * heads / 2 + 2 * d / 2 + 2 * c
+    moe = d * 4 / 4 + 3 * 4 * d * 64 / 4
+    parameters = 4 * (layers * (attention + moe) + 2 * vocab * d / 2 + d / 2)
+    update = phases["update"]["memory"]
+    assert update["parameters"] == parameters
+    assert update["gradients"] == parameters
+    assert update["optimiser"] == 2 * parameters + 4
+    assert phases["decode"]["kept"]["training state"] == 3 * parameters + 4 + 4
+
+    # The cache: 47 columns for each of a device's rows and 16 for each of its prompts, fp8 with a float32 scale.
+    rows, prompts = 32 / ROW_DEVICES, 8 / ROW_DEVICES
+    assert phases["decode"]["memory"]["KV cache"] == layers * 2 * 2 * (rows * 47 + prompts * 16) * (c + 4)
+
+    config = plan_config.config()
+    runs = {name: phase["runs"] for name, phase in phases.items()}
+    assert runs == {"prepare": 1, "prefill": 1, "resize": 1, "decode": 47, "score": 2, "split": 2, "update": 2}
+    for phase in phases.values():
+        held = sum(phase["memory"].values()) + sum(phase["kept"].values())
+        assert phase["needed"] == pytest.approx(held, rel=0.01)
+        assert phase["total_s"] == phase["runs"] * max(phase["seconds"].values())
+        assert phase["seconds"][phase["bound"]] == max(phase["seconds"].values())
+    # The roofline of the run that was compiled is the sum over its phases.
+    (compiled,) = [row for row in plan["by_minibatches"] if row["minibatches"] == config.minibatches]
+    seconds = sum(phase["total_s"] for phase in phases.values())
+    assert compiled["seconds"] * config.minibatches == pytest.approx(seconds)
+    assert compiled["chip_hours"] == pytest.approx(15 * seconds * 4 / 3600)
+    assert compiled["cost"] == pytest.approx(2 * compiled["chip_hours"])
+    assert phases["update"]["sent"]["all-gather"] > 0
+    # An update is a forward pass, that pass again, and a backward pass of twice its cost.
+    assert sum(phases["update"]["products"].values()) == pytest.approx(
+        4 * sum(phases["score"]["products"].values()) / config.minibatches, rel=0.1
+    )
+
+
+ROW_DEVICES = 4  # over fsdp and expert
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--topology v5p:3x3", "topology 'v5p:3x3' is unknown: give one of v5e:{2x2"),
+        ("", "topology '' is unknown"),
+        ("--topology v5e:2x2 --by 0", "expected a price of 0 or more, and N of 1 or more"),
+        ("--topology v5e:2x2 --price -1", "expected a price of 0 or more, and N of 1 or more"),
+        ("--topology v5e:2x2 --rollout.slots 4", "rollout.slots = 4"),
+    ],
+)
+def test_mistakes(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(ROOT / "tests/training/plan_config.py"), *arguments.split()]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+@needs_libtpu
+def test_a_mesh_that_does_not_divide() -> None:
+    done = planned("tests/training/plan_config.py", "--topology", "v5e:2x2", "--mesh.fsdp", "3")
+    assert done.returncode == 2
+    assert "needs 6 devices, but there are 4: lower a size" in done.stderr.splitlines()[-1]
+    assert not done.stdout
+
+
+def phase(name: str, runs: float, memory: dict, seconds: tuple[float, float, float], **kept: float) -> Phase:
+    needed = sum(memory.values()) + sum(kept.values())
+    times = dict(zip(("compute", "memory", "network"), seconds, strict=True))
+    kept = {key.replace("_", " "): size for key, size in kept.items()}
+    return Phase(name, runs, memory, kept, needed, True, {"bfloat16": 1e12}, 1.0, 1e9, {"all-gather": 1e9}, times)
+
+
+def test_a_remedy() -> None:
+    """A scoring pass that is too large for a device is split into as few parts as fit, by the compiler's account."""
+    config = plan_config.config()
+    kernels = Kernels("reference", "dense", "reference", "dense")
+    model = dataclasses.replace(config.model, num_layers=1)
+    config = dataclasses.replace(config, mesh=MeshConfig(), kernels=kernels, model=model, prompts_per_minibatch=12)
+
+    def engines(config: RunConfig) -> EnginePair:
+        return build_pair(config, make_mesh(config.mesh, jax.devices()[:1]), None, "cpu", (0,), 0)
+
+    def device(memory: float) -> Topology:
+        return Topology("v5e:2x2", dataclasses.replace(CHIP.chip, memory=memory), 1, "cpu")
+
+    programs = Programs(engines(config))
+    whole = measure(programs, programs.score, device(2.0**40))
+    assert whole.fits
+    fixed = sum(whole.memory.values()) - whole.memory["temporaries"] + sum(whole.kept.values())
+    enough = fixed + 0.4 * whole.memory["temporaries"]
+    refused = measure(programs, programs.score, device(enough))
+    assert not refused.fits
+    change, changed = remedy(programs, refused, device(enough), engines, lambda line: None)
+    assert (change.phase, change.field, change.value) == ("score", "learner.score_micro_batches", 3)
+    assert change.tried == ("learner.score_micro_batches = 3",)
+    assert fixed < change.needed <= enough
+    assert changed.engines.config.learner.score_micro_batches == 3
+    # What no number of parts helps takes more chips: 3 times the memory is in the next topology, of 4 times the chips.
+    hopeless = dataclasses.replace(refused, name="prepare", needed=3 * CHIP.memory)
+    change, _ = remedy(programs, hopeless, CHIP, engines, lambda line: None)
+    assert (change.field, change.value, change.needed) == ("topology", "v5e:4x4", None)
+
+
+GIB = 2.0**30
+
+
+def by_hand(waves: int = 1) -> Plan:
+    """A plan of round numbers, N = 2: rows of 1 GiB in flight beside 2 GiB of weights and 3 GiB of training state."""
+    config = plan_config.config()
+    config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, waves=waves))
+    weights = 2 * GIB / CHIP.chip.memory_bandwidth  # seconds to read them
+    phases = (
+        phase("prepare", 1, {"parameters": 1 * GIB}, (0.0, 0.5, 0.0), optimiser=2 * GIB),
+        phase("decode", 100, {"weights": 2 * GIB, "KV cache": 4 * GIB}, (0.001, weights + 0.02, 0.002),
+              training_state=3 * GIB),
+        phase("score", 2, {"parameters": 1 * GIB, "rollout": 1 * GIB}, (1.5, 1.0, 0.5), optimiser=2 * GIB),
+        phase("update", 2, {"parameters": 3 * GIB, "temporaries": 4 * GIB}, (6.0, 2.0, 3.0), global_batch=2 * GIB),
+    )  # fmt: skip
+    return Plan(CHIP, config, phases, (), (), row_devices=2)
+
+
+def test_by_minibatches() -> None:
+    """N = 1 has half the rows in flight. N = 8 has four times as many, 16 GiB: two waves of 8 would need 17 with
+    weights, training state and the rollout of 4, so that four take them."""
+    one, two, eight = by_minibatches(by_hand(), (1, 2, 8), price=3.0)
+    weights = 2 * GIB / CHIP.chip.memory_bandwidth
+    assert [row.responses for row in (one, two, eight)] == [16, 32, 128]
+    assert [row.waves for row in (one, two, eight)] == [1, 1, 4]
+    steps = [
+        0.5 + 100 * (weights + 0.01) + 1.5 + 6,
+        0.5 + 100 * (weights + 0.02) + 3 + 12,
+        0.5 + 4 * 100 * (weights + 0.02) + 12 + 48,
+    ]
+    for row, step, n in zip((one, two, eight), steps, (1, 2, 8), strict=True):
+        assert row.seconds == pytest.approx(step / n)
+    assert two.sampling == pytest.approx((0.5 + 100 * (weights + 0.02)) / steps[1])
+    # 30 gradient steps are 15 global steps, or 4 of 8, the last of which is not cut.
+    assert two.chip_hours == pytest.approx(15 * steps[1] * 4 / 3600)
+    assert eight.chip_hours == pytest.approx(4 * steps[2] * 4 / 3600)
+    assert eight.cost == pytest.approx(3 * eight.chip_hours)
+    # Peaks: of the update, or of decoding, with the responses that are kept meanwhile.
+    assert two.needed == max(3 + 4 + 2, 2 + 3 + 4) * GIB
+    assert eight.needed == max(3 + 4 + 8, 2 + 3 + 4 + 4) * GIB
+
+
+def test_no_wave_fits() -> None:
+    plan = by_hand()
+    decode = dataclasses.replace(plan.phases[1], needed=200 * GIB)
+    (row,) = by_minibatches(dataclasses.replace(plan, phases=(plan.phases[0], decode, *plan.phases[2:])), (2,), None)
+    assert (row.waves, row.cost) == (None, None)
+
+
+def test_report(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every number of the tables has its line, and what was changed has its reason."""
+    from rich.console import Console
+
+    plan = by_hand()
+    change = Change("decode", "rollout.waves", 2, 8 * GIB, ("rollout.waves = 2",))
+    larger = Change("score", "topology", "v5e:4x4", None, ())
+    plan = dataclasses.replace(plan, refused=plan.phases[1:3], changes=(change, larger))
+    table = by_minibatches(plan, (1, 2), price=3.0)
+    print_plan(plan, table, 3.0, Console(width=120))
+    shown = capsys.readouterr().out
+    for text in (
+        "4 chips, 4 devices of 15.75 GiB", "kept: training state", "bound by",
+        "set rollout.waves = 2, which needs 8.00", "decode does not fit as configured, it needs 9.00 GiB",
+        "(compiled: rollout.waves = 2)", "take a larger topology, v5e:4x4", "cost at 3 a chip-hour",
+    ):  # fmt: skip
+        assert text in shown, text
+    as_numbers: dict[str, Any] = as_json(plan, table, 3.0)
+    assert as_numbers["phases"][1]["total_s"] == plan.phases[1].total
+    json.dumps(as_numbers)

@@ -1,0 +1,119 @@
+"""Costs read off compiled programs: against the compiler's own where there are no loops, and by hand."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from rlstab_jax.training.plan_hlo import Array, arrays, group_size, parse, program_cost, round_cost
+
+
+def compiled(f: Any, *shapes: tuple[int, ...]) -> Any:
+    return jax.jit(f).lower(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)).compile()
+
+
+def test_without_loops() -> None:
+    """Elementwise work is fused into one pass, so that the compiler's count is the same."""
+    program = compiled(lambda x, w: jnp.tanh(x @ w) + 1, (128, 256), (256, 512))
+    cost, stated = program_cost(program.as_text()), program.cost_analysis()
+    assert cost.products == 2 * 128 * 256 * 512
+    assert cost.bytes == pytest.approx(stated["bytes accessed"], rel=0.01)
+    assert not cost.sent
+
+
+def test_loops() -> None:
+    """A scan counts as often as it runs, and a row of what it is over is read once a round, not the whole."""
+
+    def scanned(x: jax.Array, ws: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, ws)[0]
+
+    program = compiled(scanned, (64, 128), (12, 128, 128))
+    cost = program_cost(program.as_text())
+    assert cost.products == 12 * 2 * 64 * 128 * 128
+    assert program.cost_analysis()["flops"] < cost.products / 6
+    weights, state = 12 * 128 * 128 * 4, 12 * 64 * 128 * 4
+    assert weights + 2 * state <= cost.bytes <= 3 * weights + 6 * state
+
+
+def test_loops_of_unknown_length() -> None:
+    def until(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.lax.while_loop(lambda x: x.sum() > 0, lambda x: x @ w, x @ w)
+
+    text = compiled(until, (64, 64), (64, 64)).as_text()
+    one = 2 * 64**3
+    assert program_cost(text).products == 2 * one
+    assert program_cost(text, rounds=10).products == 11 * one
+    assert round_cost(text).products == one
+
+
+MODULE = """\
+HloModule by_hand, is_scheduled=true
+
+%fused (p0: f32[8,100], p1: s32[], p2: f32[1,100]) -> f32[8,100] {
+  %p0 = f32[8,100]{1,0} parameter(0)
+  %p2 = f32[1,100]{1,0} parameter(2)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %update = f32[8,100]{1,0} dynamic-update-slice(%p0, %p2, %p1, %zero)
+}
+
+%body (state: (s32[], f32[8,100])) -> (s32[], f32[8,100]) {
+  %state = (s32[], f32[8,100]{1,0:T(8,128)}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %x = f32[8,100]{1,0:T(8,128)} get-tuple-element(%state), index=1
+  %sum = f32[8,100]{1,0:T(8,128)} all-reduce(%x), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  ROOT %out = (s32[], f32[8,100]{1,0:T(8,128)}) tuple(%next, %sum)
+}
+
+%condition (state: (s32[], f32[8,100])) -> pred[] {
+  %state = (s32[], f32[8,100]{1,0:T(8,128)}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %end = s32[] constant(5)
+  ROOT %less = pred[] compare(%i, %end), direction=LT
+}
+
+ENTRY %main (a: f32[8,100], row: f32[1,100]) -> f32[8,100] {
+  %a = f32[8,100]{1,0:T(8,128)} parameter(0)
+  %row = f32[1,100]{1,0:T(8,128)} parameter(1)
+  %near = f32[1,100]{1,0:T(1,128)S(1)} copy(%row)
+  %two = s32[] constant(2)
+  %written = f32[8,100]{1,0:T(8,128)} fusion(%a, %two, %near), kind=kLoop, calls=%fused
+  %begin = (s32[], f32[8,100]{1,0:T(8,128)}) tuple(%two, %written)
+  %loop = (s32[], f32[8,100]{1,0:T(8,128)}) while(%begin), condition=%condition, body=%body
+  ROOT %result = f32[8,100]{1,0:T(8,128)} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_by_hand() -> None:
+    """A copy to the chip reads 400 bytes; a row is written in place, 400; then 5 - 2 rounds of an all-reduce among 4
+    devices, of which each reads and writes 3,200 bytes and sends 2 x 3/4 of that, and counters of 4 + 4 + 4, and
+    4 + 4 + 1 in the condition."""
+    cost = program_cost(MODULE)
+    assert cost.sent == {"all-reduce": 3 * 3200 * 1.5}
+    assert cost.bytes == 400 + (4 + 400) + 3 * (6400 + 12 + 9)
+
+
+def test_shapes_and_groups() -> None:
+    assert arrays("f8e4m3fn[16,8]{1,0:T(8,128)(4,1)S(1)}") == (Array("f8e4m3fn", (16, 8), True),)
+    found = arrays("(bf16[2,3]{1,0:T(8,128)}, pred[], u4[6]{0})")
+    assert [array.bytes for array in found] == [12, 1, 3]
+    assert group_size("replica_groups={{0,2},{1,3}}, x") == 2
+    assert group_size("replica_groups=[4,16]<=[64]") == 16
+    assert group_size("replica_groups=mesh['a'=2,'b'=4,'c'=8] {'b', 'c'}, x") == 32
+    assert group_size("replica_groups=mesh['a'=2,'b'=4], device_ids=([2,2]T(1,0)) {'b'}, x") == 4
+
+
+def test_convolutions() -> None:
+    """TPUs have products as convolutions; a batch of them is one with holes, which are not counted."""
+    head = "ENTRY %main () -> f32[] {\n  %a = f32[16,5,8]{2,1,0} parameter(0)\n  %b = f32[16,8,7]{2,1,0} parameter(1)\n"
+    line = (
+        "  ROOT %c = f32[16,5,7]{2,1,0} convolution(%a, %b), window={size=16 stride=15 lhs_dilate=16}, "
+        "dim_labels=0bf_0io->0bf\n}\n"
+    )
+    computations, _ = parse(head + line)
+    assert computations["main"]["c"].opcode == "convolution"
+    assert program_cost(head + line).products == 16 * 2 * 5 * 7 * 8

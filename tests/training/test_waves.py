@@ -1,0 +1,45 @@
+"""A batch sampled in waves is the batch sampled at once: draws know nothing of the rows beside them."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlstab_jax.models import Precision
+from rlstab_jax.training.config import RunConfig
+from rlstab_jax.training.engines import Engines, build, initial_params
+from rlstab_jax.training.passes import sample_responses
+from rlstab_jax.types import UserError
+from tests.training import tiny_run
+
+
+def config(**rollout: Any) -> RunConfig:
+    config = tiny_run.config()
+    return dataclasses.replace(
+        config, rollout=dataclasses.replace(config.rollout, precision=Precision(), temperature=0.9, **rollout)
+    )
+
+
+def test_waves() -> None:
+    at_once = build(config())
+    waves = build(config(waves=2))
+    params = at_once.place(initial_params(at_once.training, 0))
+    prompts = [at_once.task.split("train")[number] for number in range(4)]
+
+    def sampled(engines: Engines) -> Any:
+        return sample_responses(engines, params, prompts, step=3)
+
+    one, two = sampled(at_once), sampled(waves)
+    np.testing.assert_array_equal(one.tokens, two.tokens)
+    np.testing.assert_array_equal(one.response_mask, two.response_mask)
+    np.testing.assert_array_equal(one.routes, two.routes)
+    np.testing.assert_array_equal(one.truncated, two.truncated)
+    np.testing.assert_allclose(one.log_probs, two.log_probs, atol=1e-5)
+    assert one.routes.shape == two.routes.shape
+    assert len(np.unique(np.asarray(one.tokens), axis=0)) > 4
+
+
+def test_waves_that_do_not_divide() -> None:
+    with pytest.raises(UserError, match=r"rollout\.waves = 3: expected a divisor of the prompts of a global step, 4"):
+        build(config(waves=3))
