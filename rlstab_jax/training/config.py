@@ -232,7 +232,8 @@ def validate(config: RunConfig) -> None:
     if rollout.waves > 1 and (rollout.partial or rollout.slots):
         raise UserError(
             f"rollout.waves = {rollout.waves} with rollout.partial = {rollout.partial} and rollout.slots = "
-            f"{rollout.slots}: waves are of whole responses, and slots keep few in flight anyway; use 1 wave, or 0 of both"
+            f"{rollout.slots}: waves are of whole responses, and slots keep few in flight anyway; use 1 wave, or 0 of "
+            "both"
         )
     require(rollout.slots >= 0, "rollout.slots", rollout.slots, "0 (all at once) or more")
     require(rollout.response_length >= 0, "rollout.response_length", rollout.response_length, "0 or more")

@@ -122,8 +122,8 @@ def make_plan(config: RunConfig, topology: Topology, say: Callable[[str], None] 
         )
     if config.rollout.devices or config.rollout.partial:
         raise UserError(
-            f"rollout.devices = {config.rollout.devices}, rollout.partial = {config.rollout.partial}: a plan is made for devices that sample and learn in turns; "
-            "use 0"
+            f"rollout.devices = {config.rollout.devices}, rollout.partial = {config.rollout.partial}: a plan is made "
+            "for devices that sample and learn in turns, whole responses; use 0 of both"
         )
     devices = topology_devices(topology)
 
