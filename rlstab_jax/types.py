@@ -122,14 +122,18 @@ def take_rows(tree: Any, rows: Int[Array, "n"]) -> Any:
 
 
 def split_rows(tree: Any, parts: int) -> Any:
-    """Cuts the rows into ``parts`` equal parts along a new leading axis, for a scan; scalars are repeated."""
+    """Deals the rows out to ``parts`` equal parts along a new leading axis, for a scan; scalars are repeated.
+
+    Part i has the rows i, i + parts, i + 2 parts and so on: where rows are split over devices, each device then keeps
+    its share of every part, and nothing is sent.
+    """
 
     def split(leaf: jax.Array) -> jax.Array:
         if not leaf.ndim:
             return jnp.broadcast_to(leaf, (parts,))
         axis = row_axis(leaf)
-        shape = (*leaf.shape[:axis], parts, leaf.shape[axis] // parts, *leaf.shape[axis + 1 :])
-        return jnp.moveaxis(leaf.reshape(shape), axis, 0)
+        shape = (*leaf.shape[:axis], leaf.shape[axis] // parts, parts, *leaf.shape[axis + 1 :])
+        return jnp.moveaxis(leaf.reshape(shape), axis + 1, 0)
 
     return jax.tree.map(split, tree)
 
@@ -139,7 +143,7 @@ def join_rows(tree: Any) -> Any:
 
     def join(leaf: jax.Array) -> jax.Array:
         axis = row_axis(leaf[0])
-        whole = jnp.moveaxis(leaf, 0, axis)
+        whole = jnp.moveaxis(leaf, 0, axis + 1)
         return whole.reshape(*whole.shape[:axis], -1, *whole.shape[axis + 2 :])
 
     return jax.tree.map(join, tree)

@@ -48,26 +48,32 @@ def plan(fed: Bool[np.ndarray, "batch fed"], micro_batches: int = 1, shards: int
 
     Args:
       fed: `Rollout.fed_mask`.
-      micro_batches, shards: the rows are cut into so many equal parts, and each of these into so many; each part packs
-        by itself, all into the least of `heights` that suffices for the fullest one. As many rows as a part has always
-        suffice.
+      micro_batches: `split_rows` deals the rows out to so many.
+      shards: contiguous equal parts of the rows, one for each device; a shard's share of a micro-batch packs by itself,
+        all shares into the least of `heights` that suffices for the fullest one. As many rows as it has always suffice.
     """
     rows, length = fed.shape
     parts = micro_batches * shards
     size = rows // parts
+    share = np.arange(rows).reshape(shards, size, micro_batches).transpose(2, 0, 1).reshape(-1)  # share by share
+    fed = fed[share]
     count, first = fed.sum(1), fed.argmax(1)
     packed = [first_fit(of_part, length) for of_part in count.reshape(parts, size)]
     row, start = (np.concatenate(each) for each in zip(*packed, strict=True))
     height = next(h for h in heights(size) if h > row.max())
     # Positions in the packed layout of each fed token, and the tokens by those positions.
     column = np.arange(length)
-    place = np.where(fed, (row * length + start - first)[:, None] + column, height * length)
-    source = np.full((parts, height * length), size * length)
+    in_packed = np.where(fed, (row * length + start - first)[:, None] + column, height * length)
+    source = np.full((parts, height * length), size * length, np.int32)
     number = np.arange(rows)[:, None]
     part, token = np.broadcast_arrays(number // size, number % size * length + column)[:2]
-    source[part[fed], place[fed]] = token[fed]
-    arrays: Any = source.reshape(-1, length).astype(np.int32), place.astype(np.int32)
-    return Packing(arrays[0], arrays[1], shards)
+    source[part[fed], in_packed[fed]] = token[fed]
+    # Back to the order of rows, which for the packed ones is dealt out as well.
+    place = np.empty((rows, length), np.int32)
+    place[share] = in_packed
+    source = source.reshape(micro_batches, shards, height, length).transpose(1, 2, 0, 3).reshape(-1, length)
+    arrays: Any = source, place
+    return Packing(*arrays, shards)
 
 
 def first_fit(lengths: Int[np.ndarray, "rows"], space: int) -> tuple[Int[np.ndarray, "rows"], Int[np.ndarray, "rows"]]:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from rlstab_jax.models import expert_parallel
@@ -190,7 +191,11 @@ class Attention(nn.Module):
 
 
 def route(
-    log_probs: Float[Array, "tokens expert"], k: int, recorded: Int[Array, "tokens k"] | None, renormalise: bool
+    log_probs: Float[Array, "tokens expert"],
+    k: int,
+    recorded: Int[Array, "tokens k"] | None,
+    renormalise: bool,
+    layout: Layout,
 ) -> tuple[Int[Array, "tokens k"], Float[Array, "tokens k"], Int[Array, "tokens k"], Float[Array, "tokens"]]:
     """Chooses experts: the recorded ones where a token has them, else the live top-k. Gates are always live.
 
@@ -202,7 +207,7 @@ def route(
       experts in use, their gates, the live top-k, and the live margin (k-th minus (k+1)-th probability; 0 if k is all).
     """
     num_experts = log_probs.shape[-1]
-    top, order = jax.lax.top_k(jax.lax.stop_gradient(log_probs), min(k + 1, num_experts))
+    top, order = _top_k(jax.lax.stop_gradient(log_probs), min(k + 1, num_experts), layout)
     live = order[:, :k]
     margin = jnp.exp(top[:, k - 1]) - jnp.exp(top[:, k]) if k < num_experts else jnp.zeros_like(top[:, 0])
     used = live
@@ -212,6 +217,16 @@ def route(
     chosen = jnp.take_along_axis(log_probs, used, axis=-1)
     gates = jax.nn.softmax(chosen, axis=-1) if renormalise else jnp.exp(chosen)
     return used, gates, live, margin
+
+
+def _top_k(x: Float[Array, "tokens expert"], k: int, layout: Layout) -> tuple[Array, Array]:
+    """`jax.lax.top_k` of each token where it lies: on CPU, XLA would gather all tokens on each device for it."""
+    top_k = partial(jax.lax.top_k, k=k)
+    if not layout.splits or x.shape[0] % layout.row_parts:
+        return top_k(x)
+    rows = PartitionSpec(layout.rows, None)
+    values, order = jax.shard_map(top_k, mesh=layout.mesh, in_specs=rows, out_specs=[rows, rows])(x)
+    return values, order
 
 
 class MoE(nn.Module):
@@ -238,7 +253,9 @@ class MoE(nn.Module):
             normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
             log_probs = logits - normaliser
             recorded = None if routes is None else routes.reshape(batch * time, -1)
-            used, gates, live, margin = route(log_probs, cfg.experts_per_token, recorded, cfg.renormalise_gates)
+            used, gates, live, margin = route(
+                log_probs, cfg.experts_per_token, recorded, cfg.renormalise_gates, self.layout
+            )
             # Tokens that are not fed are never dispatched: padding loads no expert.
             token_fed = fed.reshape(-1, 1)
             used = jnp.where(token_fed, used, cfg.num_experts)

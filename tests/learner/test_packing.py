@@ -33,32 +33,32 @@ def short_rollout() -> Rollout:
 @pytest.mark.parametrize(("micro_batches", "shards"), [(1, 1), (2, 1), (1, 4), (2, 2)])
 def test_each_fed_token_has_one_place_among_those_of_its_sequence(micro_batches: int, shards: int) -> None:
     random = np.random.default_rng(0)
-    rows, length, parts = 32, 40, micro_batches * shards
+    rows, length = 32, 40
     count = np.minimum(random.lognormal(2, 1, rows).astype(int), length)
     first = random.integers(0, length - count + 1)
     column = np.arange(length)
     fed = (column >= first[:, None]) & (column < (first + count)[:, None])
     packing = plan(fed, micro_batches, shards)
-    size = rows // parts
-    source = np.asarray(packing.source).reshape(parts, -1, length)
-    place = np.asarray(packing.place).reshape(parts, size, length)
-    assert source.shape[1] in heights(size)
-    assert source.shape[1] < size
-    for part in range(parts):
-        of_part = fed.reshape(parts, size, length)[part]
-        assert (place[part][~of_part] == source[part].size).all()
-        taken = source[part].ravel()[place[part][of_part]]
-        np.testing.assert_array_equal(taken, np.flatnonzero(of_part))  # the inverse of one another
-        assert (source[part] < of_part.size).sum() == of_part.sum()
-    # In each packed row the columns of a sequence are adjacent and in order.
-    parts = [jax.tree.map(lambda a, i=i: a[i], split_rows(packing, micro_batches)) for i in range(micro_batches)]
-    segments = np.concatenate([part.segments for part in parts])
-    for row, numbers in zip(np.asarray(packing.source), segments, strict=True):
-        for number in set(numbers) - {0}:
-            tokens = row[numbers == number]
-            np.testing.assert_array_equal(tokens, tokens[0] + np.arange(len(tokens)))
-            at = np.flatnonzero(numbers == number)
-            np.testing.assert_array_equal(at, at[0] + np.arange(len(at)))
+    size = rows // (micro_batches * shards)
+    dealt = jax.tree.map(np.asarray, split_rows((packing, jnp.asarray(fed)), micro_batches))
+    for micro_batch in range(micro_batches):
+        packed, of_micro = jax.tree.map(lambda a, i=micro_batch: a[i], dealt)
+        source = packed.source.reshape(shards, -1, length)
+        assert source.shape[1] in heights(size)
+        assert source.shape[1] < size
+        shares = packed.place.reshape(shards, size, length), of_micro.reshape(shards, size, length)
+        for from_rows, place, share in zip(source, *shares, strict=True):
+            assert (place[~share] == from_rows.size).all()
+            taken = from_rows.ravel()[place[share]]
+            np.testing.assert_array_equal(taken, np.flatnonzero(share))  # the inverse of one another
+            assert (from_rows < share.size).sum() == share.sum()
+        # In each packed row the columns of a sequence are adjacent and in order.
+        for row, numbers in zip(packed.source, np.asarray(packed.segments), strict=True):
+            for number in set(numbers) - {0}:
+                tokens = row[numbers == number]
+                np.testing.assert_array_equal(tokens, tokens[0] + np.arange(len(tokens)))
+                at = np.flatnonzero(numbers == number)
+                np.testing.assert_array_equal(at, at[0] + np.arange(len(at)))
 
 
 def test_first_fit_by_decreasing_length() -> None:

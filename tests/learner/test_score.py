@@ -9,7 +9,7 @@ import numpy as np
 import tiny
 
 from rlstab_jax.learner import PolicyScores, score
-from rlstab_jax.types import Rollout, RoutingReplay, split_rows, take_rows
+from rlstab_jax.types import Rollout, RoutingReplay, join_rows, split_rows, take_rows
 
 MODEL = tiny.model(remat="full")
 EXPERTS, VOCAB = tiny.MIXED.num_experts, tiny.MIXED.vocab_size
@@ -124,10 +124,11 @@ def test_rows_split_and_join() -> None:
     rollout = tiny.rollout()
     parts = split_rows(rollout, 4)
     for part in range(4):
-        rows = np.arange(2 * part, 2 * part + 2)
+        rows = np.array([part, part + 4])
         jax.tree.map(
             np.testing.assert_array_equal, jax.tree.map(lambda a, i=part: a[i], parts), take_rows(rollout, rows)
         )
+    jax.tree.map(np.testing.assert_array_equal, join_rows(parts), rollout)
 
 
 def test_one_trace_per_shape() -> None:
