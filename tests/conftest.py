@@ -12,7 +12,7 @@ MAPS = Path("/proc/self/maps")
 
 @pytest.fixture(scope="module", autouse=True)
 def _few_compiled_programs() -> Iterator[None]:
-    """Each compiled program is several memory maps. Linux grants a process 65,530, and XLA crashes where none is left."""
+    """A compiled program is several memory maps; Linux grants a process 65,530, and XLA crashes where none is left."""
     yield
     if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 20_000:
         jax.clear_caches()

@@ -73,7 +73,7 @@ def plan(fed: Bool[np.ndarray, "batch fed"], micro_batches: int = 1, shards: int
     place[share] = in_packed
     source = source.reshape(micro_batches, shards, height, length).transpose(1, 2, 0, 3).reshape(-1, length)
     arrays: Any = source, place
-    return Packing(*arrays, shards)
+    return Packing(arrays[0], arrays[1], shards)
 
 
 def first_fit(lengths: Int[np.ndarray, "rows"], space: int) -> tuple[Int[np.ndarray, "rows"], Int[np.ndarray, "rows"]]:
