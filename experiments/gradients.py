@@ -106,7 +106,7 @@ def inner_products(
         total = np.zeros(())
         for batch in range(batches):
             rows = produce(engines, old, None, next(data), step + half * batches + batch).rows
-            rows = minibatch(rows, np.arange(config.responses_per_step, dtype=np.int32))
+            rows = minibatch(rows, np.arange(config.responses_per_step, dtype=np.int32), engines.mesh)
             replayed = score_old(engines, old, rows.rollout, RoutingReplay.R3)[0] if r3 else None
             each = []
             for objective, replay in wanted.values():

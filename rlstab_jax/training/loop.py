@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax.sharding import Mesh
@@ -29,7 +28,7 @@ from rlstab_jax.training.measure import decode_statistics, rollout_metrics, roll
 from rlstab_jax.training.partial import Unfinished, begin, go_on, lag_statistics
 from rlstab_jax.training.passes import packed, rescore, sample_responses, score_old
 from rlstab_jax.training.queue import Experience, Queue, laid_out, start
-from rlstab_jax.types import Rollout, RoutingReplay, Scores, row_axis, take_rows
+from rlstab_jax.types import Rollout, RoutingReplay, Scores, join_rows, take_rows
 
 
 @struct.dataclass
@@ -234,12 +233,7 @@ def minibatch(whole: Minibatch, rows: Int[Array, "rows"], mesh: Mesh) -> Minibat
     of_each = rows.reshape(Layout(mesh).row_parts, -1).T
     parts = jax.lax.map(lambda part: over_devices(take_rows(whole, part)), of_each)
 
-    def joined(leaf: jax.Array) -> jax.Array:
-        axis = row_axis(leaf[0])
-        split = jnp.moveaxis(leaf, 0, axis + 1)
-        return split.reshape(*split.shape[:axis], -1, *split.shape[axis + 2 :])
-
-    return over_devices(jax.tree.map(joined, parts))
+    return over_devices(join_rows(parts))
 
 
 @jax.jit
