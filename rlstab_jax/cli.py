@@ -304,7 +304,8 @@ def plan_command(arguments: Sequence[str], begin: Any) -> int:
     if options.json:
         print(json.dumps(plain(as_json(plan, table, options.price))))
     else:
-        print_plan(plan, table, options.price, Console())
+        wide = None if sys.stdout.isatty() else 140  # into a file, where 80 columns would cut the tables' numbers
+        print_plan(plan, table, options.price, Console(width=wide))
     return 0
 
 
