@@ -104,7 +104,7 @@ def panels(study: Study, runs: Runs, path: Path) -> None:
     grid[0, 0].set_ylabel("held-out accuracy (training engine)", fontsize=8)
     grid[1, 0].set_ylabel("share of runs not collapsed (95% interval)", fontsize=8)
     for ax in grid.flat:
-        _plain(ax)
+        plain(ax)
     figure.suptitle(f"{study.question}. Bands: 10th to 90th percentile of runs; in brackets their number", fontsize=9)
     figure.savefig(path)
     plt.close(figure)
@@ -158,14 +158,15 @@ def by_level(lines: Mapping[str, Mapping[float, str]], runs: Runs, label: str, p
         ax.set_xlabel(label, fontsize=8)
         ax.set_xlim(-0.5, len(levels) - 0.5)
         ax.set_ylim(-0.03, 1.03)
-        _plain(ax)
+        plain(ax)
     handles, names = left.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=7, frameon=False)
     figure.savefig(path)
     plt.close(figure)
 
 
-def _plain(ax: Axes) -> None:
+def plain(ax: Axes) -> None:
+    """Axes for print: few lines, small numbers."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color="0.9", linewidth=0.6)
     ax.tick_params(labelsize=7)

@@ -12,7 +12,7 @@ sampling noise of the two is independent, so that it does not pass for similarit
 """
 
 import dataclasses
-import json
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from jaxtyping import Array, Float
 
 from experiments import drawing, on_policy, statistics
 from experiments.claims import ENOUGH, NOT_YET, REFUTED, REPRODUCED, UNDECIDED
-from experiments.study import RESULTS, add, key_of
+from experiments.study import RESULTS, add, command, key_of, read
 from rlstab_jax.learner import Minibatch, TrainState, init_state
 from rlstab_jax.learner.score import policy_scores, replayed_routes
 from rlstab_jax.models import Transformer
@@ -42,15 +42,20 @@ from rlstab_jax.training.passes import score_old
 from rlstab_jax.types import RoutingReplay, Scores, UserError
 
 REFERENCE = "sequence"  # Eq. 2, live routing, no truncation
-_OPEN: dict[str, Any] = {"eps_low": float("inf"), "eps_high": float("inf"), "cap": float("inf")}
-# As they are used at these weights: without clipping, which the paper's theory does not hold.
+
+
+def unclipped(**changes: Any) -> Objective:
+    """MiniRL without clipping and truncation, which the paper's theory does not hold."""
+    return minirl(eps_low=math.inf, eps_high=math.inf, cap=math.inf, **changes)
+
+
 GRADIENTS: dict[str, tuple[Objective, RoutingReplay]] = {
     REFERENCE: (sequence_is(), RoutingReplay.LIVE),
-    "token": (minirl(**_OPEN), RoutingReplay.LIVE),
-    "no_is": (minirl(**_OPEN, importance_sampling=False), RoutingReplay.LIVE),
-    "length_norm": (minirl(**_OPEN, length_normalise=True), RoutingReplay.LIVE),
-    "r2": (minirl(**_OPEN), RoutingReplay.R2),
-    "r3": (minirl(**_OPEN), RoutingReplay.R3),
+    "token": (unclipped(), RoutingReplay.LIVE),
+    "no_is": (unclipped(importance_sampling=False), RoutingReplay.LIVE),
+    "length_norm": (unclipped(length_normalise=True), RoutingReplay.LIVE),
+    "r2": (unclipped(), RoutingReplay.R2),
+    "r3": (unclipped(), RoutingReplay.R3),
     "clipped": (minirl(), RoutingReplay.LIVE),
 }
 UPDATES = (0, 7)
@@ -214,8 +219,10 @@ def correlated(rows: Sequence[Mapping[str, Any]], name: str) -> str:
     return REFUTED if all(row["cosine_low"] > 0.5 for row in here) else UNDECIDED
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def run_of(config: RunConfig, runs: Path) -> Path:
+    """Where the run of a config is among those of the studies: each may have run it under its own name."""
+    key = key_of(config)
+    return next(iter(sorted(runs.glob(f"*-{key}"))), runs / key)
 
 
 def main(
@@ -239,10 +246,7 @@ def main(
         if pair in there:
             continue
         config = study.config(cell, pair)
-        key = key_of(config)
-        candidates = sorted(runs.glob(f"*-{key}"))  # another study may have run it under another name
-        run = candidates[0] if candidates else runs / key
-        found = measure(config, run, batches)
+        found = measure(config, run_of(config, runs), batches)
         add(path, {"pair": pair, "cold_start": config.cold_start.seed, "measured": found})
         print(f"pair {pair} measured")
     if rows := read(path):
@@ -250,7 +254,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except UserError as error:
-        raise SystemExit(str(error)) from error
+    command(main)

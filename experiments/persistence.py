@@ -9,7 +9,6 @@ later one. The runs are those of `experiments.on_policy` with a checkpoint every
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +19,7 @@ import tyro
 from jaxtyping import Bool, Float
 
 from experiments import drawing, on_policy, statistics
-from experiments.study import RESULTS, add
+from experiments.study import RESULTS, add, command, read
 from rlstab_jax.learner import init_state
 from rlstab_jax.rundir import read_metrics
 from rlstab_jax.training.checkpoint import Checkpoints
@@ -120,15 +119,9 @@ def picture(rows: Sequence[dict[str, Any]], path: Path) -> None:
     ax.set_xlabel("lag, gradient steps", fontsize=8)
     ax.set_ylabel("correlation of log mu - log pi with itself", fontsize=8)
     ax.legend(fontsize=7, frameon=False)
-    ax.tick_params(labelsize=7)
-    ax.spines[["top", "right"]].set_visible(False)
+    drawing.plain(ax)
     figure.savefig(path)
     plt.close(figure)
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """What has been measured, a row for each run."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def main(
@@ -158,7 +151,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main)
-    except UserError as error:
-        raise SystemExit(str(error)) from error
+    command(main)

@@ -189,6 +189,11 @@ def read_records(results: Path) -> dict[str, dict[str, Any]]:
     return {row["key"]: row for row in (json.loads(line) for line in lines if line.endswith("\n"))}
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    """What has been measured: an object for each line; none if there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def runs_of(study: Study, records: Mapping[str, dict[str, Any]]) -> dict[str, list[Run]]:
     """The finished runs of each cell, in the order of the pairs."""
     seeds = {row["config"].get("seed") for row in records.values()}
@@ -290,8 +295,13 @@ def _say_plan(study: Study, jobs: Sequence[workers.Job], records: Mapping[str, d
 
 def main(study: Study) -> None:
     """The command line of a study's file."""
+    command(functools.partial(run, study))
+
+
+def command(function: Callable[..., None]) -> None:
+    """The command line of a function: what a user did wrong is one line, and so is Ctrl-C."""
     try:
-        tyro.cli(functools.partial(run, study))
+        tyro.cli(function)
     except UserError as error:
         raise SystemExit(str(error)) from error
     except KeyboardInterrupt:

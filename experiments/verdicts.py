@@ -16,6 +16,7 @@ from experiments import (
     cold_start,
     controls,
     discrepancy,
+    engine_gaps,
     gradients,
     objectives,
     off_policy,
@@ -38,7 +39,7 @@ from experiments.claims import (
     Runs,
     verdicts,
 )
-from experiments.study import RESULTS, read_records, runs_of
+from experiments.study import RESULTS, read, read_records, runs_of
 
 CONFIRMATORY = tuple(
     module.STUDY for module in (off_policy, on_policy, objectives, discrepancy, cold_start, controls, staleness, scale)
@@ -108,16 +109,16 @@ def _progress(records: Mapping[str, dict[str, Any]], results: Path) -> str:
         link = f"[`{study.name}`]({study.name})" if any(done.values()) else f"`{study.name}`"
         command = f"`python -m experiments.{study.name} --draw`"
         rows.append((link, str(len(study.cells)), str(complete), str(sum(map(len, done.values()))), command))
-    for module in (gradients, persistence):
+    for module in (gradients, persistence, engine_gaps):
         name = module.FOLDER.name
-        measured = len(module.read(results / name / module.FILE))
+        measured = len(read(results / name / module.FILE))
         link = f"[`{name}`]({name})" if measured else f"`{name}`"
         rows.append((link, "", "", str(measured), f"`python -m experiments.{name} --draw`"))
     return _rows(("study", "cells", f"with {ENOUGH} pairs", "runs", "tables and pictures"), rows)
 
 
 def _gradients(results: Path) -> str:
-    rows = gradients.table(gradients.read(results / "gradients" / gradients.FILE))
+    rows = gradients.table(read(results / "gradients" / gradients.FILE))
     lines = []
     for name, says in (("no_is", "without IS"), ("length_norm", "with 1/\\|y\\|")):
         here = [row for row in rows if row["gradient"] == name and row["updates"] == 0]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import claims, drawing, gradients
+from experiments.study import read
 from rlstab_jax.models import Precision
 from rlstab_jax.training.run import train
 from rlstab_jax.types import UserError
@@ -75,7 +76,7 @@ def test_verdict_on_correlation() -> None:
 
 
 def test_committed_table_is_that_of_the_committed_measurements(tmp_path: Path) -> None:
-    pairs = gradients.read(gradients.FOLDER / gradients.FILE)
+    pairs = read(gradients.FOLDER / gradients.FILE)
     committed = gradients.FOLDER / "gradients.csv"
     assert committed.exists() == bool(pairs)
     if pairs:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import drawing, persistence
+from experiments.study import read
 from tests.training import tiny_run
 
 
@@ -51,7 +52,7 @@ def test_a_run_is_measured_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_committed_table_is_that_of_the_committed_measurements(tmp_path: Path) -> None:
-    rows = persistence.read(persistence.FOLDER / persistence.FILE)
+    rows = read(persistence.FOLDER / persistence.FILE)
     committed = persistence.FOLDER / "persistence.csv"
     assert committed.exists() == bool(rows)
     if rows:

@@ -1,0 +1,231 @@
+"""What the choice of engines does at fixed weights: to the gap, to the routes, and to the gradient.
+
+At the cold start and at the end of on-policy runs, each choice of engines (a number format of either engine, other
+kernels or batch shapes at equal precision) samples the same prompts with the same keys. Measured are KL(mu || pi), how
+much of it the routes make, and how far the gradients of MiniRL, with and without the weight, live and with the
+sampler's routes replayed (R3), are from the exact one: that of equal engines, where pi = mu and all are Eq. 2's.
+
+As in `experiments.gradients`, a sample has two halves, and inner products are between gradients of different halves.
+
+    python -m experiments.engine_gaps [--seeds 3] [--draw]    # after `python -m experiments.on_policy`
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import matplotlib
+import numpy as np
+import tyro
+from jaxtyping import Float
+
+from experiments import drawing, on_policy, statistics
+from experiments.discrepancy import PRECISIONS
+from experiments.gradients import compared, gradient, run_of, states, unclipped
+from experiments.study import RESULTS, add, command, read, replaced
+from rlstab_jax.learner import Minibatch
+from rlstab_jax.objectives import Objective
+from rlstab_jax.stability.reduce import Statistics, merge
+from rlstab_jax.tasks import Prompt, prompt_iterator
+from rlstab_jax.training.config import RunConfig
+from rlstab_jax.training.diagnose import engine_gaps
+from rlstab_jax.training.engines import Engines, build
+from rlstab_jax.training.loop import minibatch, produce
+from rlstab_jax.training.passes import score_old
+from rlstab_jax.types import RoutingReplay
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+EQUAL, WEIGHTED = "equal", "is"
+_EQUAL = {"rollout.precision": PRECISIONS[EQUAL]}
+# By name, what it changes in the config of on-policy MiniRL. The first one is exact.
+ENGINES: dict[str, Mapping[str, Any]] = {
+    **{name: {"rollout.precision": precision} for name, precision in PRECISIONS.items()},
+    "e4m3_cache_exempt": {"rollout.precision": dataclasses.replace(PRECISIONS["e4m3"], kv_cache="none")},
+    "both_bf16": {"rollout.precision": PRECISIONS["bf16"], "learner.precision": PRECISIONS["bf16"]},
+    "equal_other_experts": _EQUAL | {"kernels.decode_experts": "dense"},
+    "equal_other_batch": _EQUAL | {"rollout.waves": 4},
+}
+# By name, the objective and what it replays.
+GRADIENTS: dict[str, tuple[Objective, RoutingReplay]] = {
+    WEIGHTED: (unclipped(), RoutingReplay.LIVE),
+    "no_is": (unclipped(importance_sampling=False), RoutingReplay.LIVE),
+    "is, R3": (unclipped(), RoutingReplay.R3),
+    "no_is, R3": (unclipped(importance_sampling=False), RoutingReplay.R3),
+}
+GAPS = ("k3", "k3_replayed", "f2", "max_ratio")
+FOLDER = RESULTS / "engine_gaps"
+FILE = "engine_gaps.jsonl"
+
+
+def sampled(
+    engines: Engines, params: dict, prompts: Sequence[list[Prompt]], step: int
+) -> tuple[Float[np.ndarray, "gradient parameters"], Statistics]:
+    """Mean gradients of `GRADIENTS` over fresh mini-batches of these engines, and the gaps between them, unreduced.
+
+    Args:
+      params: of both engines.
+      prompts: of each mini-batch.
+      step: keys of the first one's draws; the others follow.
+    """
+    config, total, gaps = engines.config, np.zeros(()), Statistics()
+    chunk = config.learner.logits_per_chunk
+    for number, asked in enumerate(prompts):
+        rows = produce(engines, params, None, asked, step + number).rows
+        rows = minibatch(rows, np.arange(config.responses_per_step, dtype=np.int32), engines.mesh)
+        of_batch = engine_gaps(engines.training, params, rows.rollout, config.model.num_experts, chunk)
+        gaps = merge(gaps, of_batch) if gaps else of_batch
+        replayed = score_old(engines, params, rows.rollout, RoutingReplay.R3)[0]
+
+        def of(objective: Objective, replay: RoutingReplay, rows: Minibatch = rows, replayed: Any = replayed) -> Any:
+            used = dataclasses.replace(rows, old=replayed if replay is RoutingReplay.R3 else rows.old)
+            return gradient(engines.training, params, used, objective, replay=replay, logits_per_chunk=chunk)
+
+        total = total + np.stack([np.asarray(of(*wanted), np.float64) for wanted in GRADIENTS.values()])
+    return total / len(prompts), gaps
+
+
+def measure(
+    config: RunConfig, run: Path, batches: int = 8, engines: Mapping[str, Mapping[str, Any]] = ENGINES
+) -> list[dict[str, Any]]:
+    """The gaps and the gradients' inner products at the beginning and the end of an on-policy run.
+
+    Args:
+      batches: mini-batches of each half of the sample.
+      engines: the choices, as `ENGINES`; the first one is exact.
+
+    Returns:
+      A row for each point and choice: its gaps; the inner product of each of its gradients with itself and with the
+      exact one, whose square is ``exact``.
+    """
+    found, own = [], build(config)
+    for number, (point, state) in enumerate(states(config, run, own).items()):
+        step = 10**7 * (1 + number)  # far from the run's own, so that prompts and draws are fresh
+        data = prompt_iterator(own.task.split("train"), config.prompts_per_step, seed=step)
+        halves = [[next(data) for _ in range(batches)] for _ in range(2)]
+        exact: list[np.ndarray] = []
+        for name, changes in engines.items():
+            chosen = build(replaced(config, changes))
+            if chosen.config.learner == own.config.learner:  # the same training engine, which is compiled already
+                chosen = dataclasses.replace(chosen, training=own.training)
+            vectors, gaps = zip(
+                *(sampled(chosen, state.params, half, step + i * batches) for i, half in enumerate(halves)), strict=True
+            )
+            exact = exact or [half[list(GRADIENTS).index(WEIGHTED)] for half in vectors]
+            value = {k: np.asarray(v.value()) for k, v in jax.device_get(merge(*gaps)).items()}
+            row: dict[str, Any] = {"point": point, "engines": name, "exact": float(exact[0] @ exact[1])}
+            row |= {gap: _short(value[gap]) for gap in GAPS}
+            row["disagreement"] = _short(value["layers/disagreement"].mean())
+            row["squares"] = {g: float(a @ b) for g, a, b in zip(GRADIENTS, *vectors, strict=True)}
+            row["products"] = {
+                g: float(a @ exact[1] + b @ exact[0]) / 2 for g, a, b in zip(GRADIENTS, *vectors, strict=True)
+            }
+            found.append(row)
+    return found
+
+
+def _short(value: Any) -> float:
+    return float(f"{float(value):.5g}")
+
+
+def distances(row: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """Cosine with the exact gradient and distance from it, relative to its length, of each gradient of a row."""
+    found = {}
+    for name, product in row["products"].items():
+        cosines, apart = compared(np.array([[row["exact"], product], [product, row["squares"][name]]]))
+        found[name] = float(cosines[1]), float(apart[1])
+    return found
+
+
+def table(pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """For each point and choice of engines the gaps, and each gradient's cosine with the exact one and distance from
+    it, as means over pairs with 95% intervals; NaN where a length is lost in the noise of a pair."""
+    rows = [{"cold_start": pair["cold_start"], **row} for pair in pairs for row in pair["measured"]]
+    out = []
+    for point, engines in dict.fromkeys((row["point"], row["engines"]) for row in rows):
+        here = [row for row in rows if (row["point"], row["engines"]) == (point, engines)]
+        cold_starts = np.array([row["cold_start"] for row in here])
+        line: dict[str, Any] = {"point": point, "engines": engines, "pairs": len(here)}
+        line |= {gap: max(r[gap] for r in here) if gap == "max_ratio" else _mean(here, gap) for gap in GAPS}
+        k3 = line["k3"]  # below 1e-9 nats a KL is rounding, and a share of it means nothing
+        line["routing_share"] = 1 - line["k3_replayed"] / k3 if k3 > 1e-9 else float("nan")
+        line["disagreement"] = _mean(here, "disagreement")
+        found = [distances(row) for row in here]
+        for name in GRADIENTS:
+            for i, quantity in enumerate(("cosine", "distance")):
+                estimate = statistics.estimate(np.array([each[name][i] for each in found]), cold_starts)
+                line |= {f"{name}: {quantity}": estimate.mean}
+                line |= {f"{name}: {quantity} low": estimate.low, f"{name}: {quantity} high": estimate.high}
+        out.append(line)
+    return out
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> float:
+    return float(np.mean([row[name] for row in rows]))
+
+
+def picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """By the choice of engines: KL with live and with replayed routes, and the gradients' distance from the exact."""
+    points = list(dict.fromkeys(row["point"] for row in rows))
+    figure, grid = plt.subplots(2, len(points), figsize=(4.6 * len(points), 5.6), dpi=150, layout="constrained")
+    grid = grid.reshape(2, -1)
+    for column, point in enumerate(points):
+        here = [row for row in rows if row["point"] == point and row["engines"] != EQUAL]
+        place = np.arange(len(here))
+        upper, lower = grid[:, column]
+        for i, (name, label) in enumerate((("k3", "live routes"), ("k3_replayed", "the sampler's routes replayed"))):
+            upper.plot(place, [row[name] for row in here], drawing.MARKERS[i], color=drawing.COLOURS[i], label=label)
+        for i, name in enumerate(GRADIENTS):
+            mean, low, high = (
+                np.array([row[f"{name}: distance{end}"] for row in here], float) for end in ("", " low", " high")
+            )
+            reach = np.nan_to_num(np.maximum(0, [mean - low, high - mean]))
+            style: dict[str, Any] = {"color": drawing.COLOURS[i], "fmt": drawing.MARKERS[i], "markersize": 4}
+            lower.errorbar(place + 0.14 * (i - 1.5), mean, reach, capsize=2, linewidth=1, label=name, **style)
+        upper.set_yscale("log")
+        upper.set_title({"begin": "at the cold start", "end": "at the end of the run"}.get(point, point), fontsize=9)
+        upper.set_xticks(place, [])
+        lower.set_ylim(bottom=0)
+        lower.set_xticks(place, [row["engines"] for row in here], rotation=60, ha="right")
+        for ax in (upper, lower):
+            drawing.plain(ax)
+    grid[0, 0].set_ylabel("KL(mu || pi) per token, nats (k3)", fontsize=8)
+    grid[1, 0].set_ylabel("distance from the exact gradient,\nrelative to its length (95% interval)", fontsize=8)
+    for ax in grid[:, 0]:
+        ax.legend(fontsize=7, frameon=False)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def main(
+    seeds: int = 3,
+    draw_only: Annotated[bool, tyro.conf.arg(name="draw")] = False,
+    runs: Path = Path("runs/studies"),
+    batches: int = 8,
+) -> None:
+    """Measures the pairs that are not there yet, then draws.
+
+    Args:
+      seeds: pairs of the on-policy study.
+      draw_only: only draw.
+      runs: where the run directories are.
+      batches: mini-batches of each half of the sample.
+    """
+    path, study = FOLDER / FILE, on_policy.STUDY
+    there = {row["pair"] for row in read(path)}
+    for pair in range(0 if draw_only else seeds):
+        if pair not in there:
+            config = study.config(study.cell("minirl"), pair)
+            found = measure(config, run_of(config, runs), batches)
+            add(path, {"pair": pair, "cold_start": config.cold_start.seed, "measured": found})
+            print(f"pair {pair} measured")
+    if rows := read(path):
+        drawing.write_csv(FOLDER / "engine_gaps.csv", table(rows))
+        picture(table(rows), FOLDER / "engine_gaps.png")
+
+
+if __name__ == "__main__":
+    command(main)
