@@ -29,6 +29,9 @@ class RolloutConfig:
     """Then keep the smallest set of tokens that reaches this probability."""
     min_p: float = 0.0
     """Then keep tokens at least this many times as likely as the likeliest."""
+    uniform: float = 0.0
+    """Share u of mu = (1 - u) softmax + u U, with U uniform over the tokens kept: a mismatch that training cannot
+    remove, since the training engine's pi and evaluations are not mixed. mu's log-probs are the mixture's."""
     support: int = 0
     """Tokens kept at most of each distribution, if it is truncated. They are recorded, and both policies renormalised
     over them, so that the IS ratio is taken at the true distributions."""
@@ -199,6 +202,12 @@ def validate(config: RunConfig) -> None:
                 f"at least {max(truncated.top_k, 1)}: top_k, top_p and min_p keep some tokens, which are recorded "
                 "since an importance ratio over other tokens is not the policies'",
             )
+    require(0 <= rollout.uniform < 1, "rollout.uniform", rollout.uniform, "from 0 (no mixture) to below 1")
+    if rollout.uniform and rollout.log_probs != "decode":
+        raise UserError(
+            f"rollout.uniform = {rollout.uniform} with rollout.log_probs = {rollout.log_probs!r}: a scoring pass knows "
+            "nothing of the mixture that tokens were drawn from; use 'decode'"
+        )
     if rollout.log_probs == "matched" and (rollout.precision != learner.precision or rollout.slots):
         raise UserError(
             f"rollout.log_probs = 'matched' with rollout.precision = {rollout.precision}, learner.precision = "

@@ -272,6 +272,7 @@ def build_pair(
             top_k=np.int32(rollout.top_k),
             top_p=np.float32(rollout.top_p),
             min_p=np.float32(rollout.min_p),
+            uniform=np.float32(rollout.uniform) if rollout.uniform else None,
             stop_ids=np.array(stop_ids, np.int32),
             pad_id=np.int32(pad_id),
         ),

@@ -246,6 +246,8 @@ def test_truncated_sampling_is_scored_over_what_could_be_drawn() -> None:
         ({"min_p": 2.0}, "rollout.min_p = 2.0"),
         ({"log_probs": "matched"}, "rollout.log_probs = 'matched' with rollout.precision = .* give both engines one"),
         ({"slots": -1}, "rollout.slots = -1"),
+        ({"uniform": 1.0}, r"rollout.uniform = 1.0: expected from 0 \(no mixture\) to below 1"),
+        ({"uniform": 0.1, "log_probs": "rescore"}, "rollout.uniform = 0.1 with rollout.log_probs = 'rescore'"),
     ],
 )
 def test_sampling_that_no_ratio_can_be_taken_of_is_refused(rollout: dict, message: str) -> None:
