@@ -161,6 +161,11 @@ class RunConfig:
     def responses_per_step(self) -> int:
         return self.prompts_per_step * self.samples_per_prompt
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the parameters that RL begins with are kept."""
+        return self.objective.needs_reference or self.learner.replay_of == "initial"
+
 
 # Fields that may differ when a run goes on: how long it is, and what it costs, never what it computes.
 MAY_CHANGE = (
@@ -295,7 +300,11 @@ def validate(config: RunConfig) -> None:
         learner.score_micro_batches,
         f"a divisor of the global batch, {config.responses_per_step} responses",
     )
-    for name, known in (("remat", get_args(Remat)), ("moments_dtype", ("float32", "bfloat16"))):
+    for name, known in (
+        ("remat", get_args(Remat)),
+        ("moments_dtype", ("float32", "bfloat16")),
+        ("replay_of", ("recorded", "permuted", "initial")),
+    ):
         value = getattr(learner, name)
         require(value in known, f"learner.{name}", value, f"one of {', '.join(known)}")
     if learner.packing and config.kernels.attention == "cudnn":
@@ -307,6 +316,11 @@ def validate(config: RunConfig) -> None:
     if learner.replay != "live" and not config.model.num_moe_layers:
         raise UserError(
             f"learner.replay = {learner.replay!r}, but the model is dense: use replay = 'live', or give it experts"
+        )
+    if learner.replay_of != "recorded" and (learner.replay != "r3" or rollout.partial):
+        raise UserError(
+            f"learner.replay_of = {learner.replay_of!r} with learner.replay = {learner.replay!r} and rollout.partial = "
+            f"{rollout.partial}: it says what R3 replays of whole responses; use replay = 'r3' and partial = 0"
         )
     if (learner.load_balance or learner.router_z) and not config.model.num_moe_layers:
         raise UserError("learner.load_balance, learner.router_z: the model is dense and has no router; set them to 0")
