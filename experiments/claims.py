@@ -68,6 +68,8 @@ PAPER = (
     Contrast("b", "without IS, on-policy training collapses", _ON, "collapses", ("no_is",), ("minirl",)),
     Contrast("b", "with R3 too", _ON, "collapses", ("r3-no_is",), ("r3",), primary=False),
     Contrast("b", "at 4 bits", _ON, "collapses", ("no_is-4bit",), ("minirl-4bit",), primary=False),
+    Contrast("b", "under a mismatch that training cannot remove", _ON, "collapses", ("mixed-no_is",), ("mixed",),
+             primary=False),
     Contrast("c", "length normalisation is worse", _ON, "higher", ("minirl",), ("length_norm",)),
     Contrast("c", "and worse still with R3", _ON, "higher", ("length_norm",), ("r3-length_norm",), primary=False),
     Contrast("d", "R3 gives nothing on-policy", _ON, "equivalent", ("r3",), ("minirl",)),
@@ -102,6 +104,23 @@ PAPER = (
              ("n8-minirl",)),
 )  # fmt: skip
 
+# What replay's benefit comes from: the paper says, a restored first-order approximation.
+_CONTROLS = "controls"
+CAUSES = (
+    Contrast("replay", "R3 is better than live routing, N = 8, clip", _CONTROLS, "higher", ("n8-clip-r3",),
+             ("n8-clip-live",), primary=False),
+    *(Contrast("replay", says, _CONTROLS, "higher", ("n8-clip-r3",), (f"n8-clip-{control}",), primary=False)
+      for control, says in
+      (("permuted", "it is better than replay of another token's routes"),
+       ("frozen_routes", "than replay of the routes that the cold start chooses"),
+       ("frozen_router", "than live routing by a frozen router"))),
+    *(Contrast("replay", f"without clipping, live routing collapses where {what} does not, N = 8", _CONTROLS,
+               "collapses", ("n8-noclip-live",), (cell,), primary=False)
+      for cell, what in
+      (("n8-noclip-frozen_routes", "replay of the cold start's routes"),
+       ("n8-noclip-frozen_router", "a frozen router"), ("dense-n8-noclip", "a dense model"))),
+)  # fmt: skip
+
 LATER = (
     Contrast("DPPO", "its trust region, anchored at mu, is better than MiniRL's at N = 8", "objectives", "higher",
              ("n8-dppo_tv",), ("n8-minirl",)),
@@ -119,9 +138,13 @@ LATER = (
              ("n8-grpo",)),
     Contrast("RSPO", "the router shift is better than GSPO, N = 8", "objectives", "higher", ("n8-rspo",),
              ("n8-gspo",)),
+    Contrast("TRM", "its mask of sequences is better than MiniRL's clip of tokens, N = 8", "objectives", "higher",
+             ("n8-trm",), ("n8-minirl",), primary=False),
+    Contrast("MinPRO", "the prefix's smallest ratio in the weight is better than none, N = 8", "objectives", "higher",
+             ("n8-minpro",), ("n8-minirl",), primary=False),
     Contrast("FP16", "rollouts in fp16 are better than in bf16", "discrepancy", "higher", ("fp16",), ("bf16",)),
 )  # fmt: skip
-ALL = PAPER + LATER
+ALL = PAPER + CAUSES + LATER
 
 
 @dataclasses.dataclass(frozen=True)

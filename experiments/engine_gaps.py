@@ -12,6 +12,7 @@ As in `experiments.gradients`, a sample has two halves, and inner products are b
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,21 +20,16 @@ import jax
 import matplotlib
 import numpy as np
 import tyro
-from jaxtyping import Float
 
 from experiments import drawing, on_policy, statistics
 from experiments.discrepancy import PRECISIONS
-from experiments.gradients import compared, gradient, run_of, states, unclipped
+from experiments.gradients import Surrogate, compared, mean_gradients, run_of, states, unclipped
 from experiments.study import RESULTS, add, command, read, replaced
-from rlstab_jax.learner import Minibatch
-from rlstab_jax.objectives import Objective
 from rlstab_jax.stability.reduce import Statistics, merge
-from rlstab_jax.tasks import Prompt, prompt_iterator
+from rlstab_jax.tasks import prompt_iterator
 from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.diagnose import engine_gaps
-from rlstab_jax.training.engines import Engines, build
-from rlstab_jax.training.loop import minibatch, produce
-from rlstab_jax.training.passes import score_old
+from rlstab_jax.training.engines import build
 from rlstab_jax.types import RoutingReplay
 
 matplotlib.use("Agg")
@@ -49,43 +45,15 @@ ENGINES: dict[str, Mapping[str, Any]] = {
     "equal_other_experts": _EQUAL | {"kernels.decode_experts": "dense"},
     "equal_other_batch": _EQUAL | {"rollout.waves": 4},
 }
-# By name, the objective and what it replays.
-GRADIENTS: dict[str, tuple[Objective, RoutingReplay]] = {
-    WEIGHTED: (unclipped(), RoutingReplay.LIVE),
-    "no_is": (unclipped(importance_sampling=False), RoutingReplay.LIVE),
-    "is, R3": (unclipped(), RoutingReplay.R3),
-    "no_is, R3": (unclipped(importance_sampling=False), RoutingReplay.R3),
+GRADIENTS = {
+    WEIGHTED: Surrogate(unclipped()),
+    "no_is": Surrogate(unclipped(importance_sampling=False)),
+    "is, R3": Surrogate(unclipped(), RoutingReplay.R3),
+    "no_is, R3": Surrogate(unclipped(importance_sampling=False), RoutingReplay.R3),
 }
 GAPS = ("k3", "k3_replayed", "f2", "max_ratio")
 FOLDER = RESULTS / "engine_gaps"
 FILE = "engine_gaps.jsonl"
-
-
-def sampled(
-    engines: Engines, params: dict, prompts: Sequence[list[Prompt]], step: int
-) -> tuple[Float[np.ndarray, "gradient parameters"], Statistics]:
-    """Mean gradients of `GRADIENTS` over fresh mini-batches of these engines, and the gaps between them, unreduced.
-
-    Args:
-      params: of both engines.
-      prompts: of each mini-batch.
-      step: keys of the first one's draws; the others follow.
-    """
-    config, total, gaps = engines.config, np.zeros(()), Statistics()
-    chunk = config.learner.logits_per_chunk
-    for number, asked in enumerate(prompts):
-        rows = produce(engines, params, None, asked, step + number).rows
-        rows = minibatch(rows, np.arange(config.responses_per_step, dtype=np.int32), engines.mesh)
-        of_batch = engine_gaps(engines.training, params, rows.rollout, config.model.num_experts, chunk)
-        gaps = merge(gaps, of_batch) if gaps else of_batch
-        replayed = score_old(engines, params, rows.rollout, RoutingReplay.R3)[0]
-
-        def of(objective: Objective, replay: RoutingReplay, rows: Minibatch = rows, replayed: Any = replayed) -> Any:
-            used = dataclasses.replace(rows, old=replayed if replay is RoutingReplay.R3 else rows.old)
-            return gradient(engines.training, params, used, objective, replay=replay, logits_per_chunk=chunk)
-
-        total = total + np.stack([np.asarray(of(*wanted), np.float64) for wanted in GRADIENTS.values()])
-    return total / len(prompts), gaps
 
 
 def measure(
@@ -102,6 +70,7 @@ def measure(
       exact one, whose square is ``exact``.
     """
     found, own = [], build(config)
+    experts, chunk = config.model.num_experts, config.learner.logits_per_chunk
     for number, (point, state) in enumerate(states(config, run, own).items()):
         step = 10**7 * (1 + number)  # far from the run's own, so that prompts and draws are fresh
         data = prompt_iterator(own.task.split("train"), config.prompts_per_step, seed=step)
@@ -111,11 +80,23 @@ def measure(
             chosen = build(replaced(config, changes))
             if chosen.config.learner == own.config.learner:  # the same training engine, which is compiled already
                 chosen = dataclasses.replace(chosen, training=own.training)
-            vectors, gaps = zip(
-                *(sampled(chosen, state.params, half, step + i * batches) for i, half in enumerate(halves)), strict=True
-            )
+            gaps: list[Statistics] = []
+            vectors = [
+                mean_gradients(
+                    chosen,
+                    state.params,
+                    state.params,
+                    half,
+                    step + i * batches,
+                    GRADIENTS,
+                    watch=lambda rows, chosen=chosen, params=state.params, gaps=gaps: gaps.append(
+                        engine_gaps(chosen.training, params, rows.rollout, experts, chunk)
+                    ),
+                )
+                for i, half in enumerate(halves)
+            ]
             exact = exact or [half[list(GRADIENTS).index(WEIGHTED)] for half in vectors]
-            value = {k: np.asarray(v.value()) for k, v in jax.device_get(merge(*gaps)).items()}
+            value = {k: np.asarray(v.value()) for k, v in jax.device_get(reduce(merge, gaps)).items()}
             row: dict[str, Any] = {"point": point, "engines": name, "exact": float(exact[0] @ exact[1])}
             row |= {gap: _short(value[gap]) for gap in GAPS}
             row["disagreement"] = _short(value["layers/disagreement"].mean())

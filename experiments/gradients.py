@@ -2,8 +2,8 @@
 
 At the cold start of each on-policy MiniRL run and at its end, and each time at those weights and after seven more
 updates (as in the last mini-batch of N = 8), a large fresh sample of mu_old gives the gradient of Eq. 2 and those of
-the objectives that approximate it: with and without the weight, with 1/|y|, and with routes replayed. This is claim
-(m), and what replay does to the first-order approximation.
+the objectives that approximate it: with and without the weight, with 1/|y|, and with routes replayed, the right ones
+and another token's. This is claim (m), and what replay does to the first-order approximation.
 
 The sample is drawn in two halves, and all inner products are between a gradient of one half and one of the other: the
 sampling noise of the two is independent, so that it does not pass for similarity, nor its square for length.
@@ -13,10 +13,10 @@ sampling noise of the two is independent, so that it does not pass for similarit
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +29,11 @@ from experiments import drawing, on_policy, statistics
 from experiments.claims import ENOUGH, NOT_YET, REFUTED, REPRODUCED, UNDECIDED
 from experiments.study import RESULTS, add, command, key_of, read
 from rlstab_jax.learner import Minibatch, TrainState, init_state
+from rlstab_jax.learner.controls import permuted
 from rlstab_jax.learner.score import policy_scores, replayed_routes
 from rlstab_jax.models import Transformer
 from rlstab_jax.objectives import Objective, coefficients, minirl, sequence_is, surrogate
-from rlstab_jax.tasks import prompt_iterator
+from rlstab_jax.tasks import Prompt, prompt_iterator
 from rlstab_jax.training.checkpoint import Checkpoints
 from rlstab_jax.training.cold_start import cold_start
 from rlstab_jax.training.config import RunConfig
@@ -49,14 +50,24 @@ def unclipped(**changes: Any) -> Objective:
     return minirl(eps_low=math.inf, eps_high=math.inf, cap=math.inf, **changes)
 
 
-GRADIENTS: dict[str, tuple[Objective, RoutingReplay]] = {
-    REFERENCE: (sequence_is(), RoutingReplay.LIVE),
-    "token": (unclipped(), RoutingReplay.LIVE),
-    "no_is": (unclipped(importance_sampling=False), RoutingReplay.LIVE),
-    "length_norm": (unclipped(length_normalise=True), RoutingReplay.LIVE),
-    "r2": (unclipped(), RoutingReplay.R2),
-    "r3": (unclipped(), RoutingReplay.R3),
-    "clipped": (minirl(), RoutingReplay.LIVE),
+class Surrogate(NamedTuple):
+    """An objective, and the routes that it is taken with."""
+
+    objective: Objective
+    replay: RoutingReplay = RoutingReplay.LIVE
+    permute: bool = False
+    """Under R3: replay another token's routes, as a control."""
+
+
+GRADIENTS = {
+    REFERENCE: Surrogate(sequence_is()),
+    "token": Surrogate(unclipped()),
+    "no_is": Surrogate(unclipped(importance_sampling=False)),
+    "length_norm": Surrogate(unclipped(length_normalise=True)),
+    "r2": Surrogate(unclipped(), RoutingReplay.R2),
+    "r3": Surrogate(unclipped(), RoutingReplay.R3),
+    "permuted": Surrogate(unclipped(), RoutingReplay.R3, permute=True),
+    "clipped": Surrogate(minirl()),
 }
 UPDATES = (0, 7)
 FOLDER = RESULTS / "gradients"
@@ -86,48 +97,74 @@ def gradient(
     return ravel_pytree(jax.grad(loss)(params))[0]
 
 
+def _replaying(engines: Engines, old: dict, rows: Minibatch, permute: int | None) -> Minibatch:
+    """The rows with pi_old's scores under R3, of the recorded routes or of those permuted by the key ``permute``."""
+    rollout = rows.rollout
+    if permute is not None:
+        routes = permuted(rollout.routes, rollout.fed_mask, jax.random.key(permute))
+        rollout = dataclasses.replace(rollout, routes=routes)
+    scores, _ = score_old(engines, old, rollout, RoutingReplay.R3)
+    return dataclasses.replace(rows, rollout=rollout, old=scores)
+
+
+def mean_gradients(
+    engines: Engines,
+    old: dict,
+    params: dict,
+    prompts: Sequence[list[Prompt]],
+    step: int,
+    wanted: Mapping[str, Surrogate],
+    watch: Callable[[Minibatch], None] = lambda rows: None,
+) -> Float[np.ndarray, "objective parameters"]:
+    """The gradients at ``params`` over fresh samples of mu_old.
+
+    Args:
+      engines: their objective gives the advantages; one mini-batch a rollout batch.
+      old: the weights that sample, theta_old.
+      params: those at which the gradients are taken, theta.
+      prompts: of each mini-batch.
+      step: keys of the first one's draws; the others follow.
+      watch: is given each mini-batch.
+    """
+    config, total = engines.config, np.zeros(())
+    for number, asked in enumerate(prompts, start=step):
+        rows = produce(engines, old, None, asked, number).rows
+        rows = minibatch(rows, np.arange(config.responses_per_step, dtype=np.int32), engines.mesh)
+        watch(rows)
+        replaying = {
+            permute: _replaying(engines, old, rows, number if permute else None)
+            for permute in {kind.permute for kind in wanted.values() if kind.replay is RoutingReplay.R3}
+        }
+        each = [
+            gradient(
+                engines.training,
+                params,
+                replaying[kind.permute] if kind.replay is RoutingReplay.R3 else rows,
+                kind.objective,
+                replay=kind.replay,
+                logits_per_chunk=config.learner.logits_per_chunk,
+            )
+            for kind in wanted.values()
+        ]
+        total = total + np.asarray(jnp.stack(each), np.float64)
+    return total / len(prompts)
+
+
 def inner_products(
     engines: Engines,
     old: dict,
     params: dict,
     batches: int,
     step: int,
-    wanted: Mapping[str, tuple[Objective, RoutingReplay]] = GRADIENTS,
+    wanted: Mapping[str, Surrogate] = GRADIENTS,
 ) -> Float[np.ndarray, "objective objective"]:
-    """Of the gradients at ``params``, between two halves of a sample of mu_old, symmetrised.
-
-    Args:
-      engines: their objective gives the advantages; one mini-batch a rollout batch.
-      old: the weights that sampled, theta_old.
-      params: those at which the gradients are taken, theta.
-      batches: mini-batches of each half.
-      step: keys of the draws.
-    """
+    """Of `mean_gradients`, between two halves of a sample of ``batches`` mini-batches each, symmetrised."""
     config = engines.config
     data = prompt_iterator(engines.task.split("train"), config.prompts_per_step, seed=config.seed + step)
-    r3 = any(replay is RoutingReplay.R3 for _, replay in wanted.values())
-    halves = []
-    for half in range(2):
-        total = np.zeros(())
-        for batch in range(batches):
-            rows = produce(engines, old, None, next(data), step + half * batches + batch).rows
-            rows = minibatch(rows, np.arange(config.responses_per_step, dtype=np.int32), engines.mesh)
-            replayed = score_old(engines, old, rows.rollout, RoutingReplay.R3)[0] if r3 else None
-            each = []
-            for objective, replay in wanted.values():
-                use = replayed if replay is RoutingReplay.R3 and replayed is not None else rows.old
-                each.append(
-                    gradient(
-                        engines.training,
-                        params,
-                        dataclasses.replace(rows, old=use),
-                        objective,
-                        replay=replay,
-                        logits_per_chunk=config.learner.logits_per_chunk,
-                    )
-                )
-            total = total + np.asarray(jnp.stack(each), np.float64)
-        halves.append(total / batches)
+    halves = [
+        mean_gradients(engines, old, params, [next(data) for _ in range(batches)], step + half * batches, wanted)
+        for half in range(2)
+    ]
     products = halves[0] @ halves[1].T
     return (products + products.T) / 2
 
@@ -166,7 +203,7 @@ def measure(
     config: RunConfig,
     run: Path,
     batches: int = 16,
-    wanted: Mapping[str, tuple[Objective, RoutingReplay]] = GRADIENTS,
+    wanted: Mapping[str, Surrogate] = GRADIENTS,
     further: Sequence[int] = UPDATES,
 ) -> list[dict[str, Any]]:
     """The inner products of one on-policy run: at its beginning and end, after each number of ``further`` updates."""

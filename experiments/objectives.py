@@ -1,11 +1,11 @@
-"""Objectives beside each other, on-policy and at N = 8, and two contested choices of MiniRL, each alone.
+"""Objectives beside each other, on-policy and at N = 8, and contested choices of MiniRL, each alone.
 
 Routing is live: replay is the subject of other studies. The learning rate is the common one.
 
     python -m experiments.objectives --seeds 10 [--hours 2] [--plan] [--draw]
 """
 
-from experiments.recipes import minirl_anchored_at_mu
+from experiments.recipes import minirl_anchored_at_mu, minirl_minpro, minirl_trm
 from experiments.setting import base, updates
 from experiments.study import Cell, Panel, Study, main
 from rlstab_jax.objectives import ObjectiveConfig
@@ -22,6 +22,8 @@ OBJECTIVES = {
     "tis": ObjectiveConfig("tis"),
     "rspo": ObjectiveConfig("rspo"),
     "sequence_is": ObjectiveConfig("sequence_is", cap=5.0),
+    "trm": ObjectiveConfig(recipe=minirl_trm),
+    "minpro": ObjectiveConfig(recipe=minirl_minpro),
 }
 FIRST = ("minirl", "dppo_tv", "grpo", "cispo", "gspo", "anchor_mu")
 ON_POLICY = FIRST[:3]

@@ -179,8 +179,15 @@ class Run:
 
     def mean(self, name: str) -> float:
         """Of a metric over the whole run; NaN where it was never measured."""
+        return self._over_run(name, np.mean)
+
+    def median(self, name: str) -> float:
+        """As `mean`, the median."""
+        return self._over_run(name, np.median)
+
+    def _over_run(self, name: str, reduce: Callable[[np.ndarray], Any]) -> float:
         values = self.metrics.get(name, np.array([]))
-        return float(np.mean(values[np.isfinite(values)])) if np.isfinite(values).any() else math.nan
+        return float(reduce(values[np.isfinite(values)])) if np.isfinite(values).any() else math.nan
 
 
 def read_records(results: Path) -> dict[str, dict[str, Any]]:

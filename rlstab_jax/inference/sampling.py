@@ -21,13 +21,16 @@ class Sampling:
     """How tokens are drawn: all traced, each a scalar or one number per row.
 
     Truncation is compiled in where the sampler is given a ``support``, a static bound on the tokens that are kept. Its
-    order: temperature, top-k, top-p over what is left, min-p.
+    order: temperature, top-k, top-p over what is left, min-p. A uniform distribution is mixed in last, over the tokens
+    that are left; compiled in unless ``uniform`` is None.
 
     Attributes:
       temperature: divides the logits; 0 is greedy (the distribution is a point mass, log-prob 0).
       top_k: keep the k most likely tokens; 0 keeps all.
       top_p: then keep the smallest set of tokens whose probability reaches p, in (0, 1].
       min_p: then keep tokens at least this many times as likely as the likeliest, in [0, 1].
+      uniform: share u, in [0, 1], of the mixture mu = (1 - u) softmax + u U, with U uniform over the tokens that may be
+        drawn; 0 changes nothing, and neither does any u at temperature 0. None for all rows: no mixture.
       min_new_tokens: no stop token is drawn before so many others.
       max_new_tokens: at most the response buffer's length; 0 draws nothing.
       stop_ids: [n] or [rows, n] tokens that end a response; the stop token belongs to the response.
@@ -38,6 +41,7 @@ class Sampling:
     top_k: Any = 0
     top_p: Any = 1.0
     min_p: Any = 0.0
+    uniform: Any = None
     min_new_tokens: Any = 0
     max_new_tokens: Any = 2**30
     stop_ids: Any = struct.field(default_factory=lambda: np.zeros(0, np.int32))
@@ -46,7 +50,9 @@ class Sampling:
     def per_row(self, rows: int) -> "Sampling":
         """The same with one number, or one list of stop tokens, for each of ``rows`` rows."""
 
-        def spread(name: str, dtype: jnp.dtype) -> Array:
+        def spread(name: str, dtype: jnp.dtype) -> Array | None:
+            if getattr(self, name) is None:
+                return None
             x = jnp.asarray(getattr(self, name), dtype)
             return jnp.broadcast_to(x, (rows, *x.shape[-1:]) if name == "stop_ids" else (rows,))
 
@@ -56,7 +62,7 @@ class Sampling:
         """Raises UserError for numbers outside their range or of another count than ``rows``; traced ones pass."""
         for name, (low, high, expected) in _RANGES.items():
             value = getattr(self, name)
-            if isinstance(value, jax.core.Tracer):
+            if value is None or isinstance(value, jax.core.Tracer):
                 continue
             value = np.asarray(value)
             if value.shape not in ((), (rows,)):
@@ -69,7 +75,8 @@ class Sampling:
 
 
 _DTYPES: dict[str, Any] = {
-    "temperature": jnp.float32, "top_p": jnp.float32, "min_p": jnp.float32, "top_k": jnp.int32, "pad_id": jnp.int32,
+    "temperature": jnp.float32, "top_p": jnp.float32, "min_p": jnp.float32, "uniform": jnp.float32,
+    "top_k": jnp.int32, "pad_id": jnp.int32,
     "min_new_tokens": jnp.int32, "max_new_tokens": jnp.int32, "stop_ids": jnp.int32,
 }  # fmt: skip
 _RANGES = {
@@ -77,6 +84,7 @@ _RANGES = {
     "top_k": (0, 2**31 - 1, "0 (all) or more"),
     "top_p": (np.finfo(np.float32).tiny, 1.0, "above 0, at most 1"),
     "min_p": (0.0, 1.0, "from 0 (all) to 1"),
+    "uniform": (0.0, 1.0, "from 0 (no mixture) to 1"),
     "min_new_tokens": (0, 2**31 - 1, "0 or more"),
     "max_new_tokens": (0, 2**31 - 1, "0 or more"),
 }
@@ -133,14 +141,25 @@ def draw(
 def distribution(
     logits: Float[Array, "rows vocab"], position: Int[Array, "rows"], sampling: Sampling, support: int
 ) -> tuple[Float[Array, "rows n"], Int[Array, "rows n"] | None]:
-    """What is drawn from: logits at the temperature, -inf for tokens that are not kept, and their ids (None: all)."""
+    """What is drawn from: logits at the temperature, or log-probs of a mixture; -inf for tokens that are not kept. And
+    the ids of these columns (None: all tokens)."""
     rows, vocab = logits.shape
     temperature = sampling.temperature[:, None]
     scaled = logits / jnp.where(temperature == 0, 1.0, temperature)
     if sampling.stop_ids.shape[-1]:
         early = jnp.where(position < sampling.min_new_tokens, -jnp.inf, 0.0)[:, None]
         scaled = scaled.at[jnp.arange(rows)[:, None], sampling.stop_ids].add(early, mode="drop")
-    return _truncate(scaled, sampling, min(support, vocab)) if support else (scaled, None)
+    scaled, ids = _truncate(scaled, sampling, min(support, vocab)) if support else (scaled, None)
+    return scaled if sampling.uniform is None else _mixed(scaled, sampling), ids
+
+
+def _mixed(scaled: Float[Array, "rows n"], sampling: Sampling) -> Float[Array, "rows n"]:
+    """log((1 - u) softmax + u / n) over the n tokens of a row that are above -inf; as it is where nothing is mixed."""
+    possible, uniform = scaled > -jnp.inf, sampling.uniform[:, None]
+    mixes = (uniform > 0) & (sampling.temperature > 0)[:, None]
+    of_uniform = jnp.log(uniform / possible.sum(-1, keepdims=True))
+    mixed = jnp.logaddexp(jnp.log1p(-uniform) + jax.nn.log_softmax(scaled), of_uniform)
+    return jnp.where(possible & mixes, mixed, scaled)
 
 
 def _truncate(

@@ -1,6 +1,7 @@
 """The training state and its optimiser step: clipping by global norm, Adam, decoupled weight decay, linear warm-up."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from rlstab_jax.models.sharding import logical_axes
 from rlstab_jax.parallel.host_memory import HOST, kept_like, on_device
 from rlstab_jax.parallel.sharding import Rules, shardings
+from rlstab_jax.types import UserError
 
 
 @struct.dataclass
@@ -96,19 +98,37 @@ def offloaded(places: TrainState, state: TrainState) -> TrainState:
     return dataclasses.replace(places, opt_state=jax.tree.map(place, places.opt_state, state.opt_state))
 
 
+def without_frozen(tree: dict, freeze: Collection[str]) -> dict:
+    """A tree like the parameters, with 0 for those whose path holds one of the names in ``freeze``."""
+
+    def of(path: jax.tree_util.KeyPath, leaf: Array) -> Array:
+        return jnp.zeros_like(leaf) if any(entry.key in freeze for entry in path) else leaf
+
+    return jax.tree_util.tree_map_with_path(of, tree) if freeze else tree
+
+
+def check_frozen(params: dict, freeze: Collection[str]) -> None:
+    """Raises UserError for a name in ``freeze`` that no parameter of ``params`` (arrays or shapes) has in its path."""
+    names = {entry.key for path, _ in jax.tree_util.tree_leaves_with_path(params) for entry in path}
+    if unknown := sorted(set(freeze) - names):
+        raise UserError(f"learner.freeze: no parameter is named {unknown[0]!r}; there are {', '.join(sorted(names))}")
+
+
 def apply_gradient(
-    state: TrainState, gradient: dict, numbers: LearnerNumbers
+    state: TrainState, gradient: dict, numbers: LearnerNumbers, freeze: Collection[str] = ()
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One optimiser step. A gradient that is not finite changes the step count alone, and is reported as it is.
 
     The optimiser's state is computed with in float32 on the device, and kept in the types and the memory it came in.
+    Parameters named in ``freeze`` stay as they are, and their gradient counts in no norm.
     """
+    gradient = without_frozen(gradient, freeze)
     norm = optax.tree.norm(gradient)
     kept = jax.tree.map(on_device, state.opt_state)
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf, kept)
     updates, opt_state = optimizer(numbers, state.step).update(gradient, wide, state.params)
     opt_state = _narrow_like(opt_state, kept, state.step)
-    params = optax.apply_updates(state.params, updates)
+    params = optax.apply_updates(state.params, without_frozen(updates, freeze))  # weight decay is an update too
     finite = jnp.isfinite(norm)
     params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, kept)

@@ -68,6 +68,11 @@ class LearnerConfig:
     """Number formats of the training engine."""
     replay: Literal["live", "r2", "r3"] = "r3"
     """Routing replay: none, the old pass's routes (R2), or the inference engine's (R3)."""
+    replay_of: Literal["recorded", "permuted", "initial"] = "recorded"
+    """What R3 replays: what the inference engine recorded, or a control in its place: the experts of another token of
+    the row, or what the training engine chooses at the weights that RL began with."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that RL does not update: those whose path holds one of these names, such as router."""
 
     def numbers(self) -> "LearnerNumbers":
         """The traced part: changing one of these recompiles nothing."""
@@ -125,7 +130,7 @@ def accumulate(loss: Any, params: dict, parts: Any, micro_batches: int) -> tuple
 
 @partial(
     jax.jit,
-    static_argnames=("model", "replay", "micro_batches", "logits_per_chunk", "use_router_losses"),
+    static_argnames=("model", "replay", "micro_batches", "logits_per_chunk", "use_router_losses", "freeze"),
     donate_argnames="state",
 )
 def update(
@@ -140,6 +145,7 @@ def update(
     logits_per_chunk: int = 2**20,
     use_router_losses: bool = False,
     packing: Packing | None = None,
+    freeze: tuple[str, ...] = (),
 ) -> tuple[TrainState, Statistics, dict[str, Float[Array, ""]]]:
     """One gradient step on a mini-batch.
 
@@ -152,6 +158,7 @@ def update(
       replay: static; it decides which recorded routes are passed in (`replayed_routes`).
       use_router_losses: compile the router losses in.
       packing: a `plan` of the mini-batch's rows for these ``micro_batches``, or None to run the rows as they are.
+      freeze: static; names of parameters that stay as they are, see `apply_gradient`.
 
     Returns:
       The new state, unreduced statistics (to merge over a step's updates), and the measures of this update alone.
@@ -189,7 +196,7 @@ def update(
         return value, _statistics(model, jax.lax.stop_gradient(scores), parts, part, jax.lax.stop_gradient(routing))
 
     value, statistics, gradient = accumulate(loss, state.params, part, micro_batches)
-    state, measures = apply_gradient(state, gradient, numbers)
+    state, measures = apply_gradient(state, gradient, numbers, freeze)
     state = dataclasses.replace(state, params=laid_out(state.params, model.layout))
     if packing is not None:
         measures["learner/packed_rows"] = jnp.float32(packing.source.shape[0])

@@ -29,6 +29,9 @@ class RolloutConfig:
     """Then keep the smallest set of tokens that reaches this probability."""
     min_p: float = 0.0
     """Then keep tokens at least this many times as likely as the likeliest."""
+    uniform: float = 0.0
+    """Share u of mu = (1 - u) softmax + u U, with U uniform over the tokens kept: a mismatch that training cannot
+    remove, since the training engine's pi and evaluations are not mixed. mu's log-probs are the mixture's."""
     support: int = 0
     """Tokens kept at most of each distribution, if it is truncated. They are recorded, and both policies renormalised
     over them, so that the IS ratio is taken at the true distributions."""
@@ -158,6 +161,11 @@ class RunConfig:
     def responses_per_step(self) -> int:
         return self.prompts_per_step * self.samples_per_prompt
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the parameters that RL begins with are kept."""
+        return self.objective.needs_reference or self.learner.replay_of == "initial"
+
 
 # Fields that may differ when a run goes on: how long it is, and what it costs, never what it computes.
 MAY_CHANGE = (
@@ -199,6 +207,12 @@ def validate(config: RunConfig) -> None:
                 f"at least {max(truncated.top_k, 1)}: top_k, top_p and min_p keep some tokens, which are recorded "
                 "since an importance ratio over other tokens is not the policies'",
             )
+    require(0 <= rollout.uniform < 1, "rollout.uniform", rollout.uniform, "from 0 (no mixture) to below 1")
+    if rollout.uniform and rollout.log_probs != "decode":
+        raise UserError(
+            f"rollout.uniform = {rollout.uniform} with rollout.log_probs = {rollout.log_probs!r}: a scoring pass knows "
+            "nothing of the mixture that tokens were drawn from; use 'decode'"
+        )
     if rollout.log_probs == "matched" and (rollout.precision != learner.precision or rollout.slots):
         raise UserError(
             f"rollout.log_probs = 'matched' with rollout.precision = {rollout.precision}, learner.precision = "
@@ -286,7 +300,11 @@ def validate(config: RunConfig) -> None:
         learner.score_micro_batches,
         f"a divisor of the global batch, {config.responses_per_step} responses",
     )
-    for name, known in (("remat", get_args(Remat)), ("moments_dtype", ("float32", "bfloat16"))):
+    for name, known in (
+        ("remat", get_args(Remat)),
+        ("moments_dtype", ("float32", "bfloat16")),
+        ("replay_of", ("recorded", "permuted", "initial")),
+    ):
         value = getattr(learner, name)
         require(value in known, f"learner.{name}", value, f"one of {', '.join(known)}")
     if learner.packing and config.kernels.attention == "cudnn":
@@ -298,6 +316,11 @@ def validate(config: RunConfig) -> None:
     if learner.replay != "live" and not config.model.num_moe_layers:
         raise UserError(
             f"learner.replay = {learner.replay!r}, but the model is dense: use replay = 'live', or give it experts"
+        )
+    if learner.replay_of != "recorded" and (learner.replay != "r3" or rollout.partial):
+        raise UserError(
+            f"learner.replay_of = {learner.replay_of!r} with learner.replay = {learner.replay!r} and rollout.partial = "
+            f"{rollout.partial}: it says what R3 replays of whole responses; use replay = 'r3' and partial = 0"
         )
     if (learner.load_balance or learner.router_z) and not config.model.num_moe_layers:
         raise UserError("learner.load_balance, learner.router_z: the model is dense and has no router; set them to 0")

@@ -220,7 +220,7 @@ def _responses(engines: Engines, params: dict, asked: list[Prompt], precision: P
         engines.place_rows(tokens),
         engines.place_rows(mask),
         sample_keys(jax.random.key(config.seed), 0, [prompt.id for prompt in asked], config.samples_per_prompt),
-        engines.sampling,
+        dataclasses.replace(engines.sampling, uniform=None),  # the precisions' gaps alone
         response_length=config.rollout.response_length,
         samples_per_prompt=config.samples_per_prompt,
     )

@@ -14,7 +14,7 @@ from jaxtyping import Array, Int
 
 from rlstab_jax.inference import Sampling
 from rlstab_jax.learner import Minibatch, PolicyScores, TrainState, state_shardings
-from rlstab_jax.learner.optimizer import offloaded
+from rlstab_jax.learner.optimizer import check_frozen, offloaded
 from rlstab_jax.learner.update import LearnerNumbers
 from rlstab_jax.models import Transformer, expert_parallel, resolve_kernels
 from rlstab_jax.models.sharding import logical_axes
@@ -252,6 +252,8 @@ def build_pair(
     learner = config.learner
     training = Transformer(model, learner.precision, kernels, learner.remat, learner.unroll, mesh)
     inference = Transformer(model, rollout.precision, kernels.for_inference(), mesh=mesh, rules=INFERENCE)
+    if learner.freeze:
+        check_frozen(jax.eval_shape(partial(initial_params, training), 0), learner.freeze)
     for one in {mesh, sampling_mesh}:
         if one.size > 1:
             shapes = jax.eval_shape(partial(initial_params, training), 0)
@@ -272,6 +274,7 @@ def build_pair(
             top_k=np.int32(rollout.top_k),
             top_p=np.float32(rollout.top_p),
             min_p=np.float32(rollout.min_p),
+            uniform=np.float32(rollout.uniform) if rollout.uniform else None,
             stop_ids=np.array(stop_ids, np.int32),
             pad_id=np.int32(pad_id),
         ),

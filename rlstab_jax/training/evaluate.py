@@ -55,7 +55,10 @@ def accuracy(
 
 
 def evaluation_sampling(engines: Engines) -> tuple[Sampling, int]:
-    """How the config's evaluation draws, and the bound on the tokens kept, 0 without truncation."""
+    """How the config's evaluation draws, and the bound on the tokens kept, 0 without truncation.
+
+    Never from a mixture: that belongs to the rollouts alone.
+    """
     evaluation = engines.config.evaluation
     sampling = dataclasses.replace(
         engines.sampling,
@@ -63,6 +66,7 @@ def evaluation_sampling(engines: Engines) -> tuple[Sampling, int]:
         top_k=np.int32(evaluation.top_k),
         top_p=np.float32(evaluation.top_p),
         min_p=np.float32(evaluation.min_p),
+        uniform=None,
     )
     return sampling, evaluation.support if truncates(evaluation) else 0
 

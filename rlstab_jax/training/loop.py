@@ -26,7 +26,7 @@ from rlstab_jax.training.collect import Batch, Responses, collect, length_punish
 from rlstab_jax.training.engines import Engines, judge, row_sharding
 from rlstab_jax.training.measure import decode_statistics, rollout_metrics, rollout_statistics, timed, update_metrics
 from rlstab_jax.training.partial import Unfinished, begin, go_on, lag_statistics
-from rlstab_jax.training.passes import packed, rescore, sample_responses, score_old
+from rlstab_jax.training.passes import packed, rescore, routes_to_replay, sample_responses, score_old
 from rlstab_jax.training.queue import Experience, Queue, laid_out, start
 from rlstab_jax.types import Rollout, RoutingReplay, Scores, join_rows, take_rows
 
@@ -36,7 +36,7 @@ class RunState:
     """What a run carries from one global step to the next, and a checkpoint holds.
 
     Attributes:
-      reference: frozen parameters of a KL regulariser, or None.
+      reference: the parameters that RL began with, for a KL regulariser or their routes, or None.
       queue: ``rollout.lag`` batches to learn from in the next steps, once the run has begun.
     """
 
@@ -96,7 +96,7 @@ def produce(
     """Both engines at the same weights ``params``: responses, rewards, pi_old and advantages for global step ``step``.
 
     Args:
-      reference: frozen parameters of a KL regulariser, or None.
+      reference: the parameters that RL began with, for a KL regulariser or their routes, or None.
       prompts: N mini-batches of them.
       step: the global step that will learn from the batch; keys of draws depend on it.
       further: more batches of prompts, from which groups without signal are replaced, where the config says so.
@@ -118,6 +118,7 @@ def produce(
 
     # pi_old, by the training engine at the same weights; under R3 it replays the sampler's routes.
     with timed("score") as scoring_time:
+        sampled, rollout = rollout, routes_to_replay(engines, reference, rollout, step)
         old, statistics = score_old(engines, params, rollout, engines.replay)
         # Replay alters the policy that is measured, so the gap with live routes is measured as well.
         replayed = engines.replay is RoutingReplay.R3
@@ -125,7 +126,8 @@ def produce(
         if config.rollout.log_probs == "rescore":
             decoded, rollout = rollout, rescore(engines, params, rollout)
             statistics = statistics | decode_statistics(decoded, rollout.log_probs)
-        statistics = statistics | rollout_statistics(rollout, old, live.log_probs, config.model.num_experts)
+        chosen = replace(rollout, routes=sampled.routes)
+        statistics = statistics | rollout_statistics(chosen, old, live.log_probs, config.model.num_experts)
         batch.metrics.update(rollout_metrics(statistics))
     batch.metrics.update(scoring_time)
     return conclude(engines, reference, replace(batch, rollout=rollout), old)
@@ -163,7 +165,7 @@ def conclude(engines: Engines, reference: dict | None, batch: Batch, old: Policy
         punishment = length_punishment(rollout, config.rollout.overlong_margin)
         rewards, metrics["reward/overlong"] = rewards + punishment, float(punishment.mean())
     of_reference = None
-    if reference is not None:
+    if reference is not None and config.objective.needs_reference:
         with timed("score") as scoring_time:
             of_reference = score_old(engines, reference, rollout, RoutingReplay.LIVE)[0].log_probs
             jax.block_until_ready(of_reference)
@@ -206,6 +208,7 @@ def learn(engines: Engines, train: TrainState, rows: Minibatch, step: int) -> tu
                 logits_per_chunk=config.learner.logits_per_chunk,
                 use_router_losses=bool(config.learner.load_balance or config.learner.router_z),
                 packing=None if fed is None else packed(engines, fed[of_update], config.learner.micro_batches),
+                freeze=config.learner.freeze,
             )
             if engines.mesh.size > 1:  # the compiler chooses where results lie, and that decides what it compiles
                 train = engines.place(train)

@@ -20,6 +20,7 @@ from rlstab_jax.inference import (
 )
 from rlstab_jax.inference.matched import MatchedPass
 from rlstab_jax.learner import Packing, PolicyScores, plan, score
+from rlstab_jax.learner.controls import permuted
 from rlstab_jax.learner.score import replayed_routes, score_statistics
 from rlstab_jax.models import Transformer
 from rlstab_jax.parallel.distributed import on_host
@@ -89,6 +90,23 @@ def go_on_sampling(
         response_length=length,
         support=config.rollout.support if truncates(config.rollout) else 0,
     )
+
+
+def routes_to_replay(engines: Engines, initial: dict | None, rollout: Rollout, step: int) -> Rollout:
+    """The rollout with the routes that R3 is to replay in the place of the recorded ones; see ``learner.replay_of``.
+
+    Args:
+      initial: the parameters that RL began with, where their choice is asked for.
+      step: the global step that learns from the rollout; a permutation depends on it and the run's seed.
+    """
+    config = engines.config
+    if config.learner.replay_of == "recorded":
+        return rollout
+    if config.learner.replay_of == "initial":
+        assert initial is not None
+        return replace(rollout, routes=score_old(engines, initial, rollout, RoutingReplay.LIVE)[0].routes)
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    return replace(rollout, routes=engines.settle(permuted(rollout.routes, rollout.fed_mask, key)))
 
 
 def score_old(

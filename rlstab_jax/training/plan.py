@@ -203,6 +203,7 @@ def _runs(programs: Programs, name: str) -> float:
     # Under R3 the old pass runs once more, with live routes, to measure what replay alters.
     passes = 2 if programs.engines.replay is RoutingReplay.R3 else 1
     passes += config.rollout.log_probs == "rescore"
+    passes += config.learner.replay_of == "initial"
     each = {"prefill": waves, "resize": waves * (len(programs.windows) - 1)}
     return {**each, "score": passes, "split": config.minibatches, "update": config.minibatches}.get(name, 1)
 

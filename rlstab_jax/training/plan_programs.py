@@ -300,6 +300,7 @@ class Programs:
             micro_batches=learner.micro_batches,
             logits_per_chunk=learner.logits_per_chunk,
             use_router_losses=bool(learner.load_balance or learner.router_z),
+            freeze=learner.freeze,
         )
         parts = {"parameters": self.state.params, "optimiser": self.state.opt_state, "mini-batch": part}
         return Program("update", traced, parts, {"global batch": self.whole})

@@ -156,7 +156,7 @@ def resume_or_begin(
 
     Cuts metrics, samples and events after the restored step.
     """
-    needs_reference = engines.config.objective.needs_reference
+    needs_reference = engines.config.needs_reference
 
     def fresh() -> RunState:
         params = initial_params(engines.training, 0)

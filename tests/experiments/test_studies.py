@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments import claims, drawing, monitor_study, off_policy, study, verdicts, workers
+from experiments import claims, controls, drawing, monitor_study, off_policy, on_policy, study, verdicts, workers
 from experiments.setting import NO_CLIP
 from experiments.study import CONFIRMATORY, RESULTS, TUNING, Cell, Panel, Run, Study
 from rlstab_jax.objectives import build as build_objective
@@ -298,12 +298,25 @@ def test_every_claim_names_cells_of_its_study() -> None:
     assert {contrast.claim for contrast in claims.PAPER} == set("abcdefghijkln")  # m has cells nowhere yet
 
 
-def test_an_on_policy_run_is_one_run_in_both_studies() -> None:
-    from experiments import on_policy
+def test_what_two_studies_have_in_common_is_one_run() -> None:
+    for name, other, of_other in (
+        ("n1-clip-live", on_policy.STUDY, "minirl"),
+        ("n8-clip-r3", controls.STUDY, "n8-clip-r3"),
+        ("n8-noclip-live", controls.STUDY, "n8-noclip-live"),
+    ):
+        configs = off_policy.STUDY.config(off_policy.STUDY.cell(name), 3), other.config(other.cell(of_other), 3)
+        assert len(set(map(study.key_of, configs))) == 1
 
-    keys = [study.key_of(given.config(given.cell(name), 3)) for given, name in
-            ((off_policy.STUDY, "n1-clip-live"), (on_policy.STUDY, "minirl"))]  # fmt: skip
-    assert keys[0] == keys[1]
+
+def test_controls_are_tabled_with_what_their_validity_rests_on() -> None:
+    """A median withstands one wild evaluation; what was not measured is NaN, and a cell without runs is left out."""
+    wild = made_up(0.7, 0, weight__ess=0.9)
+    wild.metrics["weight/ess"][1] = 1e6
+    (row,) = controls.validity({"a": [wild, made_up(0.5, 1, weight__ess=0.7)], "b": []})
+    assert (row["cell"], row["runs"], row["collapsed"]) == ("a", 2, 0)
+    assert row["final"] == pytest.approx(0.6)
+    assert row["weight/ess"] == pytest.approx(0.8)
+    assert math.isnan(row["staleness/k3"])
 
 
 @pytest.mark.parametrize("given", verdicts.STUDIES, ids=lambda given: given.name)

@@ -21,7 +21,7 @@ CONFIG = dataclasses.replace(
     rollout=dataclasses.replace(tiny_run.config().rollout, precision=Precision()),
     evaluation=dataclasses.replace(tiny_run.config().evaluation, every=0),
 )
-WANTED = {name: gradients.GRADIENTS[name] for name in ("sequence", "token")}
+WANTED = {name: gradients.GRADIENTS[name] for name in ("sequence", "token", "permuted")}
 
 
 def test_cosines_and_distances() -> None:
@@ -35,7 +35,8 @@ def test_cosines_and_distances() -> None:
 
 
 def test_a_run_is_measured_and_tabled(tmp_path: Path) -> None:
-    """Equal engines: at theta_old every ratio is 1 and all gradients are Eq. 2's; after an update they are not."""
+    """Equal engines: at theta_old every ratio is 1 and all gradients are Eq. 2's; after an update they are not. One
+    with another token's routes is another policy's, at once."""
     with pytest.raises(UserError, match="holds no run"):
         gradients.measure(CONFIG, tmp_path / "run", wanted=WANTED)
     train(CONFIG, tmp_path / "run", say=lambda line: None)
@@ -44,12 +45,17 @@ def test_a_run_is_measured_and_tabled(tmp_path: Path) -> None:
     assert places == [("begin", 0), ("begin", 1), ("end", 0), ("end", 1)]
     for fresh, stale in (found[:2], found[2:]):
         products = np.array(fresh["products"])
+        (_, _, cosine), _ = gradients.compared(products)
+        assert not cosine > 0.99
+        products = products[:2, :2]
         np.testing.assert_allclose(products, np.full((2, 2), products[0, 0]), rtol=1e-4)
         assert products[0, 0] != 0
         products = np.array(stale["products"])
         assert abs(products[0, 1] / products[0, 0] - 1) > 1e-3
     rows = gradients.table([{"pair": i, "cold_start": i, "measured": found} for i in range(2)])
-    assert [(row["point"], row["updates"], row["gradient"]) for row in rows] == [(*place, "token") for place in places]
+    assert [(row["point"], row["updates"], row["gradient"]) for row in rows] == [
+        (*place, name) for place in places for name in ("token", "permuted")
+    ]
     assert {row["pairs"] for row in rows} == {2}
     drawing.write_csv(tmp_path / "gradients.csv", rows)
     with pytest.raises(UserError, match="not complete"):

@@ -249,21 +249,41 @@ def test_draws_follow_the_distribution() -> None:
     assert (np.abs(shares - p) < 4 * np.sqrt(p * (1 - p) / 20_000)).all()
 
 
+@pytest.mark.parametrize(("support", "kept"), [(0, 4), (4, 3)])
+def test_draws_follow_a_mixture_with_a_uniform_distribution(support: int, kept: int) -> None:
+    """Uniform over the tokens that are left; where its share is 0 the draw is that without a mixture, bit for bit."""
+    n, p = 20_000, np.array([0.6, 0.25, 0.1, 0.05])
+    uniform = np.float32([0.4, 0.0]).repeat(n)
+    logits = jnp.broadcast_to(jnp.log(jnp.asarray(p, jnp.float32)), (2 * n, 4))
+    draws = drawn(logits, support=support, top_k=kept, uniform=uniform)
+    p = np.where(np.arange(4) < kept, p, 0) / p[:kept].sum()
+    mixture = 0.6 * p + 0.4 / kept * (p > 0)
+    tokens = np.asarray(draws.token[:n])
+    np.testing.assert_allclose(draws.log_prob[:n], np.log(mixture[tokens]), atol=1e-6)
+    shares = np.bincount(tokens, minlength=4) / n
+    assert (np.abs(shares - mixture) <= 4 * np.sqrt(mixture * (1 - mixture) / n)).all()
+    without = drawn(logits, support=support, top_k=kept)
+    for name in ("token", "log_prob", *(["support"] if support else [])):
+        np.testing.assert_array_equal(getattr(draws, name)[n:], getattr(without, name)[n:], err_msg=name)
+
+
 @pytest.mark.parametrize("support", [0, 4])
 def test_greedy_is_a_point_mass(support: int) -> None:
     logits = jnp.asarray(np.random.default_rng(0).standard_normal((6, 9)), jnp.float32)
-    draws = drawn(logits, support=support, temperature=0.0)
+    draws = drawn(logits, support=support, temperature=0.0, uniform=0.5)
     np.testing.assert_array_equal(draws.token, np.argmax(logits, 1))
     assert (np.asarray(draws.log_prob) == 0).all()
 
 
 def test_under_truncation_equal_engines_have_equal_log_probs() -> None:
-    """pi is renormalised over what mu could draw, at each row's own temperature (PAPER section 2)."""
+    """pi is renormalised over what mu could draw, at each row's own temperature (PAPER section 2). Where mu is a
+    mixture, pi is none, and what was recorded is the mixture of pi made by hand."""
     prompts, mask = tiny.prompts()
     rows = np.arange(len(prompts) * tiny.SAMPLES)
+    uniform = np.float32(rows // 4 * 0.3)
     sampling = tiny.sampling(
         temperature=np.float32(0.7 + rows / 10), top_p=np.float32(0.6 + rows / 20), top_k=np.int32(rows % 3 * 3),
-        min_p=np.float32(rows % 2 * 0.1),
+        min_p=np.float32(rows % 2 * 0.1), uniform=uniform,
     )  # fmt: skip
     rollout = engine(prompts, mask, tiny.keys(), tiny.SAMPLES, sampling=sampling, support=9)
     kept, valid = np.asarray(rollout.support), np.asarray(rollout.response_mask)
@@ -273,9 +293,12 @@ def test_under_truncation_equal_engines_have_equal_log_probs() -> None:
     tokens = np.asarray(rollout.tokens)[:, tiny.PROMPT :]
     assert (kept == tokens[..., None]).any(-1)[valid].all()
     old, _ = score(tiny.model(), {"params": tiny.parameters()}, rollout)
-    assert np.abs(old.log_probs - rollout.log_probs).max() < 1e-5
+    share = np.broadcast_to(uniform[:, None], valid.shape)[valid]
+    mixture = (1 - share) * np.exp(np.asarray(old.log_probs)[valid]) + share / sizes[valid]
+    np.testing.assert_allclose(rollout.log_probs[valid], np.log(mixture), atol=1e-5)
     whole, _ = score(tiny.model(), {"params": tiny.parameters()}, dataclasses.replace(rollout, support=None))
-    assert np.abs(whole.log_probs - rollout.log_probs)[valid & (sizes < 17)].min() > 1e-3
+    plain = valid & (sizes < 17) & (uniform == 0)[:, None]
+    assert np.abs(whole.log_probs - rollout.log_probs)[plain].min() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -286,6 +309,7 @@ def test_under_truncation_equal_engines_have_equal_log_probs() -> None:
         ({"top_p": 1.5}, "sampling.top_p = 1.5"),
         ({"min_p": np.nan}, "sampling.min_p = nan"),
         ({"top_k": -2}, "sampling.top_k = -2"),
+        ({"uniform": 1.5}, r"sampling.uniform = 1.5: expected from 0 \(no mixture\) to 1"),
         ({"min_new_tokens": np.int32([1, 2])}, r"sampling.min_new_tokens: shape \(2,\), expected .* each of 8 rows"),
     ],
 )

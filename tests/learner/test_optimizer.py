@@ -11,7 +11,7 @@ import tiny
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlstab_jax.learner import TrainState, init_state
-from rlstab_jax.learner.optimizer import apply_gradient, offloaded, stochastically_rounded
+from rlstab_jax.learner.optimizer import apply_gradient, check_frozen, offloaded, stochastically_rounded
 from rlstab_jax.parallel.host_memory import check_offload
 from rlstab_jax.types import UserError
 
@@ -59,6 +59,26 @@ def test_bfloat16_moments_decay_as_float32_ones_do() -> None:
     np.testing.assert_allclose(moments.mu["w"]["kernel"], wanted.mu["w"]["kernel"], rtol=2e-3)
     moved, wanted_moved = 1 - params["w"]["kernel"], 1 - wanted_params["w"]["kernel"]
     np.testing.assert_allclose(moved, wanted_moved, rtol=5e-3)
+
+
+def test_frozen_parameters_neither_move_nor_count() -> None:
+    """Nor do they decay. Frozen as a whole, a state changes its step count alone."""
+    params = {"router": {"kernel": jnp.full((2, 2), 3.0)}, "w": {"kernel": jnp.ones((2, 2))}}
+    begun = init_state(params, NUMBERS)
+    gradient = jax.tree.map(jnp.ones_like, params)
+    numbers = NUMBERS.replace(weight_decay=jnp.float32(0.1))
+    frozen = jax.jit(apply_gradient, static_argnames="freeze")
+    after, measures = frozen(begun, gradient, numbers, freeze=("router",))
+    np.testing.assert_array_equal(after.params["router"]["kernel"], params["router"]["kernel"])
+    assert measures["learner/grad_norm"] == 2  # of four ones
+    only = init_state({"w": params["w"]}, NUMBERS)
+    alone, _ = step(only, {"w": gradient["w"]}, numbers)
+    np.testing.assert_array_equal(after.params["w"]["kernel"], alone.params["w"]["kernel"])
+    assert (after.params["w"]["kernel"] < 1).all()
+    still, _ = frozen(after, gradient, numbers, freeze=("router", "w"))
+    jax.tree.map(np.testing.assert_array_equal, still.params, after.params)
+    with pytest.raises(UserError, match="no parameter is named 'rooter'; there are kernel, router, w"):
+        check_frozen(params, ("rooter",))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from rlstab_jax.learner import PolicyScores, score, update
+from rlstab_jax.learner.controls import permuted
 from rlstab_jax.learner.score import policy_scores
 from rlstab_jax.types import Rollout, Routes, RoutingReplay, UserError
 
@@ -145,6 +146,29 @@ def test_r2_in_the_first_minibatch_is_no_replay() -> None:
         statistics = results[replay][1]
         assert statistics["staleness/max_ratio"].value() - 1 < 1e-5
         assert (statistics["routing/old_vs_target"].value() == 0).all()
+
+
+def test_permuted_routes_are_those_of_another_token_of_the_row() -> None:
+    """Each token's routes name the token, so that it can be seen where they went."""
+    rollout = tiny.rollout()
+    fed = np.asarray(rollout.fed_mask)
+    place = np.broadcast_to(np.arange(fed.shape[1]), rollout.routes.shape[:3])
+    routes = np.where(fed[..., None], np.stack([place, place + 100], -1), 255).astype(np.uint8)
+    given = np.asarray(permuted(routes, fed, jax.random.key(0)))
+    assert given.dtype == np.uint8
+    np.testing.assert_array_equal(given[:, ~fed], 255)
+    for of_layer in given:
+        for row, count in enumerate(fed.sum(1)):
+            there = of_layer[row, fed[row]]
+            np.testing.assert_array_equal(there[:, 0] + 100, there[:, 1])  # a token's experts stay together
+            np.testing.assert_array_equal(np.sort(there[:, 0]), place[0, row, fed[row]])
+            assert count > 1
+            assert (there[:, 0] != place[0, row, fed[row]]).all()
+    assert (given[0] != given[1]).any()
+    np.testing.assert_array_equal(given, permuted(routes, fed, jax.random.key(0)))
+    assert (given != permuted(routes, fed, jax.random.key(1))).any()
+    alone = np.arange(fed.shape[1]) == 2
+    np.testing.assert_array_equal(permuted(routes, np.broadcast_to(alone, fed.shape), jax.random.key(0)), routes)
 
 
 def test_replay_holds_the_selection_while_weights_move() -> None:

@@ -25,7 +25,7 @@ from rlstab_jax.training.checkpoint import Checkpoints
 from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.engines import Engines, build, initial_params
 from rlstab_jax.training.run import Progress, train
-from rlstab_jax.types import UserError
+from rlstab_jax.types import RoutingReplay, UserError
 from tests.training import tiny_run
 
 FLOAT32 = Precision()
@@ -47,7 +47,7 @@ def fresh_state(engines: Engines) -> loop.RunState:
     # Larger than at initialisation, so that two engines of different precision choose different experts at times.
     scale = 1 if engines.inference.precision == engines.training.precision else 3
     params = jax.tree.map(lambda leaf: scale * leaf if leaf.ndim > 1 else leaf, params)
-    reference = jax.tree.map(lambda leaf: leaf.copy(), params) if engines.config.objective.needs_reference else None
+    reference = jax.tree.map(lambda leaf: leaf.copy(), params) if engines.config.needs_reference else None
     return engines.place(loop.RunState(init_state(params, engines.numbers), reference))
 
 
@@ -246,6 +246,8 @@ def test_truncated_sampling_is_scored_over_what_could_be_drawn() -> None:
         ({"min_p": 2.0}, "rollout.min_p = 2.0"),
         ({"log_probs": "matched"}, "rollout.log_probs = 'matched' with rollout.precision = .* give both engines one"),
         ({"slots": -1}, "rollout.slots = -1"),
+        ({"uniform": 1.0}, r"rollout.uniform = 1.0: expected from 0 \(no mixture\) to below 1"),
+        ({"uniform": 0.1, "log_probs": "rescore"}, "rollout.uniform = 0.1 with rollout.log_probs = 'rescore'"),
     ],
 )
 def test_sampling_that_no_ratio_can_be_taken_of_is_refused(rollout: dict, message: str) -> None:
@@ -260,6 +262,29 @@ def test_replay_alters_the_policy_that_is_measured() -> None:
     assert live["discrepancy/k3"] == live["discrepancy_live/k3"] > 1e-6
     layers = [live[f"routing/layer_{layer:02d}/rollout_vs_old"] for layer in (0, 1)]
     assert live["routing/rollout_vs_old"] == pytest.approx(np.mean(layers))
+
+
+def test_r3_can_replay_what_was_not_recorded() -> None:
+    """The same programs with other routes. Those of the initial weights are pi_old's own choice as long as they are its
+    weights, and no other one's afterwards; the sampler's choices are still what diagnostics compare."""
+    of = {}
+    for name in ("recorded", "permuted", "initial"):
+        config = configured(learner={"replay": "r3", "replay_of": name})
+        of[name] = config, *two_steps(config)
+    first = {name: metrics[0] for name, (_, _, metrics) in of.items()}
+    for metrics in first.values():
+        assert metrics["routing/rollout_vs_old"] > 0
+        assert metrics["discrepancy_live/k3"] == first["recorded"]["discrepancy_live/k3"]
+    assert first["permuted"]["discrepancy/k3"] > 5 * first["recorded"]["discrepancy/k3"]
+    assert first["initial"]["discrepancy/k3"] == pytest.approx(first["initial"]["discrepancy_live/k3"], rel=1e-3)
+    config, state, _ = of["initial"]
+    engines = build(config)
+    prompts = next(prompt_iterator(engines.task.split("train"), config.prompts_per_step, seed=5))
+    rows = loop.produce(engines, state.train.params, state.reference, prompts, step=3).rows
+    live = loop.score_old(engines, state.reference, rows.rollout, RoutingReplay.LIVE)[0].routes
+    np.testing.assert_array_equal(rows.rollout.routes, live)
+    np.testing.assert_array_equal(rows.old.routes, live)
+    assert (rows.old.live != live).any()
 
 
 @pytest.fixture
@@ -318,6 +343,9 @@ def test_micro_batches_change_nothing() -> None:
     [
         ({"remat": True}, "learner.remat = True: expected one of none, full, dots, offload"),
         ({"moments_dtype": "float16"}, "learner.moments_dtype = 'float16': expected one of float32, bfloat16"),
+        ({"replay_of": "old"}, "learner.replay_of = 'old': expected one of recorded, permuted, initial"),
+        ({"replay_of": "initial", "replay": "r2"}, "learner.replay_of = 'initial' with learner.replay = 'r2'"),
+        ({"freeze": ("rooter",)}, "learner.freeze: no parameter is named 'rooter'; there are .*router"),
     ],
 )
 def test_unknown_names_are_refused(change: dict[str, Any], message: str) -> None:
@@ -336,11 +364,16 @@ def test_packing_changes_nothing() -> None:
 
 
 def test_a_reference_is_frozen_and_survives_a_resume(tmp_path: Path) -> None:
-    """So do moments in bfloat16, off the device."""
+    """So do moments in bfloat16, off the device, and the routes of the reference; frozen routers stay."""
     config = configured(
         objective={"kl_coefficient": 0.1, "kl_estimator": "k3"},
         evaluation={"every": 0},
-        learner={"moments_dtype": "bfloat16", "offload_optimizer": True},
+        learner={
+            "moments_dtype": "bfloat16",
+            "offload_optimizer": True,
+            "replay_of": "initial",
+            "freeze": ("router",),
+        },
     )
     columns = {}
     for out, stops in (("whole", (12,)), ("resumed", (4, 12))):
@@ -359,7 +392,8 @@ def test_a_reference_is_frozen_and_survives_a_resume(tmp_path: Path) -> None:
     step, state, progress = restored
     assert (step, Progress(**progress).gradient_steps) == (6, 12)
     jax.tree.map(np.testing.assert_array_equal, state.reference, first)
-    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (state.train.params, first)), strict=True))
+    for (path, now), before in zip(jax.tree.leaves_with_path(state.train.params), jax.tree.leaves(first), strict=True):
+        assert (now != before).any() != ("router" in jax.tree_util.keystr(path)), path
 
 
 def test_tokens_that_are_no_numbers_are_counted_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
