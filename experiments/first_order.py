@@ -21,14 +21,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import tyro
 
 from experiments.enumerable import MODES, Enumeration, Setting, enumerate_sequences, one_gap, replay
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 POINTS = 8
 SIZES = {  # of each gap: rounding step, learning rate of `STALE_UPDATES` updates, perturbation of the router
@@ -226,6 +223,7 @@ def main(out: Path = Path("experiments/results/first_order")) -> None:
     Args:
       out: the folder to write to.
     """
+    plt.switch_backend("agg")  # here and not above: a notebook that draws with these functions has its own
     setting = Setting()
     gaps, replayed = run(setting)
     out.mkdir(parents=True, exist_ok=True)

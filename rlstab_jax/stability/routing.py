@@ -13,6 +13,11 @@ from rlstab_jax.types import Routes
 FedMask = Bool[Array, "batch fed"]
 
 
+def differ(first: Routes, second: Routes) -> Bool[Array, "layer batch fed"]:
+    """Whether the top-k *sets* of two passes differ, whatever their order; also where nothing was fed or recorded."""
+    return (jnp.sort(first, -1) != jnp.sort(second, -1)).any(-1)
+
+
 def disagreement(first: Routes, second: Routes, fed_mask: FedMask, num_experts: int) -> Mean:
     """The share of tokens whose top-k *sets* differ between two passes, whatever their order.
 
@@ -22,7 +27,7 @@ def disagreement(first: Routes, second: Routes, fed_mask: FedMask, num_experts: 
       A mean of shape [layer].
     """
     counted = _recorded(first, num_experts) & _recorded(second, num_experts) & fed_mask
-    return mean_of(_differ(first, second), counted, axis=(1, 2))
+    return mean_of(differ(first, second), counted, axis=(1, 2))
 
 
 def three_ways(rollout: Routes, old: Routes, current: Routes, fed_mask: FedMask, num_experts: int) -> Statistics:
@@ -54,7 +59,7 @@ def flips(
       first_margin: mean margin of the tokens that flip first, [layer]: small if flips are ties.
     """
     counted = _recorded(first, num_experts) & _recorded(second, num_experts) & fed_mask
-    flipped = _differ(first, second) & counted
+    flipped = differ(first, second) & counted
     below = jnp.cumsum(flipped, axis=0) - flipped  # flips of the same token at lower layers
     downstream = flipped & (jnp.cumsum(below, axis=2) > 0)
     begins = flipped & ~downstream
@@ -89,7 +94,3 @@ def margin_statistics(margin: Float[Array, "layer batch fed"], fed_mask: FedMask
 
 def _recorded(routes: Routes, num_experts: int) -> Bool[Array, "layer batch fed"]:
     return (routes < num_experts).all(-1)
-
-
-def _differ(first: Routes, second: Routes) -> Bool[Array, "layer batch fed"]:
-    return (jnp.sort(first, -1) != jnp.sort(second, -1)).any(-1)
