@@ -2,6 +2,7 @@
 
 import csv
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,8 @@ def panels(study: Study, runs: Runs, path: Path) -> None:
     grid[1, 0].set_ylabel("share of runs not collapsed (95% interval)", fontsize=8)
     for ax in grid.flat:
         plain(ax)
-    figure.suptitle(f"{study.question}. Bands: 10th to 90th percentile of runs; in brackets their number", fontsize=9)
+    title = f"{study.question}. Bands: 10th to 90th percentile of runs; in brackets their number"
+    figure.suptitle(textwrap.fill(title, int(14 * size[0])), fontsize=9)  # characters of an inch
     figure.savefig(path)
     plt.close(figure)
 
