@@ -1,6 +1,6 @@
 """The verdicts on the claims of PAPER.md, sections 6 and 7, from the committed metrics of all studies.
 
-python -m experiments.verdicts                 # writes experiments/results/README.md
+python -m experiments.verdicts                 # draws all studies, and writes experiments/results/README.md
 python -m experiments.verdicts --protocol-only    # prints PROTOCOL.md's tables of contrasts and of cells
 """
 
@@ -16,6 +16,7 @@ from experiments import (
     cold_start,
     controls,
     discrepancy,
+    drawing,
     engine_gaps,
     gradients,
     objectives,
@@ -165,15 +166,18 @@ def protocol() -> str:
 
 
 def main(protocol_only: bool = False) -> None:
-    """Writes the page of verdicts.
+    """Draws every study, since a run may be one of several of them, and writes the page of verdicts.
 
     Args:
       protocol_only: print the protocol's tables instead.
     """
     if protocol_only:
         print(protocol())
-    else:
-        write(README, RESULTS)
+        return
+    records = read_records(RESULTS)
+    for study in STUDIES:
+        drawing.draw(study, runs_of(study, records), RESULTS / study.name)
+    write(README, RESULTS)
 
 
 if __name__ == "__main__":
