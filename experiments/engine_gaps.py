@@ -203,9 +203,10 @@ def main(
             found = measure(config, run_of(config, runs), batches)
             add(path, {"pair": pair, "cold_start": config.cold_start.seed, "measured": found})
             print(f"pair {pair} measured")
-    if rows := read(path):
-        drawing.write_csv(FOLDER / "engine_gaps.csv", table(rows))
-        picture(table(rows), FOLDER / "engine_gaps.png")
+    if measured := read(path):
+        rows = table(measured)
+        drawing.write_csv(FOLDER / "engine_gaps.csv", rows)
+        picture(rows, FOLDER / "engine_gaps.png")
 
 
 if __name__ == "__main__":

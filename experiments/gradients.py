@@ -46,7 +46,7 @@ REFERENCE = "sequence"  # Eq. 2, live routing, no truncation
 
 
 def unclipped(**changes: Any) -> Objective:
-    """MiniRL without clipping and truncation, which the paper's theory does not hold."""
+    """MiniRL without clipping and truncation, of which the first-order theory knows nothing."""
     return minirl(eps_low=math.inf, eps_high=math.inf, cap=math.inf, **changes)
 
 

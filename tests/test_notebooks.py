@@ -1,7 +1,6 @@
 """The notebooks of colab/: committed without outputs, opened by a badge, and each runs from top to bottom."""
 
 import base64
-import os
 import re
 from pathlib import Path
 
@@ -60,13 +59,11 @@ def test_badge_links_and_installation(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_runs(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """As in a clone, with the smaller numbers of its parameter cell. Programs that notebooks share compile once."""
+def test_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a clone, with the smaller numbers of its parameter cell. Programs that notebooks share compile once, into
+    the folder of the session."""
     monkeypatch.setenv("RLSTAB_FAST", "1")
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling is most of the time
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # by all workers of this session
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(shared / "xla"))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     notebook = read(name)
     NotebookClient(
