@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rlstab_jax.parallel.process import prepare_jax
 from rlstab_jax.rundir import read_manifest, read_metrics
 from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.run import train
@@ -207,9 +208,7 @@ def _serve(jobs: Sequence[Job], begun: Any, done: Any, halt: Any, runs: Path, de
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; this one is told by its parent
     if cores:
         os.sched_setaffinity(0, cores)
-    if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str((runs / "compiled").resolve()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    prepare_jax(None if jax.config.jax_compilation_cache_dir else (runs / "compiled").resolve())
     parent = os.getppid()
     while not halt.is_set() and time.time() < deadline and os.getppid() == parent:
         with begun.get_lock():

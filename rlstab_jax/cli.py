@@ -5,7 +5,6 @@ import dataclasses
 import importlib.util
 import itertools
 import json
-import os
 import sys
 import time
 import zlib
@@ -17,6 +16,7 @@ import tyro
 
 from rlstab_jax.parallel import distributed
 from rlstab_jax.parallel.distributed import DistributedOptions
+from rlstab_jax.parallel.process import prepare_jax
 from rlstab_jax.types import UserError
 
 USAGE = """usage: rlstab COMMAND CONFIG [options]
@@ -196,22 +196,6 @@ def parse(
         config=(tyro.conf.AvoidSubcommands,),
     )
     return path, parsed.options, parsed.config
-
-
-def prepare_jax(compilation_cache: Path | None) -> None:
-    """Keeps compiled programs in ``compilation_cache`` between runs. Call it before anything is computed."""
-    import jax
-
-    if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
-        # Virtual CPU devices: programs in flight together can starve each other's collectives of threads, for ever.
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
-    path = compilation_cache
-    if path is None:
-        return
-    with contextlib.suppress(OSError):
-        path.mkdir(parents=True, exist_ok=True)
-        jax.config.update("jax_compilation_cache_dir", str(path))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # the many small ones take seconds as well
 
 
 def train_command(arguments: Sequence[str], begin: Any) -> int:
