@@ -17,7 +17,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 def prepare_jax(compilation_cache: Path | None = None) -> None:
     """Keeps compiled programs in ``compilation_cache`` between runs, and on CPU memory between programs.
 
-    Call it before anything is computed, and before the first array is made: later it has less effect, or none.
+    Call it before the first array is made: later it has less effect, or none.
     """
     if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         # Virtual CPU devices: programs in flight together can starve each other's collectives of threads, for ever.
@@ -44,7 +44,7 @@ def keep_freed_memory() -> bool:
     """Tells glibc to keep what is freed for the next allocation, whatever its size, instead of giving it back.
 
     XLA on CPU allocates a program's temporary memory as one block, in each call. By default blocks above 32 MiB are
-    mapped and unmapped each time, and the kernel clears them page by page: 20 to 30% of the time of an update. One
+    mapped and unmapped each time, and the kernel clears them page by page, which takes a good part of an update. One
     arena for all threads, since the others cannot hold large blocks. The process keeps the memory of its peak. To be
     called before JAX's backends start, whose threads choose their arenas.
 
