@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 from experiments import statistics
+from experiments.setting import HIGHER, HIGHER_RATE
 from experiments.study import Run
 
 SMALLEST = 0.03  # smallest effect of interest, in accuracy
@@ -56,12 +57,31 @@ def _n(number: int, clip: bool, mode: str) -> str:
     return f"n{number}-{'clip' if clip else 'noclip'}-{mode}"
 
 
+def _at_higher_rate(contrast: Contrast) -> Contrast:
+    """The same at the next higher learning rate: no cell without clipping collapses at the common one."""
+    a, b = (tuple(name + HIGHER for name in names) for names in (contrast.a, contrast.b))
+    says = f"{contrast.says}, at a rate of {HIGHER_RATE:g}"
+    return dataclasses.replace(contrast, says=says, a=a, b=b, primary=False)
+
+
 def _r3_over_r2(number: int, claim: str, says: str, sign: int, primary: bool) -> Contrast:
     cells = (_n(number, True, "r3"),), (_n(number, True, "r2"),)
     return Contrast(claim, says, "off_policy", "higher", *(cells if sign > 0 else cells[::-1]), primary=primary)
 
 
 _ON, _OFF = "on_policy", "off_policy"
+_STABLE = (_n(8, True, "r3"),)
+# What is judged at two learning rates.
+_NO_REPLAY = Contrast("e", "clipping without replay collapses, N = 8", _OFF, "collapses", (_n(8, True, "live"),),
+                      _STABLE)  # fmt: skip
+_NO_CLIP = Contrast("e", "replay (R3) without clipping collapses, N = 8", _OFF, "collapses", (_n(8, False, "r3"),),
+                    _STABLE)  # fmt: skip
+_NEITHER = Contrast(
+    "e", "live routing without clipping collapses, N = 8", _OFF, "collapses", (_n(8, False, "live"),), _STABLE
+)
+_R2 = Contrast("g", "R2 does not last at N = 8", _OFF, "collapses", (_n(8, True, "r2"),), _STABLE, primary=False)
+_PEAKS = Contrast("i", "stabilised off-policy runs (N = 8, R3) peak as on-policy ones", _OFF, "equivalent", _STABLE,
+                  (_n(1, True, "live"),), "peak")  # fmt: skip
 PAPER = (
     Contrast("a", "on-policy, MiniRL with IS is the most stable", _ON, "best", ("minirl",),
              ("no_is", "length_norm", "r3", "r3-no_is", "r3-length_norm")),
@@ -73,26 +93,25 @@ PAPER = (
     Contrast("c", "length normalisation is worse", _ON, "higher", ("minirl",), ("length_norm",)),
     Contrast("c", "and worse still with R3", _ON, "higher", ("length_norm",), ("r3-length_norm",), primary=False),
     Contrast("d", "R3 gives nothing on-policy", _ON, "equivalent", ("r3",), ("minirl",)),
-    Contrast("e", "clipping without replay collapses, N = 8", _OFF, "collapses",
-             (_n(8, True, "live"),), (_n(8, True, "r3"),)),
-    Contrast("e", "replay (R3) without clipping collapses, N = 8", _OFF, "collapses",
-             (_n(8, False, "r3"),), (_n(8, True, "r3"),)),
+    _NO_REPLAY,
+    _NO_CLIP,
+    *(_at_higher_rate(contrast) for contrast in (_NO_REPLAY, _NO_CLIP, _NEITHER)),
     *(Contrast("e", f"{what}, N = {n}", _OFF, "collapses", (_n(n, *cell),), (_n(n, True, "r3"),), primary=False)
       for n in (2, 4) for what, cell in
       (("clipping without replay", (True, "live")), ("replay (R3) without clipping", (False, "r3")))),
     _r3_over_r2(2, "f", "R2 is better than R3 at N = 2", -1, True),
     _r3_over_r2(8, "g", "R3 is better than R2 at N = 8", 1, True),
     _r3_over_r2(4, "g", "R3 is better than R2 at N = 4", 1, False),
-    Contrast("g", "R2 does not last at N = 8", _OFF, "collapses", (_n(8, True, "r2"),), (_n(8, True, "r3"),),
-             primary=False),
+    _R2,
+    _at_higher_rate(_R2),
     Contrast("h", "R3 gains on R2 as N grows", _OFF, "trend", tuple(_n(n, True, "r3") for n in (2, 4, 8, 16)),
              tuple(_n(n, True, "r2") for n in (2, 4, 8, 16)), levels=(1.0, 2.0, 3.0, 4.0)),
     Contrast("h", "R3 gains on live routing as N grows", _OFF, "trend",
              (_n(1, True, "r3"), *(_n(n, True, "r3") for n in (2, 4, 8, 16))),
              (_n(1, True, "live"), *(_n(n, True, "live") for n in (2, 4, 8, 16))), levels=(0.0, 1.0, 2.0, 3.0, 4.0),
              primary=False),
-    Contrast("i", "stabilised off-policy runs (N = 8, R3) peak as on-policy ones", _OFF, "equivalent",
-             (_n(8, True, "r3"),), (_n(1, True, "live"),), "peak"),
+    _PEAKS,
+    _at_higher_rate(_PEAKS),
     Contrast("j", "off-policy updates (N = 8, R3) converge faster, at equal responses", _OFF, "higher",
              (_n(8, True, "r3"),), (_n(1, True, "live"),), "speed"),
     Contrast("k", "cold starts end alike: the strong and the plain one", "cold_start", "equivalent", ("strong",),

@@ -11,17 +11,23 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from experiments import drawing
-from experiments.setting import LEARNING_RATE, RATES, at_rate, base, clipping, replay, updates
+from experiments.setting import HIGHER, HIGHER_RATE, at_rate, base, clipping, replay, updates
 from experiments.study import Cell, Panel, Run, Study, main
 
 UPDATES = (2, 4, 8, 16)
 REPLAYS = {"live": "live", "r2": "R2", "r3": "R3"}
 METHODS = ((1, True, "live"), *((8, clip, mode) for clip in (True, False) for mode in REPLAYS))
+AT_HIGHER = tuple(method for method in METHODS if method != (8, False, "r2"))  # which was dropped
 SIZES = {64: 8, 256: 32}  # mini-batch in responses, and its prompts; 128 is the base's
 
 
 def name(number: int, clip: bool, mode: str) -> str:
     return f"n{number}-{'clip' if clip else 'noclip'}-{mode}"
+
+
+def methods(number: int) -> tuple[tuple[bool, str], ...]:
+    """Clipping and replay of the cells at N = 2 and above; N = 16 without clipping was dropped."""
+    return tuple((clip, mode) for clip in (True, False) if clip or number < 16 for mode in REPLAYS)
 
 
 def _cell(number: int, clip: bool, mode: str, suffix: str = "", **changes: object) -> Cell:
@@ -32,15 +38,8 @@ def _cell(number: int, clip: bool, mode: str, suffix: str = "", **changes: objec
 def grid() -> tuple[Cell, ...]:
     """The cells in the order of their worth."""
     on_policy = [_cell(1, True, "live"), _cell(1, True, "r3")]  # R2, and no clipping, change nothing there: a test
-    main_cells = [_cell(n, clip, mode) for n in (8, 2, 4) for clip in (True, False) for mode in REPLAYS]
-    main_cells += [_cell(16, True, mode) for mode in REPLAYS]
-    above = RATES[RATES.index(LEARNING_RATE) + 1 :][:1]  # the next lower one was dropped
-    rates = [
-        _cell(*method, f"-lr{rate:g}", **at_rate(rate))
-        for rate in above
-        for method in METHODS
-        if method != (8, False, "r2")  # dropped as well
-    ]
+    main_cells = [_cell(n, *method) for n in (8, 2, 4, 16) for method in methods(n)]
+    rates = [_cell(*method, HIGHER, **at_rate(HIGHER_RATE)) for method in AT_HIGHER]  # the next lower rate was dropped
     sizes = [
         _cell(8, True, mode, f"-batch{size}", prompts_per_minibatch=prompts)
         for size, prompts in SIZES.items()
@@ -70,9 +69,9 @@ STUDY = Study(
     question="Off-policy updates: clipping and routing replay, by N",
     base=base(),
     cells=grid(),
-    panels=tuple(
-        Panel(f"N = {n}", tuple(name(n, clip, mode) for clip in (True, False) if clip or n < 16 for mode in REPLAYS))
-        for n in UPDATES
+    panels=(
+        *(Panel(f"N = {n}", tuple(name(n, *method) for method in methods(n))) for n in UPDATES),
+        Panel(f"Learning rate {HIGHER_RATE:g}", tuple(name(*method) + HIGHER for method in AT_HIGHER)),
     ),
     picture=picture,
 )

@@ -19,6 +19,8 @@ HORIZON = 320
 NEVER = 10**6
 RATES = (7e-4, 1e-3, 1.5e-3, 2e-3)  # the grid, the same for each method
 LEARNING_RATE = 7e-4  # the common one, chosen by tuning as PROTOCOL.md says
+HIGHER_RATE = RATES[RATES.index(LEARNING_RATE) + 1]  # for the claims on collapse, where nothing collapses at that one
+HIGHER = f"-lr{HIGHER_RATE:g}"  # ends the names of the cells at it
 NO_CLIP = {"objective.eps_low": math.inf, "objective.eps_high": math.inf}
 
 
