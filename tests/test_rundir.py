@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
-from rlstab_jax import rundir
-from rlstab_jax.rundir import METRICS, RunDir, config_difference, describe, open_run, plain, read_manifest, read_metrics
+from rlstab_jax.metrics import METRICS, STEP, describe
+from rlstab_jax.rundir import RunDir, config_difference, open_run, plain, read_manifest, read_metrics
 from rlstab_jax.types import UserError
 
 MANIFEST = {"config": {"seed": 0, "learner": {"learning_rate": 1e-3, "cap": math.inf}, "steps": 10}, "devices": "cpu"}
@@ -153,7 +153,7 @@ def test_any_torn_tail_and_cut_keep_whole_lines(tmp_path_factory, steps, cut, to
     for path in [run.metrics_path, *run.path.glob("events.*")] if steps else []:
         with open(path, "rb+") as file:
             file.truncate(max(0, path.stat().st_size - torn))
-    left = len(read_metrics(run.path).get(rundir.STEP, [])) if steps else 0
+    left = len(read_metrics(run.path).get(STEP, [])) if steps else 0
     again = RunDir(run.path)
     again.truncate_after(cut)
     again.append_metrics(row(9))
@@ -225,7 +225,7 @@ def test_fresh_moves_the_old_run_aside(tmp_path):
     for step in (1, 2, 3):
         run = open_run(tmp_path / "run", {"config": {"seed": step}}, fresh=True, say=said.append)
         run.append_metrics(row(step))
-    assert [read_metrics(tmp_path / name)[rundir.STEP].item() for name in ("run", "run.old-1", "run.old-2")] == [
+    assert [read_metrics(tmp_path / name)[STEP].item() for name in ("run", "run.old-1", "run.old-2")] == [
         3,
         1,
         2,

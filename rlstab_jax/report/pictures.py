@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from rlstab_jax.metrics import METRICS, describe
 from rlstab_jax.report import panels
 from rlstab_jax.report.curves import Chart, Groups, charts
 from rlstab_jax.report.figure import draw_chart
@@ -11,7 +12,6 @@ from rlstab_jax.report.maps import HeatMap, draw_maps, heat_maps
 from rlstab_jax.report.markup import Html, element, folded, section, subscripted
 from rlstab_jax.report.panels import LayerMap, Panel, plain_text
 from rlstab_jax.report.svg import inline
-from rlstab_jax.rundir import METRICS, describe
 
 LEARNING = (panels.REWARD, panels.LENGTH, panels.ENTROPY, panels.GRADIENT, panels.TRUNCATED)
 BOTH_GAPS = (panels.GAPS, panels.LARGEST, panels.EXTREME, panels.FIRST_ORDER)

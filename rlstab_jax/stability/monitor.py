@@ -20,7 +20,7 @@ import numpy as np
 
 from rlstab_jax.types import UserError
 
-Row = Mapping[str, float]  # metrics of one global step by name, as in rundir.METRICS; absent or NaN: not measured
+Row = Mapping[str, float]  # metrics of one global step by name, as in metrics.METRICS; absent or NaN: not measured
 Policy = Literal["warn", "skip", "lower", "stop"]
 
 

@@ -1,4 +1,4 @@
-"""From unreduced statistics to the metrics of a global step: the names of `rundir.METRICS`, the last reduction."""
+"""From unreduced statistics to the metrics of a global step: the names of `metrics.METRICS`, the last reduction."""
 
 import contextlib
 import time

@@ -8,11 +8,11 @@ import sys
 import numpy as np
 import pytest
 
+from rlstab_jax.metrics import describe
 from rlstab_jax.report import draw_run
 from rlstab_jax.report.curves import charts, running_mean
 from rlstab_jax.report.figure import draw_chart, draw_runs
 from rlstab_jax.report.panels import ENTROPY, PANELS, X
-from rlstab_jax.rundir import describe
 from rlstab_jax.types import UserError
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rlstab_jax.rundir import describe
+from rlstab_jax.metrics import describe
 from rlstab_jax.stability.monitor import (
     BASELINE,
     CHECKS,

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from rlstab_jax.inference import prepare
 from rlstab_jax.inference.sampler import sample_batch
 from rlstab_jax.learner import init_state, score, update
+from rlstab_jax.metrics import METRICS, OPTIONAL, describe
 from rlstab_jax.models import Precision
 from rlstab_jax.objectives.config import RecipeName
-from rlstab_jax.rundir import METRICS, OPTIONAL, describe, read_metrics
+from rlstab_jax.rundir import read_metrics
 from rlstab_jax.tasks import prompt_iterator
 from rlstab_jax.training import loop, measure
 from rlstab_jax.training.checkpoint import Checkpoints
