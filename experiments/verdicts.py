@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tyro
 
 from experiments import (
@@ -23,6 +24,7 @@ from experiments import (
     off_policy,
     on_policy,
     persistence,
+    regime,
     scale,
     staleness,
     tuning,
@@ -47,7 +49,8 @@ from experiments.study import RESULTS, read, read_records, runs_of
 CONFIRMATORY = tuple(
     module.STUDY for module in (off_policy, on_policy, objectives, discrepancy, cold_start, controls, staleness, scale)
 )
-STUDIES = (tuning.STUDY, *CONFIRMATORY)
+EXPLORATORY = (tuning.STUDY, regime.STUDY)
+STUDIES = (*EXPLORATORY, *CONFIRMATORY)
 README = RESULTS / "README.md"
 
 # What has no cells yet, and what it waits for.
@@ -82,6 +85,11 @@ def page(results: Path) -> str:
         _table(CAUSES, runs),
         "## Claims of later work (section 7)",
         _table(LATER, runs),
+        "## Where the claims on staleness could bite",
+        "At the common rate nothing collapses. What was turned up in search of a regime where training without "
+        "clipping and replay does, and on-policy training does not, on tuning seeds: no evidence "
+        "(`python -m experiments.regime`, [pictures](regime/curves.png)).",
+        _searched(records),
         "## What has been run",
         _progress(records, results),
         "## What waits for something to be built",
@@ -101,6 +109,20 @@ def _table(contrasts: Sequence[Contrast], runs: Mapping[str, Runs]) -> str:
 def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _searched(records: Mapping[str, dict[str, Any]]) -> str:
+    rows = [
+        (
+            cell.name,
+            f"{sum(run.outcome.kind == 'collapsed' for run in done)} of {len(done)}",
+            ", ".join(f"{run.final:.2f}" for run in done),
+            f"{np.median([run.median('staleness/k3') for run in done]):.2g}",
+        )
+        for cell in regime.STUDY.cells
+        if (done := runs_of(regime.STUDY, records)[cell.name])
+    ]
+    return _rows(("cell", "collapsed", "final accuracy of each run", "median KL of staleness (k3)"), rows)
 
 
 def _progress(records: Mapping[str, dict[str, Any]], results: Path) -> str:

@@ -17,6 +17,8 @@ from rlstab_jax.objectives import build as build_objective
 from rlstab_jax.training.config import RunConfig, validate
 from tests.training import tiny_run
 
+# The only cells whose gradients are clipped by global norm; they are of an exploration.
+LIMITED = ("n1-lr0.002-norm1", "n8-lr0.002-norm1")
 # On-policy, where clipping and R2 have nothing to do.
 SMALL = Study(
     name="small",
@@ -286,7 +288,7 @@ def test_every_cell_of_every_study_can_be_run() -> None:
             validate(config)
             build_objective(config.objective)
             assert config.gradient_steps % config.minibatches == 0, cell.name
-            assert math.isinf(config.learner.max_grad_norm), cell.name
+            assert math.isinf(config.learner.max_grad_norm) or cell.name in LIMITED, cell.name
             assert config.learner.load_balance == config.learner.router_z == 0, cell.name
 
 
