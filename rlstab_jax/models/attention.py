@@ -1,7 +1,8 @@
 """Attention kernels: references, and the accelerators' fused ones. Softmax in float32 in each.
 
 `ATTENTION` are kernels over whole sequences (scoring, updates, prefill): causal, within `Segments`.
-`DECODE_ATTENTION` are kernels of one decode step: one query a row, over its prompt's part and its own.
+`DECODE_ATTENTION` are kernels of one decode step: one query a row, over its prompt's part and its own, of a cache as it
+is stored.
 """
 
 from typing import Literal
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rlstab_jax.models.attention_tpu import Segments, decode_splash, splash
+from rlstab_jax.models.attention_tpu import Segments, decode_flash, decode_splash, splash, widened
 from rlstab_jax.types import UserError
 
 Query = Float[Array, "batch head time c"]
@@ -211,4 +212,8 @@ def _exact(x: Array) -> jax.lax.Precision | None:
 
 
 ATTENTION = {"reference": reference, "chunked": chunked, "cudnn": cudnn, "splash": splash}
-DECODE_ATTENTION = {"reference": decode_reference, "splash": decode_splash}
+DECODE_ATTENTION = {
+    "reference": widened(decode_reference),
+    "splash": widened(decode_splash),
+    "flash": decode_flash,
+}

@@ -1,16 +1,24 @@
-"""Splash attention, JAX's fused attention in Pallas for TPUs: over whole sequences, and in a decode step.
+"""Fused attention for TPUs in Pallas: JAX's splash kernel over whole sequences and in a decode step, and one of our own
+for a decode step, which reads a cache as it is stored.
 
 On a mesh they are called by `attention_parallel.over_devices`.
 """
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rlstab_jax.models.pallas import exact
+from rlstab_jax.models.precision import Format, Stored, from_bytes
 
 LANES, SUBLANES = 128, 8
 """A TPU register's columns and rows: what lengths of keys, and numbers of queries, are padded to multiples of."""
+LOWEST = -1e30
+TINY = 1e-37
 
 # The number of the sequence that each token of a row belongs to, 0 where none is fed; a sequence is contiguous. A mask
 # says, at compile time, that rows hold one sequence each.
@@ -79,25 +87,70 @@ def decode_splash(
     step. Both attend from a row's first column on, whereas prompts are right-aligned and a response begins anywhere in
     its window; and neither returns the logsumexp, without which the samples of a prompt could not share its part.
     """
+    part = functools.partial(_splash_part, interpret=interpret)
+    return _over_two_parts(part, q, prompt, response, prompt_mask, response_mask)
+
+
+def decode_flash(
+    q: Float[Array, "rows head 1 c"],
+    prompt: tuple[Stored, Stored],
+    response: tuple[Stored, Stored],
+    prompt_mask: Bool[Array, "prompts prompt_length"],
+    response_mask: Bool[Array, "rows window"],
+    format: Format = "none",
+    interpret: bool = False,
+) -> Float[Array, "rows head 1 c"]:
+    """As `decode_splash`, on a cache as it is stored, `as_bytes` of ``format``: int8 and fp8 numbers are widened on the
+    chip, so that they are read as they are; only 4-bit ones are widened before. No gradient.
+
+    Scales are applied to the scores and to the weights, in float32; `decode_reference` in bfloat16 rounds the scaled
+    keys and values. Only the blocks between a row's first and last key in the mask are read: an unfilled end of the
+    window costs nothing.
+    """
+    if format == "float4_e2m1fn":
+        (pk, pv), (rk, rv) = (_loaded(part, format, q.dtype) for part in (prompt, response))
+        prompt, response, format = (Stored(pk), Stored(pv)), (Stored(rk), Stored(rv)), "none"
+    part = functools.partial(_flash_part, format=format, interpret=interpret)
+    return _over_two_parts(part, q, prompt, response, prompt_mask, response_mask)
+
+
+def widened(kernel: Callable[..., Array]) -> Callable[..., Array]:
+    """A kernel of one decode step that takes arrays in the engine's dtype, on a cache as it is stored."""
+
+    @functools.wraps(kernel)
+    def attend(q: Array, prompt: tuple, response: tuple, *masks: Array, format: Format = "none") -> Array:
+        return kernel(q, *(_loaded(part, format, q.dtype) for part in (prompt, response)), *masks)
+
+    return attend
+
+
+def _loaded(part: tuple[Stored, Stored], format: Format, dtype: jnp.dtype) -> tuple[Array, ...]:
+    return tuple(from_bytes(stored, format).load(dtype) for stored in part)
+
+
+def _over_two_parts(
+    part: Callable[..., tuple[Array, Array]], q: Array, prompt: Any, response: Any, *masks: Array
+) -> Float[Array, "rows head 1 c"]:
+    """One call of ``part`` for the prompts' part of the cache, one for the responses', joined by their logsumexps."""
     rows, heads, _, c = q.shape
-    prompts, kv_heads = prompt[1].shape[:2]
+    prompts, kv_heads = len(masks[0]), jax.tree.leaves(prompt)[0].shape[1]
     samples, group = rows // prompts, heads // kv_heads
-    q = q.reshape(rows, kv_heads, group, c) * c**-0.5
+    q = q.reshape(rows, kv_heads, group, c)
 
     def by_row(x: Array) -> Array:  # [prompts, kv_head, samples * group, ...] -> [rows, kv_head, group, ...]
         x = x.reshape(prompts, kv_heads, samples, group, *x.shape[3:])
         return x.swapaxes(1, 2).reshape(rows, kv_heads, group, *x.shape[4:])
 
     by_prompt = q.reshape(prompts, samples, kv_heads, group, c).swapaxes(1, 2).reshape(prompts, kv_heads, -1, c)
-    of_prompt, prompt_sum = (by_row(x) for x in _part(by_prompt, *prompt, prompt_mask, interpret))
-    of_response, response_sum = _part(q, *response, response_mask, interpret)
+    of_prompt, prompt_sum = (by_row(x) for x in part(by_prompt, *prompt, masks[0]))
+    of_response, response_sum = part(q, *response, masks[1])
     # The softmax over two parts is a sigmoid.
     share = jax.nn.sigmoid(prompt_sum - response_sum)[..., None]
     y = share * of_prompt.astype(jnp.float32) + (1 - share) * of_response.astype(jnp.float32)
     return y.astype(q.dtype).reshape(rows, heads, 1, c)
 
 
-def _part(
+def _splash_part(
     q: Float[Array, "batch kv_head query c"],
     k: Float[Array, "batch kv_head c key"],
     v: Float[Array, "batch kv_head key c"],
@@ -107,8 +160,8 @@ def _part(
     """Attention of all queries to the keys in ``mask``, and the logsumexp of their scores, finite without any key."""
     from jax.experimental.pallas.ops.tpu import splash_attention as library
 
-    kv_heads, queries = q.shape[1:3]
-    q = _padded(q, 2, SUBLANES if queries <= LANES else LANES)
+    kv_heads, queries, c = q.shape[1:]
+    q = _padded(q * c**-0.5, 2, SUBLANES if queries <= LANES else LANES)
     k, v, mask = _padded(k, 3, LANES), _padded(v, 2, LANES), _padded(mask, 1, LANES)
     many, keys = q.shape[2], v.shape[2]
     kernel = library.make_splash_mha(
@@ -133,6 +186,119 @@ def _part(
     with jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else None):
         y, total = jax.vmap(attend)(q, k, v, mask)
     return y[:, :, :queries], total[:, :, :queries]
+
+
+def _flash_part(
+    q: Float[Array, "batch kv_head query c"],
+    k: Stored,
+    v: Stored,
+    mask: Bool[Array, "batch key"],
+    format: Format,
+    interpret: bool,
+) -> tuple[Float[Array, "batch kv_head query c"], Float[Array, "batch kv_head query"]]:
+    """As `_splash_part`. A step of the grid attends to a block of one row's keys, all heads, with a running softmax."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    batch, kv_heads, queries, c = q.shape
+    q, mask = _padded(q, 2, 2 * SUBLANES), _padded(mask, 1, LANES)
+    arrays = [q, _numbers(mask)[:, None], _padded(k.values, 3, LANES), _padded(v.values, 2, LANES)]
+    if k.scale is not None and v.scale is not None:
+        # Scales of values are [.., key, 1] at rest: along the lanes, as those of keys are, they need no padding.
+        arrays += [_padded(scale, 3, LANES) for scale in (k.scale, v.scale.swapaxes(2, 3))]
+    many, keys = q.shape[2], mask.shape[1]
+    block = _flash_block(keys, kv_heads * c * k.values.dtype.itemsize)
+    filled = mask.reshape(batch, -1, block).any(-1)
+    first = jnp.argmax(filled, axis=1).astype(jnp.int32)
+    last = jnp.where(filled.any(1), filled.shape[1] - 1 - jnp.argmax(filled[:, ::-1], axis=1), -1).astype(jnp.int32)
+
+    def whole(*shape: int) -> Any:
+        return pl.BlockSpec((1, *shape), lambda row, _, first, last: (row, *(0 for _ in shape)))
+
+    def along(axis: int, *shape: int) -> Any:
+        """A block of keys. One that is not needed is the last needed one again, which is not read twice."""
+
+        def index(row: Array, step: Array, first: Array, last: Array) -> tuple:
+            at = jnp.clip(step, first[row], jnp.maximum(last[row], 0))
+            return (row, *(at if i == axis else 0 for i in range(1, len(shape) + 1)))
+
+        return pl.BlockSpec((1, *shape), index)
+
+    specs = [whole(kv_heads, many, c), along(2, 1, block), along(3, kv_heads, c, block), along(2, kv_heads, block, c)]
+    specs += [along(3, kv_heads, 1, block)] * (len(arrays) - len(specs))
+    column = (kv_heads, many, 1)
+    y, total = pl.pallas_call(
+        functools.partial(_flash_kernel, dtype=q.dtype if format == "none" else jnp.dtype(format)),
+        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((batch, *column), jnp.float32)],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(batch, keys // block),
+            in_specs=specs,
+            out_specs=[whole(kv_heads, many, c), whole(*column)],
+            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in (column, column, (kv_heads, many, c))],
+        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        interpret=interpret,
+        name="flash_decode",
+    )(first, last, *arrays)
+    return y[:, :, :queries], total[:, :, :queries, 0]
+
+
+def _flash_kernel(first: Any, last: Any, q: Any, mask: Any, k: Any, v: Any, *rest: Any, dtype: jnp.dtype) -> None:
+    """One block of keys of one row: what the blocks before it left of the softmax is in the last three of ``rest``.
+
+    ``k`` and ``v`` hold numbers of ``dtype``, as bytes if it is narrow; ``rest`` then begins with their scales.
+    """
+    from jax.experimental import pallas as pl
+
+    *scales, y, total, highest, normaliser, sums = rest
+    row, step = pl.program_id(0), pl.program_id(1)
+    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    dot = functools.partial(jnp.dot, precision=precision, preferred_element_type=jnp.float32)
+
+    def widened(codes: Array) -> Array:
+        return jax.lax.bitcast_convert_type(codes, dtype).astype(q.dtype)
+
+    @pl.when(step == 0)
+    def _() -> None:
+        highest[...] = jnp.full_like(highest, LOWEST)
+        normaliser[...] = jnp.zeros_like(normaliser)
+        sums[...] = jnp.zeros_like(sums)
+
+    chunk = _block(mask.shape[-1])
+    chunks = mask.shape[-1] // chunk
+
+    def attend(number: Array, _: None) -> None:
+        """One head and chunk: a block is large for the sake of reading it; a program of its size compiles slowly."""
+        head = jax.lax.div(number, chunks)
+        at = pl.ds(pl.multiple_of(jax.lax.rem(number, chunks) * chunk, chunk), chunk)
+        attended = mask[0, :, at] != 0
+        scores = dot(q[0, head], widened(k[0, head, :, at])) * q.shape[-1] ** -0.5
+        scores = jnp.where(attended, scores * scales[0][0, head, :, at] if scales else scores, LOWEST)
+        new = jnp.maximum(highest[head], scores.max(-1, keepdims=True))
+        weights = jnp.where(attended, jnp.exp(scores - new), 0.0)
+        kept = jnp.exp(highest[head] - new)
+        highest[head] = new
+        normaliser[head] = normaliser[head] * kept + weights.sum(-1, keepdims=True)
+        weights = weights * scales[1][0, head, :, at] if scales else weights
+        sums[head] = sums[head] * kept + dot(weights.astype(q.dtype), widened(v[0, head, at]))
+
+    @pl.when((step >= first[row]) & (step <= last[row]))
+    def _() -> None:
+        jax.lax.fori_loop(0, q.shape[1] * chunks, attend, None)
+
+    @pl.when(step == pl.num_programs(1) - 1)
+    def _() -> None:
+        some = jnp.maximum(normaliser[...], TINY)  # without any key the result is 0
+        y[0] = (sums[...] / some).astype(y.dtype)
+        total[0] = highest[...] + jnp.log(some)
+
+
+def _flash_block(keys: int, bytes_of_key: int) -> int:
+    """The largest block of keys that divides a multiple of 128, at most 1 MiB of keys: with values, and a second buffer
+    for each, a quarter of what a kernel may use of a TPU's fast memory."""
+    blocks = (8192, 4096, 2048, 1024, 512, 256)
+    return next((block for block in blocks if keys % block == 0 and block * bytes_of_key <= 2**20), LANES)
 
 
 def _numbers(segments: Array) -> Int[Array, "..."]:

@@ -21,8 +21,9 @@ class Kernels:
     experts: Literal["auto", "dense", "tiles", "grouped", "ragged_dot", "megablox", "tokamax"] = "auto"
     """dense is the slow reference; tiles is fast on CPU; ragged_dot runs anywhere and is fast on TPU; megablox needs
     TPUs; tokamax needs an NVIDIA GPU, bfloat16 and the package of that name."""
-    decode_attention: Literal["auto", "reference", "splash"] = "auto"
-    """reference anywhere; splash needs TPUs."""
+    decode_attention: Literal["auto", "reference", "splash", "flash"] = "auto"
+    """reference anywhere; splash and flash need TPUs. flash reads int8 and fp8 caches as they are, which the others
+    widen."""
     decode_experts: Literal["auto", "dense", "tiles", "grouped", "ragged_dot", "megablox", "tokamax"] = "auto"
     """grouped moves no weights; the others are those of ``experts``."""
     expert_chunk: int = 0
@@ -35,7 +36,7 @@ class Kernels:
 
 
 # Where a kernel exists that does not exist everywhere.
-_PLATFORM = {"cudnn": "gpu", "tokamax": "gpu", "splash": "tpu", "megablox": "tpu"}
+_PLATFORM = {"cudnn": "gpu", "tokamax": "gpu", "splash": "tpu", "flash": "tpu", "megablox": "tpu"}
 _HARDWARE = {"gpu": "an NVIDIA GPU", "tpu": "a TPU"}
 
 

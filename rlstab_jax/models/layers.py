@@ -172,10 +172,11 @@ class Attention(nn.Module):
             write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=past.column)
             kv = self._laid_out(past.response.over_time(write, kv))
             name = self.kernels.decode_attention
-            y = over_devices(DECODE_ATTENTION[name], name, self.layout)(
+            kernel = partial(DECODE_ATTENTION[name], format=self.precision.kv_cache)
+            y = over_devices(kernel, name, self.layout)(
                 q,
-                (self._load(past.prompt.k), self._load(past.prompt.v)),
-                (self._load(kv.k), self._load(kv.v)),
+                (past.prompt.k, past.prompt.v),
+                (kv.k, kv.v),
                 past.prompt_mask,
                 past.response_mask,
             )

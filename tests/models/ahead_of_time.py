@@ -8,6 +8,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 
 from rlstab_jax.models import Kernels, ModelConfig, Precision, Transformer
-from rlstab_jax.models.attention_tpu import decode_splash, splash
+from rlstab_jax.models.attention_tpu import decode_flash, decode_splash, splash
 from rlstab_jax.models.decode import decode_step
 from rlstab_jax.models.experts import megablox
 from rlstab_jax.models.layers import KeyValues, Past
@@ -29,6 +30,7 @@ from rlstab_jax.parallel.sharding import INFERENCE, TRAINING, Rules, partition_s
 
 BF16 = jnp.bfloat16
 KERNELS = Kernels("splash", "megablox", "splash", "megablox")
+CACHES = {"none": "splash", "float8_e4m3fn": "flash"}  # formats, and the kernel that decodes with them
 MODEL = ModelConfig(
     vocab_size=128,
     num_layers=2,
@@ -58,11 +60,20 @@ def cache(batch: int, kv_heads: int, time: int, c: int, dtype: Any) -> tuple:
     )
 
 
-def a_decode_step(dtype: Any) -> list:
+def stored(batch: int, kv_heads: int, time: int, c: int, dtype: Any) -> tuple[Stored, Stored]:
+    """`cache`, and the scales of one of bytes."""
+    narrow = dtype == jnp.uint8
+    scales = [jax.ShapeDtypeStruct((batch, kv_heads, *shape), jnp.float32) for shape in ((1, time), (time, 1))]
+    k, v = cache(batch, kv_heads, time, c, dtype)
+    return (Stored(k, scales[0]), Stored(v, scales[1])) if narrow else (Stored(k), Stored(v))
+
+
+def a_decode_step(dtype: Any, make: Callable = cache, of_cache: Any = None) -> list:
     """128 rows of 32 prompts, 32 heads over 4. Keys and values are too large for the memory on the chip."""
     masks = jax.ShapeDtypeStruct((32, 512), bool), jax.ShapeDtypeStruct((128, 4096), bool)
     q = jax.ShapeDtypeStruct((128, 32, 1, 128), dtype)
-    return [q, cache(32, 4, 512, 128, dtype), cache(128, 4, 4096, 128, dtype), *masks]
+    of_cache = of_cache or dtype
+    return [q, make(32, 4, 512, 128, of_cache), make(128, 4, 4096, 128, of_cache), *masks]
 
 
 def model_gradient(variables: dict, tokens: jax.Array, mask: jax.Array, mesh: Mesh | None = None) -> Any:
@@ -73,9 +84,12 @@ def model_gradient(variables: dict, tokens: jax.Array, mask: jax.Array, mesh: Me
     )
 
 
-def model_decode(layers: list[dict], pasts: list[Past], x: jax.Array, mesh: Mesh | None = None) -> Any:
+def model_decode(
+    layers: list[dict], pasts: list[Past], x: jax.Array, kv_cache: Any = "none", mesh: Mesh | None = None
+) -> Any:
     """Steps in a loop that carries the cache, as the sampler has them."""
-    model = Transformer(MODEL, Precision("bfloat16"), KERNELS, mesh=mesh, rules=INFERENCE)
+    kernels = replace(KERNELS, decode_attention=CACHES[kv_cache])
+    model = Transformer(MODEL, Precision("bfloat16", kv_cache=kv_cache), kernels, mesh=mesh, rules=INFERENCE)
 
     def step(i: jax.Array, carry: tuple) -> tuple:
         pasts, x = carry
@@ -85,7 +99,7 @@ def model_decode(layers: list[dict], pasts: list[Past], x: jax.Array, mesh: Mesh
     return jax.lax.fori_loop(0, 8, step, (pasts, x))
 
 
-def model_arguments() -> tuple[list, list]:
+def model_arguments(kv_cache: str = "none") -> tuple[list, list]:
     """Of `model_gradient` and of `model_decode`: 128 rows of 32 prompts of 256 tokens, a window of 4096."""
     model = Transformer(MODEL, Precision("bfloat16"), Kernels("reference", "dense", "reference", "dense"))
     tokens = jax.ShapeDtypeStruct((2, 100), jnp.int32), jax.ShapeDtypeStruct((2, 100), bool)
@@ -96,8 +110,8 @@ def model_arguments() -> tuple[list, list]:
     layer = {"params": jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), block)}
 
     def key_values(batch: int, time: int) -> KeyValues:
-        k, v = cache(batch, MODEL.num_kv_heads, time, MODEL.head_dim, BF16)
-        return KeyValues(Stored(k), Stored(v))
+        dtype = BF16 if kv_cache == "none" else jnp.uint8
+        return KeyValues(*stored(batch, MODEL.num_kv_heads, time, MODEL.head_dim, dtype))
 
     masks = jax.ShapeDtypeStruct((32, 256), bool), jax.ShapeDtypeStruct((128, 4096), bool)
     past = Past(key_values(32, 256), key_values(128, 4096), *masks, jax.ShapeDtypeStruct((), jnp.int32))
@@ -108,15 +122,18 @@ def model_arguments() -> tuple[list, list]:
 def programs() -> dict[str, tuple[Callable, list]]:
     rows = jax.ShapeDtypeStruct((1000, 1024), BF16), jax.ShapeDtypeStruct((16, 1024, 768), BF16)
     sizes = jax.ShapeDtypeStruct((16,), jnp.int32)
-    of_gradient, of_decode = model_arguments()
+    (of_gradient, of_decode), (_, of_narrow_decode) = (model_arguments(kv_cache) for kv_cache in CACHES)
     return {
         "splash": (gradient(splash, 3), sequences(8, 2, 512, 128, BF16)),
         "splash, float32, odd sizes": (gradient(splash, 3), sequences(6, 2, 300, 64, jnp.float32)),
         "decode_splash": (decode_splash, a_decode_step(BF16)),
         "decode_splash, float32": (decode_splash, a_decode_step(jnp.float32)),
+        "decode_flash": (partial(decode_flash, format="float8_e4m3fn"), a_decode_step(BF16, stored, jnp.uint8)),
+        "decode_flash, float32": (decode_flash, a_decode_step(jnp.float32, stored)),
         "megablox": (gradient(megablox, 2), [*rows, sizes]),
         "model, gradient": (model_gradient, of_gradient),
         "model, decode": (model_decode, of_decode),
+        "model, decode, fp8": (partial(model_decode, kv_cache="float8_e4m3fn"), of_narrow_decode),
     }
 
 
@@ -134,7 +151,7 @@ def memory(f: Callable, arguments: list, sharding: Any, donated: tuple[int, ...]
 def over_a_mesh(devices: list) -> dict[str, list[int]]:
     """The model's kernels on four chips, each with its rows, heads, experts and part of their hidden units."""
     mesh = make_mesh(MeshConfig(expert=2, tensor=2), devices[:4])
-    (variables, *tokens), (layers, pasts, x) = model_arguments()
+    (variables, *tokens), _ = model_arguments()
 
     def at(names: dict, rules: Rules) -> dict:
         return {"params": shardings(mesh, names, rules)}
@@ -146,12 +163,14 @@ def over_a_mesh(devices: list) -> dict[str, list[int]]:
     axes = logical_axes(variables["params"])
     of_layer = jax.tree.map(lambda names: names[1:], axes["segment_0"]["block_0"], is_leaf=lambda n: type(n) is tuple)
     of_gradient = [at(axes, TRAINING), *jax.tree.map(rows, tokens)]
-    of_decode = [[at(of_layer, INFERENCE)] * len(layers), *jax.tree.map(rows, [pasts, x])]
-    on_mesh = {"mesh": mesh}
-    return {
-        "model, gradient over a mesh": memory(partial(model_gradient, **on_mesh), [variables, *tokens], of_gradient),
-        "model, decode over a mesh": memory(partial(model_decode, **on_mesh), [layers, pasts, x], of_decode, (1,)),
-    }
+    gradient = partial(model_gradient, mesh=mesh)
+    found = {"model, gradient over a mesh": memory(gradient, [variables, *tokens], of_gradient)}
+    for kv_cache in CACHES:
+        _, (layers, *others) = model_arguments(kv_cache)
+        of_decode = [[at(of_layer, INFERENCE)] * len(layers), *jax.tree.map(rows, others)]
+        decode = partial(model_decode, kv_cache=kv_cache, mesh=mesh)
+        found[f"model, decode over a mesh, {kv_cache}"] = memory(decode, [layers, *others], of_decode, (1,))
+    return found
 
 
 if __name__ == "__main__":
@@ -159,8 +178,8 @@ if __name__ == "__main__":
     for name in sys.argv[1:]:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
         one = SingleDeviceSharding(devices[0])
-        chosen = ("splash", "decode_splash", "megablox") if report else programs()
-        donated = {"model, decode": (1,)}
+        chosen = ("splash", "decode_splash", "decode_flash", "megablox") if report else programs()
+        donated = {"model, decode": (1,), "model, decode, fp8": (1,)}
         report[name] = {label: memory(*programs()[label], one, donated.get(label, ())) for label in chosen}
         if len(report) == 1:
             report[name] |= over_a_mesh(devices)

@@ -15,10 +15,10 @@ from jax.sharding import PartitionSpec as P
 from rlstab_jax.models import Precision, fp8, quantised
 from rlstab_jax.models.attention import decode_reference, reference
 from rlstab_jax.models.attention_parallel import over_devices
-from rlstab_jax.models.attention_tpu import decode_splash, splash
+from rlstab_jax.models.attention_tpu import decode_flash, decode_splash, splash, widened
 from rlstab_jax.models.expert_parallel import compute
 from rlstab_jax.models.experts import KERNELS, ExpertWeights, Kernel, megablox, ragged
-from rlstab_jax.models.precision import store_weight
+from rlstab_jax.models.precision import Stored, store_weight
 from rlstab_jax.models.sharding import EXPERTS
 from rlstab_jax.parallel.mesh import MeshConfig, make_mesh
 from rlstab_jax.parallel.sharding import INFERENCE, TRAINING, Layout, shardings
@@ -222,15 +222,16 @@ def check_attention() -> None:
     want, got = with_gradient(reference, arrays), with_gradient(split(splash), arrays)
     jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5, rtol=1e-5), got, want)
 
-    def cache(batch: int, time: int) -> tuple[np.ndarray, np.ndarray]:
-        return normal(batch, kv_heads, c, time), normal(batch, kv_heads, time, c)
+    def cache(batch: int, time: int) -> tuple[Stored, Stored]:
+        return Stored(normal(batch, kv_heads, c, time)), Stored(normal(batch, kv_heads, time, c))
 
     masks = np.arange(6) >= np.arange(prompts)[:, None], np.arange(9) < np.arange(rows)[:, None]
     step = normal(rows, heads, 1, c), cache(prompts, 6), cache(rows, 9), *masks
     of = jax.tree.map(lambda a: NamedSharding(layout.mesh, P(layout.rows, *["tensor"][: a.ndim - 3])), step)
-    decode = jax.jit(split(decode_splash)).lower(*jax.device_put(step, of)).compile()
-    np.testing.assert_allclose(decode(*jax.device_put(step, of)), decode_reference(*step), atol=1e-5)
-    assert not collectives(decode.as_text())  # the samples of a prompt lie where its part of the cache does
+    for kernel in (widened(partial(decode_splash, interpret=True)), partial(decode_flash, interpret=True)):
+        decode = jax.jit(over_devices(kernel, "flash", layout)).lower(*jax.device_put(step, of)).compile()
+        np.testing.assert_allclose(decode(*jax.device_put(step, of)), widened(decode_reference)(*step), atol=1e-5)
+        assert not collectives(decode.as_text())  # the samples of a prompt lie where its part of the cache does
     with pytest.raises(UserError, match="'splash' on 3 rows: they do not divide over 4 data-parallel"):
         split(splash)(*(a[:3] for a in arrays), segments[:3])
     with pytest.raises(UserError, match=r"'splash' on 1 heads: they do not divide over mesh\.tensor = 2"):

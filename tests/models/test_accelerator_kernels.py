@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlstab_jax.models.attention import by_lengths, cudnn, decode_reference, reference
-from rlstab_jax.models.attention_tpu import decode_splash, splash
+from rlstab_jax.models.attention import DECODE_ATTENTION, by_lengths, cudnn, reference
+from rlstab_jax.models.attention_tpu import decode_flash, decode_splash, splash, widened
 from rlstab_jax.models.config import has_tokamax
 from rlstab_jax.models.experts import ExpertWeights, dense, megablox, ragged, tokamax
-from rlstab_jax.models.precision import Precision, fp8, quantised, store_weight
+from rlstab_jax.models.precision import Format, Precision, Stored, as_bytes, fp8, quantised, store, store_weight
 from rlstab_jax.types import UserError
 
 HEADS, KV_HEADS, C = 4, 2, 16
@@ -81,28 +81,65 @@ def test_what_is_not_fed_is_not_read(kernel: str) -> None:
     np.testing.assert_array_equal(first, second)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_decode_step_equals_the_reference(dtype: Any) -> None:
-    """Two prompts of three samples; lengths that are no multiples of 128; one response has nothing yet, one row too."""
+ROWS, PROMPTS, PROMPT_LENGTH, WINDOW = 6, 2, 40, 300
+# Lengths that are no multiples of 128; one response has nothing yet. Column 270 is the newest of a window of 3 blocks.
+AGE = 270 - np.arange(WINDOW)
+MASKS = (
+    np.arange(PROMPT_LENGTH) >= np.array([[7], [39]]),
+    (AGE >= 0) & (np.array([[1], [5], [271], [0], [10], [100]]) > AGE),
+)
+DECODE = {
+    "splash": widened(partial(decode_splash, interpret=True)),
+    "flash": partial(decode_flash, interpret=True),
+}
+
+
+def a_decode_step(dtype: Any, format: Format) -> list:
+    """Two prompts of three samples, with a cache in ``format``."""
     generator = np.random.default_rng(1)
-    rows, prompts, prompt_length, window = 6, 2, 40, 130
-    q = jnp.asarray(generator.standard_normal((rows, HEADS, 1, C)), dtype)
 
-    def cache(batch: int, time: int) -> tuple[jax.Array, jax.Array]:
-        k, v = generator.standard_normal((2, batch, KV_HEADS, C, time))
-        return jnp.asarray(k, dtype), jnp.asarray(v.swapaxes(2, 3), dtype)
+    def cache(batch: int, time: int) -> tuple[Stored, Stored]:
+        keys, values = (
+            as_bytes(store(jnp.asarray(generator.standard_normal((batch, KV_HEADS, time, C)), dtype), format))
+            for _ in range(2)
+        )
+        return jax.tree.map(lambda a: a.swapaxes(2, 3), keys), values
 
-    prompt_mask = np.arange(prompt_length) >= np.array([[7], [39]])
-    age = 100 - np.arange(window)
-    response_mask = (age >= 0) & (age < np.array([[1], [5], [101], [0], [30], [64]]))
-    arguments = (q, cache(prompts, prompt_length), cache(rows, window), prompt_mask, response_mask)
-    step = jax.jit(partial(decode_splash, interpret=True))
-    got, wanted = step(*arguments), decode_reference(*arguments)
+    q = jnp.asarray(generator.standard_normal((ROWS, HEADS, 1, C)), dtype)
+    return [q, cache(PROMPTS, PROMPT_LENGTH), cache(ROWS, WINDOW), *MASKS]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "format"),
+    [
+        ("splash", jnp.float32, "none"),
+        ("splash", jnp.bfloat16, "none"),
+        ("flash", jnp.float32, "none"),
+        ("flash", jnp.bfloat16, "none"),
+        ("flash", jnp.float32, "int8"),
+        ("flash", jnp.float32, "float8_e4m3fn"),
+        ("flash", jnp.bfloat16, "float8_e5m2"),
+        ("flash", jnp.float32, "float4_e2m1fn"),
+    ],
+)
+def test_a_decode_step_equals_the_reference(kernel: str, dtype: Any, format: Format) -> None:
+    step, arguments = jax.jit(partial(DECODE[kernel], format=format)), a_decode_step(dtype, format)
+    got, wanted = step(*arguments), DECODE_ATTENTION["reference"](*arguments, format=format)
     assert got.dtype == dtype
     tolerance = 1e-6 if dtype == jnp.float32 else 2e-2
     np.testing.assert_allclose(*(np.asarray(a, np.float32) for a in (got, wanted)), atol=tolerance)
-    nothing = step(*arguments[:3], np.zeros_like(prompt_mask), np.zeros_like(response_mask))
+    nothing = step(*arguments[:3], *(np.zeros_like(mask) for mask in MASKS))
     assert np.isfinite(np.asarray(nothing, np.float32)).all()
+
+
+def test_flash_reads_no_block_that_nobody_attends_to() -> None:
+    """Row 4 attends to the last block of its window, row 5 to the last two: what is before may be NaN."""
+    q, prompt, (k, v), *masks = a_decode_step(jnp.float32, "none")
+    wanted = DECODE["flash"](q, prompt, (k, v), *masks)
+    values = v.values.at[4, :, :256].set(jnp.nan).at[5, :, :128].set(jnp.nan)  # in blocks of 128
+    np.testing.assert_allclose(DECODE["flash"](q, prompt, (k, Stored(values)), *masks)[4:], wanted[4:], atol=1e-6)
+    values = values.at[5, :, 128].set(jnp.nan)
+    assert np.isnan(DECODE["flash"](q, prompt, (k, Stored(values)), *masks)[5]).all()
 
 
 def experts_case() -> tuple[dict[str, jax.Array], jax.Array]:
@@ -200,7 +237,7 @@ def precisions(jaxpr: Any) -> list:
     return found
 
 
-@pytest.mark.parametrize("kernel", ["splash", "decode_splash", "megablox"])
+@pytest.mark.parametrize("kernel", ["splash", "decode_splash", "decode_flash", "megablox"])
 def test_float32_means_float32_within_the_kernels(kernel: str) -> None:
     """Forward and backward: TPUs would round the operands to bfloat16 by default."""
 
@@ -210,10 +247,11 @@ def test_float32_means_float32_within_the_kernels(kernel: str) -> None:
     if kernel == "splash":
         fed = shape(4, 131, dtype=bool)
         jaxpr = jax.make_jaxpr(partial(with_gradient, splash))([*sequences(131)[0]], fed)
-    elif kernel == "decode_splash":
-        cache = (shape(2, KV_HEADS, C, 128), shape(2, KV_HEADS, 128, C))
+    elif kernel.startswith("decode"):
+        decode = decode_flash if kernel == "decode_flash" else widened(decode_splash)
+        cache = Stored(shape(2, KV_HEADS, C, 128)), Stored(shape(2, KV_HEADS, 128, C))
         mask = shape(2, 128, dtype=bool)
-        jaxpr = jax.make_jaxpr(decode_splash)(shape(2, HEADS, 1, C), cache, cache, mask, mask)
+        jaxpr = jax.make_jaxpr(decode)(shape(2, HEADS, 1, C), cache, cache, mask, mask)
     else:
         exact = partial(megablox, precision=jax.lax.Precision.HIGHEST)
         gradient = jax.grad(lambda x, weight, sizes: jnp.sin(exact(x, weight, sizes)).sum(), argnums=(0, 1))
@@ -271,9 +309,9 @@ def test_tpu_kernels_compile_ahead_of_time() -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert list(report) == command[2:]
-    assert len(report["v5e:2x2"]) == 9
+    assert len(report["v5e:2x2"]) == 13
     for topology, programs in report.items():
-        assert {"splash", "decode_splash", "megablox"} <= set(programs)
+        assert {"splash", "decode_splash", "decode_flash", "megablox"} <= set(programs)
         for name, (temporaries, largest) in programs.items():
             if "decode" in name:  # no copy of keys or values, each of which is the largest argument
                 assert temporaries < largest / 2, (topology, name)

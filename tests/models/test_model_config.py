@@ -54,6 +54,7 @@ def test_kernels_by_hardware() -> None:
         ("attention", "cudnn", "tpu", "needs an NVIDIA GPU, but this is 'tpu': use 'auto' or 'reference'"),
         ("attention", "splash", "gpu", "needs a TPU, but this is 'gpu': use 'auto' or 'reference'"),
         ("decode_attention", "splash", "cpu", "needs a TPU, but this is 'cpu': use 'auto' or 'reference'"),
+        ("decode_attention", "flash", "gpu", "needs a TPU, but this is 'gpu': use 'auto' or 'reference'"),
         ("experts", "megablox", "cpu", "needs a TPU, but this is 'cpu': use 'auto' or 'tiles'"),
         ("decode_experts", "megablox", "gpu", "needs a TPU, but this is 'gpu': use 'auto' or 'grouped'"),
         ("decode_experts", "tokamax", "tpu", "needs an NVIDIA GPU, but this is 'tpu': use 'auto' or 'ragged_dot'"),
