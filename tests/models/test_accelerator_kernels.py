@@ -305,7 +305,7 @@ def test_tpu_kernels_compile_ahead_of_time() -> None:
     root = program.parents[2]
     environment = os.environ | NO_TPU_HERE | {"PYTHONPATH": str(root)}
     command = [sys.executable, str(program), "v5e:2x2", "v6e:2x2", "v5p:2x2x1"]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert list(report) == command[2:]
