@@ -90,6 +90,8 @@ PAPER = (
     Contrast("b", "at 4 bits", _ON, "collapses", ("no_is-4bit",), ("minirl-4bit",), primary=False),
     Contrast("b", "under a mismatch that training cannot remove", _ON, "collapses", ("mixed-no_is",), ("mixed",),
              primary=False),
+    Contrast("b", "there IS is worth accuracy (asked after six pairs had been seen)", _ON, "higher", ("mixed",),
+             ("mixed-no_is",), primary=False),
     Contrast("c", "length normalisation is worse", _ON, "higher", ("minirl",), ("length_norm",)),
     Contrast("c", "and worse still with R3", _ON, "higher", ("length_norm",), ("r3-length_norm",), primary=False),
     Contrast("d", "R3 gives nothing on-policy", _ON, "equivalent", ("r3",), ("minirl",)),
