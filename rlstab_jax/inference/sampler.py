@@ -124,7 +124,8 @@ def sample_batch(
     records = empty_records(model, sampling, rows, response_length - 1, support, record_routes)
     step = jnp.int32(0)
     for length in lengths if response_length > 1 else ():
-        slots, records, step = decode(model, variables, resize(slots, 0, length), records, step, length, support)
+        stop = min(length, response_length - 1)
+        slots, records, step = decode(model, variables, resize(slots, 0, length), records, step, stop, support)
 
     def joined(of_first: Array, of_records: Array) -> Array:
         return jnp.concatenate([of_first[:, None], of_records], axis=1)

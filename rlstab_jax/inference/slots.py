@@ -197,11 +197,15 @@ def resize(state: Slots, start: Int[Array, ""] | int, window: int) -> Slots:
 
 
 def windows(steps: int) -> list[int]:
-    """Lengths of the response window, each about twice the last: attention reads what is there, not what may come."""
+    """Lengths of the response window, each about twice the last: attention reads what is there, not what may come.
+
+    The last one has room for all steps. Long ones are multiples of 128: kernels of TPUs would pad others, which copies
+    the cache, at each step.
+    """
     lengths = [steps]
     while lengths[0] > SHORTEST_WINDOW and len(lengths) < 5:
         lengths.insert(0, -(-lengths[0] // 2))
-    return lengths
+    return [-(-length // 128) * 128 if length > 1000 else length for length in lengths]
 
 
 def spare_columns(prompt_mask: Bool[np.ndarray | Array, "prompts prompt_length"]) -> int:

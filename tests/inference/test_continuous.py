@@ -62,6 +62,7 @@ def test_slots_and_rounds_change_nothing(slots: int, round_length: int, monkeypa
 def test_growing_windows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slots_module, "SHORTEST_WINDOW", 8)
     assert slots_module.windows(LENGTH - 1) == [6, 12, 23]
+    assert slots_module.windows(3999) == [250, 500, 1000, 2048, 4096]
     options = OPTIONS | {"samples_per_prompt": 1}
     model, variables, prompts, mask, keys, sampling = arguments()
     separate = np.repeat(prompts, SAMPLES, 0), np.repeat(mask, SAMPLES, 0)  # also, so that the program is another
