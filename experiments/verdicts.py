@@ -49,8 +49,7 @@ from experiments.study import RESULTS, read, read_records, runs_of
 CONFIRMATORY = tuple(
     module.STUDY for module in (off_policy, on_policy, objectives, discrepancy, cold_start, controls, staleness, scale)
 )
-EXPLORATORY = (tuning.STUDY, regime.STUDY)
-STUDIES = (*EXPLORATORY, *CONFIRMATORY)
+STUDIES = (tuning.STUDY, regime.STUDY, *CONFIRMATORY)
 README = RESULTS / "README.md"
 
 # What has no cells yet, and what it waits for.
@@ -112,6 +111,7 @@ def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _searched(records: Mapping[str, dict[str, Any]]) -> str:
+    runs = runs_of(regime.STUDY, records)
     rows = [
         (
             cell.name,
@@ -120,7 +120,7 @@ def _searched(records: Mapping[str, dict[str, Any]]) -> str:
             f"{np.median([run.median('staleness/k3') for run in done]):.2g}",
         )
         for cell in regime.STUDY.cells
-        if (done := runs_of(regime.STUDY, records)[cell.name])
+        if (done := runs[cell.name])
     ]
     return _rows(("cell", "collapsed", "final accuracy of each run", "median KL of staleness (k3)"), rows)
 
