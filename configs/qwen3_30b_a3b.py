@@ -65,6 +65,6 @@ def config() -> RunConfig:
         objective=ObjectiveConfig("minirl"),
         cold_start=ColdStartConfig(max_steps=0),
         evaluation=EvaluationConfig(every=40, prompts=30),
-        kernels=Kernels(attention="splash", experts="megablox", decode_attention="flash", expert_chunk=16_384),
+        kernels=Kernels("splash", "megablox", decode_attention="flash", decode_experts="narrow", expert_chunk=16_384),
         mesh=MeshConfig(data=1, fsdp=16, expert=4),
     )

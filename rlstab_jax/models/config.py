@@ -24,19 +24,21 @@ class Kernels:
     decode_attention: Literal["auto", "reference", "splash", "flash"] = "auto"
     """reference anywhere; splash and flash need TPUs. flash reads int8 and fp8 caches as they are, which the others
     widen."""
-    decode_experts: Literal["auto", "dense", "tiles", "grouped", "ragged_dot", "megablox", "tokamax"] = "auto"
-    """grouped moves no weights; the others are those of ``experts``."""
+    decode_experts: Literal["auto", "dense", "tiles", "grouped", "ragged_dot", "megablox", "narrow", "tokamax"] = "auto"
+    """grouped moves no weights; narrow needs TPUs and, where ``products`` are native, reads fp8 weights as they are,
+    which the others widen at each step; the rest are those of ``experts``."""
     expert_chunk: int = 0
     """Tokens that the experts of a layer compute at once, on a mesh those of all devices along ``expert``: bounds their
     memory, since each may have to take all of them. 0 = all."""
 
     def for_inference(self) -> "Kernels":
         """Those of an inference engine, which needs no gradients: its prefill uses the experts of its decode steps."""
-        return dataclasses.replace(self, experts=self.decode_experts)
+        experts: Any = self.decode_experts  # it may have no gradient, which `experts` must have
+        return dataclasses.replace(self, experts=experts)
 
 
 # Where a kernel exists that does not exist everywhere.
-_PLATFORM = {"cudnn": "gpu", "tokamax": "gpu", "splash": "tpu", "flash": "tpu", "megablox": "tpu"}
+_PLATFORM = {"cudnn": "gpu", "tokamax": "gpu", "splash": "tpu", "flash": "tpu", "megablox": "tpu", "narrow": "tpu"}
 _HARDWARE = {"gpu": "an NVIDIA GPU", "tpu": "a TPU"}
 
 

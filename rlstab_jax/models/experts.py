@@ -2,15 +2,16 @@
 
 `dense` is the reference: every expert sees every token. `tiles` sorts tokens by expert and goes over them tile by tile,
 so that shapes are static and no token is dropped. `grouped` pads each expert's share to the largest.
-`ragged` multiplies with `jax.lax.ragged_dot`, a real kernel on TPU, or with one that takes its place: `megablox` on
-TPU, `tokamax` on GPU. An expert number equal to ``num_experts`` means "not dispatched": padding never loads an expert.
-All return sums in float32, which the caller rounds, once, whether they came from one device or from several.
+`ragged` multiplies with `jax.lax.ragged_dot`, a real kernel on TPU, or with one of `grouped_dots` in its place:
+`megablox` and `narrow` on TPU, `tokamax` on GPU. An expert number equal to ``num_experts`` means "not dispatched":
+padding never loads an expert. All return sums in float32, which the caller rounds, once, whether they came from one
+device or from several.
 """
 
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,8 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from rlstab_jax.models.pallas import exact
+from rlstab_jax.models.grouped_dots import megablox, narrow, tokamax
 from rlstab_jax.models.precision import Precision, Stored, matmul, saturate, saturating, scaled_product
-from rlstab_jax.types import UserError
 
 
 @struct.dataclass
@@ -65,7 +65,7 @@ def gated(gate: Array, up: Array) -> Array:
 def dense(x: Tokens, experts: Experts, gates: Gates, weights: ExpertWeights, precision: Precision) -> Sums:
     """The reference: all experts on all tokens, of which each token keeps those that it chose."""
     chosen = jax.nn.one_hot(experts, weights.num_experts, dtype=jnp.float32)  # the sentinel becomes a row of zeros
-    combine = jnp.einsum("tk,tke->et", gates, chosen)
+    combine = jnp.einsum("tk,tke->et", gates, chosen, precision=jax.lax.Precision.HIGHEST)
     y = swiglu(jnp.broadcast_to(x, (weights.num_experts, *x.shape)), weights, precision)
     y = jnp.where((chosen.sum(1) > 0).T[..., None], y, 0.0)  # what was not chosen is never read, were it infinite
     return jnp.einsum("et,etd->td", combine, y.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
@@ -212,7 +212,12 @@ _dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 def _combine(y: Float[Array, "slots d"], gates: Gates, source: Int[Array, "slots"], slot: Experts) -> Sums:
     """sum_k gates[t, k] * y[slot[t, k]] in float32; not dispatched assignments give 0. Gradients are gathers."""
     picked = y.at[slot].get(mode="fill", fill_value=0).astype(jnp.float32)
-    return jnp.einsum("tk,tkd->td", gates, picked)
+    return _weighted(gates, picked)
+
+
+def _weighted(gates: Gates, y: Float[Array, "tokens k d"]) -> Sums:
+    # float32 whatever the engine's dtype: accelerators would otherwise round gates and outputs to bfloat16.
+    return jnp.einsum("tk,tkd->td", gates, y, precision=jax.lax.Precision.HIGHEST)
 
 
 def _combine_forward(y, gates, source, slot):
@@ -224,7 +229,8 @@ def _combine_backward(saved, gradient):
     picked = y.at[slot].get(mode="fill", fill_value=0).astype(jnp.float32)
     slot_gate = jnp.zeros(source.shape[0], gates.dtype).at[slot].set(gates, mode="drop")
     d_y = gradient.at[source].get(mode="fill", fill_value=0) * slot_gate[:, None]
-    return d_y.astype(y.dtype), jnp.einsum("td,tkd->tk", gradient, picked), None, None
+    d_gates = jnp.einsum("td,tkd->tk", gradient, picked, precision=jax.lax.Precision.HIGHEST)
+    return d_y.astype(y.dtype), d_gates, None, None
 
 
 _combine.defvjp(_combine_forward, _combine_backward)
@@ -289,7 +295,7 @@ def ragged(
     product = partial(_ragged_product, dot=dot, experts=sorted_experts)
     y = swiglu(x[order // k], weights, precision, product).astype(jnp.float32)
     y = jnp.zeros_like(y).at[order].set(y).reshape(num_tokens, k, -1)
-    return jnp.einsum("tk,tkd->td", gates, y)
+    return _weighted(gates, y)
 
 
 def _ragged_product(
@@ -299,75 +305,6 @@ def _ragged_product(
     return scaled_product(x, weight.values, scale, precision, out, dot, weight.across)
 
 
-Rows = Float[Array, "rows in"]
-Stack = Float[Array, "E in out"]
-Sizes = Int[Array, "E"]
-
-
-def megablox(
-    x: Rows,
-    weight: Stack,
-    sizes: Sizes,
-    precision: jax.lax.Precision | None = None,
-    preferred_element_type: jnp.dtype = jnp.float32,
-    interpret: bool = False,
-) -> Float[Array, "rows out"]:
-    """`jax.lax.ragged_dot` by JAX's Pallas kernels for TPUs, whose gradient costs what it must with any libtpu.
-
-    ``interpret`` runs them as JAX operations, on any platform; for tests. Raises UserError on operands that are neither
-    bfloat16 nor float32.
-    """
-    _check_operands("megablox", x, jnp.bfloat16, jnp.float32)
-    from jax.experimental.pallas.ops.tpu.megablox.ops import gmm
-
-    rows = x.shape[0]
-    share = 2 ** math.floor(math.log2(max(rows / weight.shape[0], 1)))
-    tile = int(np.clip(share, 128, 512)) if rows > 128 else -(-rows // 16) * 16
-    tiling = (tile, *(min(512, -(-size // 128) * 128) for size in weight.shape[1:]))
-
-    def product(x: Rows, weight: Stack, sizes: Sizes) -> Array:
-        return gmm(x, weight, sizes, preferred_element_type, tiling, None, None, False, interpret)
-
-    padded = jnp.pad(x, ((0, -rows % tile), (0, 0)))
-    return (exact(product) if precision == jax.lax.Precision.HIGHEST else product)(padded, weight, sizes)[:rows]
-
-
-def tokamax(
-    x: Rows,
-    weight: Stack,
-    sizes: Sizes,
-    precision: jax.lax.Precision | None = None,
-    preferred_element_type: jnp.dtype = jnp.float32,
-    implementation: Literal["mosaic", "xla"] = "mosaic",
-) -> Float[Array, "rows out"]:
-    """`jax.lax.ragged_dot` by the kernels of the package tokamax for NVIDIA GPUs, in bfloat16.
-
-    Its version 0.0.17 has kernels from Ampere (A100) on, but that of the weights' gradient for Hopper (H100, H200)
-    only; where it lacks one, it raises NotImplementedError. ``implementation`` "xla" runs anywhere; for tests. Raises
-    UserError on other operands.
-    """
-    _check_operands("tokamax", x, jnp.bfloat16)
-    import tokamax
-
-    return tokamax.ragged_dot(
-        x,
-        weight,
-        sizes,
-        precision=precision,
-        preferred_element_type=preferred_element_type,
-        implementation=implementation,
-    )
-
-
-def _check_operands(kernel: str, x: Array, *supported: Any) -> None:
-    if x.dtype not in supported:
-        names = " and ".join(str(jnp.dtype(dtype)) for dtype in supported)
-        raise UserError(
-            f"the expert kernel {kernel!r} multiplies {names}, but this precision multiplies {x.dtype}: use "
-            "'ragged_dot' in kernels.experts and kernels.decode_experts, or another precision"
-        )
-
-
 Kernel = Callable[[Tokens, Experts, Gates, ExpertWeights, Precision], Sums]
 KERNELS: dict[str, Kernel] = {
     "dense": dense,
@@ -375,5 +312,6 @@ KERNELS: dict[str, Kernel] = {
     "grouped": grouped,
     "ragged_dot": ragged,
     "megablox": partial(ragged, grouped_dot=megablox),
+    "narrow": partial(ragged, grouped_dot=narrow),
     "tokamax": partial(ragged, grouped_dot=tokamax),
 }

@@ -146,13 +146,18 @@ class Stored:
         return saturate(self.values.astype(jnp.float32) * spread(self.scale, self.values.shape, block), dtype)
 
 
+def is_narrow_float(dtype: jnp.dtype) -> bool:
+    """Whether it is a float type of one byte."""
+    return dtype.itemsize == 1 and jnp.issubdtype(dtype, jnp.floating)
+
+
 def as_bytes(stored: Stored) -> Stored:
     """Narrow floats as their codes, one to a byte: to move them about, as a cache does, compilers for processors
     without the type would widen all of them and narrow them again."""
     values = stored.values
     if values.dtype == jnp.float4_e2m1fn:
         values = jax.lax.bitcast_convert_type(values, jnp.uint4).astype(jnp.uint8)
-    elif values.dtype.itemsize == 1 and jnp.issubdtype(values.dtype, jnp.floating):
+    elif is_narrow_float(values.dtype):
         values = jax.lax.bitcast_convert_type(values, jnp.uint8)
     return Stored(values, stored.scale)
 

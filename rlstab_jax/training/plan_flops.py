@@ -107,10 +107,11 @@ def _kernel(eqn: Any, silent: bool, used: float) -> Rates:
     """A Pallas kernel: what its author states, else its body at each point of its grid."""
     stated = eqn.params["cost_estimate"]
     if stated is not None:
-        operands = [np.dtype(var.aval.dtype) for var in eqn.invars if jnp.issubdtype(var.aval.dtype, jnp.floating)]
-        narrowest = min(operands, key=lambda dtype: dtype.itemsize)
-        rate = {1: "narrow_float", 2: "bfloat16"}.get(narrowest.itemsize, "float32")
-        return {rate: stated.flops * used}  # of kernels in use here, grouped products state them
+        # Of the kernels in use here, grouped products state them; int32 operands say which rows are whose.
+        operands = [np.dtype(var.aval.dtype) for var in eqn.invars if var.aval.dtype != jnp.int32]
+        widest = max(operands, key=lambda dtype: dtype.itemsize)
+        rate = "int8" if widest == np.int8 else {2: "bfloat16"}.get(widest.itemsize, "float32")
+        return {rate: stated.flops * used}
     if not silent:
         return {}
     grid = math.prod(size for size in eqn.params["grid_mapping"].grid if isinstance(size, int))

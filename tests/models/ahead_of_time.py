@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from rlstab_jax.models import Kernels, ModelConfig, Precision, Transformer
 from rlstab_jax.models.attention_tpu import decode_flash, decode_splash, splash
 from rlstab_jax.models.decode import decode_step
-from rlstab_jax.models.experts import megablox
+from rlstab_jax.models.grouped_dots import megablox, narrow
 from rlstab_jax.models.layers import KeyValues, Past
 from rlstab_jax.models.precision import Stored
 from rlstab_jax.models.sharding import logical_axes
@@ -131,6 +131,7 @@ def programs() -> dict[str, tuple[Callable, list]]:
         "decode_flash": (partial(decode_flash, format="float8_e4m3fn"), a_decode_step(BF16, stored, jnp.uint8)),
         "decode_flash, float32": (decode_flash, a_decode_step(jnp.float32, stored)),
         "megablox": (gradient(megablox, 2), [*rows, sizes]),
+        "narrow": (narrow, [jax.ShapeDtypeStruct(a.shape, jnp.float8_e4m3fn) for a in rows] + [sizes]),
         "model, gradient": (model_gradient, of_gradient),
         "model, decode": (model_decode, of_decode),
         "model, decode, fp8": (partial(model_decode, kv_cache="float8_e4m3fn"), of_narrow_decode),
@@ -178,7 +179,7 @@ if __name__ == "__main__":
     for name in sys.argv[1:]:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
         one = SingleDeviceSharding(devices[0])
-        chosen = ("splash", "decode_splash", "decode_flash", "megablox") if report else programs()
+        chosen = ("splash", "decode_splash", "decode_flash", "megablox", "narrow") if report else programs()
         donated = {"model, decode": (1,), "model, decode, fp8": (1,)}
         report[name] = {label: memory(*programs()[label], one, donated.get(label, ())) for label in chosen}
         if len(report) == 1:

@@ -17,7 +17,8 @@ from rlstab_jax.models.attention import decode_reference, reference
 from rlstab_jax.models.attention_parallel import over_devices
 from rlstab_jax.models.attention_tpu import decode_flash, decode_splash, splash, widened
 from rlstab_jax.models.expert_parallel import compute
-from rlstab_jax.models.experts import KERNELS, ExpertWeights, Kernel, megablox, ragged
+from rlstab_jax.models.experts import KERNELS, ExpertWeights, Kernel, ragged
+from rlstab_jax.models.grouped_dots import megablox, narrow
 from rlstab_jax.models.precision import Stored, store_weight
 from rlstab_jax.models.sharding import EXPERTS
 from rlstab_jax.parallel.mesh import MeshConfig, make_mesh
@@ -29,6 +30,7 @@ ALONE = Layout()
 KERNELS_HERE: dict[str, Kernel] = {
     **KERNELS,
     "megablox": partial(ragged, grouped_dot=partial(megablox, interpret=True)),
+    "narrow": partial(ragged, grouped_dot=partial(narrow, interpret=True)),
 }
 
 
@@ -114,12 +116,12 @@ def check_inference() -> None:
     """Stored weights, whose scales a hidden unit's tensor axis may share, and tokens that no devices can share."""
     precisions = {
         "float32": Precision(),
-        "e4m3": fp8(),
+        "e4m3": fp8(products="native"),
         "blocks of each device": quantised("int8", scales="block", block=4),
         "one block of all devices": fp8(scales="block", block=16),
     }
     for name, precision in precisions.items():
-        for kernel, tokens in (("grouped", TOKENS), ("ragged_dot", 13)):
+        for kernel, tokens in (("grouped", TOKENS), ("ragged_dot", 13), ("narrow", TOKENS)):
             values, experts, hidden = arrays(tokens, 16), routes(tokens), 16
             layout = Layout(make_mesh(MeshConfig(1, 2, 2, 2)), INFERENCE)
             want = result(values, experts, kernel, ALONE, precision)

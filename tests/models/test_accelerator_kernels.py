@@ -18,7 +18,9 @@ import pytest
 from rlstab_jax.models.attention import DECODE_ATTENTION, by_lengths, cudnn, reference
 from rlstab_jax.models.attention_tpu import decode_flash, decode_splash, splash, widened
 from rlstab_jax.models.config import has_tokamax
-from rlstab_jax.models.experts import ExpertWeights, dense, megablox, ragged, tokamax
+from rlstab_jax.models.experts import KERNELS as EXPERTS
+from rlstab_jax.models.experts import ExpertWeights, dense, ragged
+from rlstab_jax.models.grouped_dots import megablox, narrow, tokamax
 from rlstab_jax.models.precision import Format, Precision, Stored, as_bytes, fp8, quantised, store, store_weight
 from rlstab_jax.types import UserError
 
@@ -197,6 +199,47 @@ def test_grouped_products_equal_the_dense_experts(name: str) -> None:
         np.testing.assert_allclose(ours / scale, theirs / scale, atol=2e-6)
 
 
+@pytest.mark.parametrize(
+    "precision",
+    [
+        Precision(),
+        fp8(products="native"),
+        fp8("float8_e5m2", products="native", scales="block", block=8),
+        quantised("int8"),
+        quantised("float4_e2m1fn", products="native"),
+        Precision("bfloat16", weights="float8_e4m3fn"),
+    ],
+    ids=lambda precision: f"{precision.dtype}-{precision.weights}",
+)
+def test_narrow_equals_the_dense_experts(precision: Precision) -> None:
+    values, experts = experts_case()
+
+    @partial(jax.jit, static_argnums=0)
+    def run(kernel: Any, values: dict) -> jax.Array:
+        weights = ExpertWeights(*(store_weight(values[name], precision) for name in ("gate", "up", "down")))
+        return kernel(values["x"], experts, values["gates"], weights, precision)
+
+    wanted, got = (run(k, values) for k in (dense, partial(ragged, grouped_dot=partial(narrow, interpret=True))))
+    scale = np.abs(wanted).max()
+    # A hidden unit on the border between two stored values moves with the last bit of its sum; bfloat16 has 8 bits.
+    tolerance = 1e-2 if precision.dtype == "bfloat16" or "float8" in precision.activations else 2e-6
+    np.testing.assert_allclose(got / scale, wanted / scale, atol=tolerance)
+    assert np.mean(np.abs(got - wanted) > 2e-6 * scale) < (1 if precision.dtype == "bfloat16" else 0.02)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.int8])
+def test_narrow_over_several_blocks_of_rows_and_columns(dtype: Any) -> None:
+    """Blocks of 128 rows, and of 128 columns; experts begin and end within them, and two have no rows."""
+    generator = np.random.default_rng(4)
+    sizes = jnp.array([70, 0, 3, 200, 0, 18], jnp.int32)
+    x, weight = (jnp.asarray(generator.integers(-4, 5, shape), dtype) for shape in ((300, 8192), (6, 8192, 256)))
+    sums = jnp.int32 if dtype == jnp.int8 else jnp.float32
+    got = jax.jit(partial(narrow, preferred_element_type=sums, interpret=True))(x, weight, sizes)
+    assert got.dtype == sums
+    wanted = jax.lax.ragged_dot(x.astype(jnp.float32), weight.astype(jnp.float32), sizes)
+    np.testing.assert_array_equal(got[:291], wanted[:291])  # small integers: the sums are exact
+
+
 @pytest.mark.skipif(not has_tokamax(), reason="the optional package tokamax (Python 3.12 or newer) is not installed")
 def test_tokamax_equals_ragged_dot() -> None:
     """Through its XLA implementation: its GPU kernels are refused elsewhere."""
@@ -237,7 +280,7 @@ def precisions(jaxpr: Any) -> list:
     return found
 
 
-@pytest.mark.parametrize("kernel", ["splash", "decode_splash", "decode_flash", "megablox"])
+@pytest.mark.parametrize("kernel", ["splash", "decode_splash", "decode_flash", "tiles", "megablox", "narrow"])
 def test_float32_means_float32_within_the_kernels(kernel: str) -> None:
     """Forward and backward: TPUs would round the operands to bfloat16 by default."""
 
@@ -253,9 +296,13 @@ def test_float32_means_float32_within_the_kernels(kernel: str) -> None:
         mask = shape(2, 128, dtype=bool)
         jaxpr = jax.make_jaxpr(decode)(shape(2, HEADS, 1, C), cache, cache, mask, mask)
     else:
-        exact = partial(megablox, precision=jax.lax.Precision.HIGHEST)
-        gradient = jax.grad(lambda x, weight, sizes: jnp.sin(exact(x, weight, sizes)).sum(), argnums=(0, 1))
-        jaxpr = jax.make_jaxpr(gradient)(shape(128, 32), shape(4, 32, 64), shape(4, dtype=jnp.int32))
+        weights = ExpertWeights(*(Stored(shape(4, *sizes)) for sizes in ((32, 64), (32, 64), (64, 32))))
+
+        def sines(x: jax.Array, gates: jax.Array, weights: ExpertWeights, chosen: jax.Array) -> jax.Array:
+            return jnp.sin(EXPERTS[kernel](x, chosen, gates, weights, Precision())).sum()
+
+        f = sines if kernel == "narrow" else jax.grad(sines, argnums=(0, 1, 2))
+        jaxpr = jax.make_jaxpr(f)(shape(128, 32), shape(128, 2), weights, shape(128, 2, dtype=jnp.int32))
     found = precisions(jaxpr.jaxpr)
     assert len(found) >= 3
     assert set(found) == {(jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)}
@@ -309,9 +356,9 @@ def test_tpu_kernels_compile_ahead_of_time() -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert list(report) == command[2:]
-    assert len(report["v5e:2x2"]) == 13
+    assert len(report["v5e:2x2"]) == 14
     for topology, programs in report.items():
-        assert {"splash", "decode_splash", "decode_flash", "megablox"} <= set(programs)
+        assert {"splash", "decode_splash", "decode_flash", "megablox", "narrow"} <= set(programs)
         for name, (temporaries, largest) in programs.items():
-            if "decode" in name:  # no copy of keys or values, each of which is the largest argument
+            if "decode" in name or name == "narrow":  # no copy of keys, values or weights: the largest argument
                 assert temporaries < largest / 2, (topology, name)

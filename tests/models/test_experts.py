@@ -12,7 +12,7 @@ from rlstab_jax.models.precision import Precision, Stored, fp8, quantised, store
 
 D, F = 8, 6
 # Those of accelerators are in test_accelerator_kernels.py.
-EVERYWHERE = {name: kernel for name, kernel in KERNELS.items() if name not in ("megablox", "tokamax")}
+EVERYWHERE = {name: kernel for name, kernel in KERNELS.items() if name not in ("megablox", "narrow", "tokamax")}
 PRECISIONS = {"float32": Precision(), "e4m3": fp8(), "e4m3 weights": fp8(activations="none")}
 OTHERS = {
     "float16": Precision("float16"),

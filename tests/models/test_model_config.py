@@ -43,7 +43,7 @@ def test_kernels_by_hardware() -> None:
     assert resolve_kernels(Kernels(), "cpu") == Kernels("reference", "tiles", "reference", "grouped")
     assert resolve_kernels(Kernels(), "tpu") == Kernels("reference", "ragged_dot", "reference", "ragged_dot")
     assert resolve_kernels(Kernels("cudnn", "dense"), "gpu") == Kernels("cudnn", "dense", "reference", "grouped")
-    explicit = Kernels("splash", "megablox", "splash", "megablox")
+    explicit = Kernels("splash", "megablox", "splash", "narrow")
     assert resolve_kernels(explicit, "tpu") == explicit
 
 
@@ -57,6 +57,7 @@ def test_kernels_by_hardware() -> None:
         ("decode_attention", "flash", "gpu", "needs a TPU, but this is 'gpu': use 'auto' or 'reference'"),
         ("experts", "megablox", "cpu", "needs a TPU, but this is 'cpu': use 'auto' or 'tiles'"),
         ("decode_experts", "megablox", "gpu", "needs a TPU, but this is 'gpu': use 'auto' or 'grouped'"),
+        ("decode_experts", "narrow", "cpu", "needs a TPU, but this is 'cpu': use 'auto' or 'grouped'"),
         ("decode_experts", "tokamax", "tpu", "needs an NVIDIA GPU, but this is 'tpu': use 'auto' or 'ragged_dot'"),
     ],
 )

@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from rlstab_jax.learner import score, update
 from rlstab_jax.models import Kernels, ModelConfig, Precision, Transformer
 from rlstab_jax.models.attention_tpu import splash
+from rlstab_jax.models.grouped_dots import narrow
 from rlstab_jax.training.plan_flops import products
 from rlstab_jax.types import RoutingReplay
 from tests import tiny
@@ -93,6 +94,15 @@ def test_grouped_products() -> None:
     assert counted(loss, *arguments) == {"bfloat16": one}
     assert counted(jax.grad(loss, (0, 1)), *arguments)["bfloat16"] == 3 * one
     assert counted(loss, *arguments, used=0.25) == {"bfloat16": one / 4}
+
+
+def test_a_kernel_that_states_its_products() -> None:
+    """`narrow` multiplies fp8 numbers as bfloat16; it counts whole blocks of rows and columns."""
+    one = 2 * 128 * 128 * 256
+    for dtype, rate in ((jnp.float8_e4m3fn, "bfloat16"), (jnp.int8, "int8"), (jnp.float32, "float32")):
+        arguments = shape(128, 128, dtype=dtype), shape(4, 128, 256, dtype=dtype), shape(4, dtype=jnp.int32)
+        assert counted(narrow, *arguments) == {rate: one}
+        assert counted(narrow, *arguments, used=0.25) == {rate: one / 4}
 
 
 def test_loops_branches_and_maps() -> None:

@@ -1,0 +1,199 @@
+"""Products of rows that are sorted by expert with their expert's matrix, in the place of `jax.lax.ragged_dot`.
+
+Rows past the last expert's have no meaning, in what is given and in what is returned.
+"""
+
+import functools
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from rlstab_jax.models.pallas import exact
+from rlstab_jax.models.precision import is_narrow_float
+from rlstab_jax.types import UserError
+
+Rows = Float[Array, "rows in"]
+Stack = Float[Array, "E in out"]
+Sizes = Int[Array, "E"]
+LANES, SUBLANES = 128, 32
+"""A TPU register's columns, and its rows of one-byte numbers."""
+
+
+def megablox(
+    x: Rows,
+    weight: Stack,
+    sizes: Sizes,
+    precision: jax.lax.Precision | None = None,
+    preferred_element_type: jnp.dtype = jnp.float32,
+    interpret: bool = False,
+) -> Float[Array, "rows out"]:
+    """By JAX's Pallas kernels for TPUs, whose gradient costs what it must with any libtpu.
+
+    ``interpret`` runs them as JAX operations, on any platform; for tests. Raises UserError on operands that are neither
+    bfloat16 nor float32.
+    """
+    _check_operands("megablox", x, jnp.bfloat16, jnp.float32)
+    from jax.experimental.pallas.ops.tpu.megablox.ops import gmm
+
+    rows = x.shape[0]
+    tile = int(np.clip(_share(rows, weight), 128, 512)) if rows > 128 else -(-rows // 16) * 16
+    tiling = (tile, *(min(512, -(-size // 128) * 128) for size in weight.shape[1:]))
+
+    def product(x: Rows, weight: Stack, sizes: Sizes) -> Array:
+        return gmm(x, weight, sizes, preferred_element_type, tiling, None, None, False, interpret)
+
+    padded = jnp.pad(x, ((0, -rows % tile), (0, 0)))
+    return (exact(product) if precision == jax.lax.Precision.HIGHEST else product)(padded, weight, sizes)[:rows]
+
+
+def narrow(
+    x: Rows,
+    weight: Stack,
+    sizes: Sizes,
+    precision: jax.lax.Precision | None = None,
+    preferred_element_type: jnp.dtype = jnp.float32,
+    interpret: bool = False,
+) -> Float[Array, "rows out"]:
+    """By a Pallas kernel for TPUs that reads weights as they are stored. No gradient.
+
+    fp8 numbers are widened to bfloat16, which holds them exactly, on the chip: a matrix is read once, and only if its
+    expert has rows. Without it, where the matrix units know no fp8, all experts' weights are widened in the large
+    memory first. Products are summed in float32, those of int8 in int32. For an engine whose products are "native".
+
+    Args:
+      interpret: runs the kernel as JAX operations, on any platform; for tests.
+    """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    (rows, size), (experts, _, columns) = x.shape, weight.shape
+    x = x.astype(jnp.bfloat16) if is_narrow_float(x.dtype) else x
+    sums = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+    tile = int(np.clip(_share(rows, weight), SUBLANES, LANES))
+    block = tile * int(np.clip(2**20 // (size * tile), 1, -(-rows // tile)))  # 2 MiB of bfloat16
+    x = jnp.pad(x, ((0, -rows % block), (0, 0)))
+    weight = jnp.pad(weight, ((0, 0), (0, 0), (0, -columns % LANES)))
+    out = jax.ShapeDtypeStruct((x.shape[0], weight.shape[-1]), sums)
+    width = _width(size, weight)
+
+    # The rows of each block that are each expert's, and the matrix to have at hand: its own, or else the one before.
+    end = jnp.cumsum(sizes)
+    low = jnp.arange(0, x.shape[0], block)[:, None]
+    first, last = (jnp.clip(at - low, 0, block).astype(jnp.int32) for at in (end - sizes, end))
+    used = last > first
+    held = jax.lax.cummax(jnp.where(used, jnp.arange(experts), -1), axis=1)
+    held = jnp.where(held < 0, jnp.argmax(used, axis=1, keepdims=True), held).astype(jnp.int32)
+
+    y = pl.pallas_call(
+        functools.partial(_narrow_kernel, tile=tile, precision=precision),
+        out_shape=out,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(out.shape[1] // width, len(low), experts),
+            in_specs=[
+                pl.BlockSpec((block, size), lambda column, row, expert, held, first, last: (row, 0)),
+                pl.BlockSpec(
+                    (1, size, width), lambda column, row, expert, held, first, last: (held[row, expert], 0, column)
+                ),
+            ],
+            out_specs=pl.BlockSpec((block, width), lambda column, row, expert, held, first, last: (row, column)),
+        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * size * out.size,
+            transcendentals=0,
+            bytes_accessed=sum(math.prod(a.shape) * a.dtype.itemsize for a in (x, weight, out)),
+        ),
+        interpret=interpret,
+        name="narrow_experts",
+    )(held, first, last, x, weight)
+    return y[:rows, :columns].astype(preferred_element_type)
+
+
+def _narrow_kernel(
+    held: Any, first: Any, last: Any, x: Any, weight: Any, y: Any, *, tile: int, precision: jax.lax.Precision | None
+) -> None:
+    """Adds one expert's part of a block of rows."""
+    from jax.experimental import pallas as pl
+
+    row, expert = pl.program_id(1), pl.program_id(2)
+    begin, end = first[row, expert], last[row, expert]
+    size = x.shape[1]
+    chunk = next((chunk for chunk in (512, 384, 256, LANES) if size % chunk == 0), size)
+
+    @pl.when(expert == 0)
+    def _() -> None:
+        y[...] = jnp.zeros_like(y)
+
+    def add(number: Array, _: None) -> None:
+        """One chunk of the contracted axis: widened once, and multiplied with each tile that has rows of the expert."""
+        part = pl.ds(pl.multiple_of(number * chunk, chunk), chunk)
+        matrix = weight[0, part].astype(x.dtype)
+
+        def add_tile(number: Array, _: None) -> None:
+            at = pl.ds(pl.multiple_of(number * tile, tile), tile)
+            product = jnp.dot(x[at, part], matrix, precision=precision, preferred_element_type=y.dtype)
+            position = number * tile + jax.lax.broadcasted_iota(jnp.int32, (tile, 1), 0)
+            y[at] += jnp.where((position >= begin) & (position < end), product, 0)
+
+        jax.lax.fori_loop(jax.lax.div(begin, tile), jax.lax.div(end + tile - 1, tile), add_tile, None)
+
+    @pl.when(end > begin)
+    def _() -> None:
+        jax.lax.fori_loop(0, size // chunk, add, None)
+
+
+def _width(size: int, weight: Array) -> int:
+    """The largest block of columns that divides all of them, with at most 1 MiB of weights."""
+    columns = weight.shape[-1]
+    fitting = [
+        width
+        for width in range(LANES, columns + 1, LANES)
+        if columns % width == 0 and size * width * weight.dtype.itemsize <= 2**20
+    ]
+    return max(fitting, default=LANES)
+
+
+def tokamax(
+    x: Rows,
+    weight: Stack,
+    sizes: Sizes,
+    precision: jax.lax.Precision | None = None,
+    preferred_element_type: jnp.dtype = jnp.float32,
+    implementation: Literal["mosaic", "xla"] = "mosaic",
+) -> Float[Array, "rows out"]:
+    """By the kernels of the package tokamax for NVIDIA GPUs, in bfloat16.
+
+    Its version 0.0.17 has kernels from Ampere (A100) on, but that of the weights' gradient for Hopper (H100, H200)
+    only; where it lacks one, it raises NotImplementedError. ``implementation`` "xla" runs anywhere; for tests. Raises
+    UserError on other operands.
+    """
+    _check_operands("tokamax", x, jnp.bfloat16)
+    import tokamax
+
+    return tokamax.ragged_dot(
+        x,
+        weight,
+        sizes,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        implementation=implementation,
+    )
+
+
+def _share(rows: int, weight: Stack) -> int:
+    """An expert's mean share of the rows, rounded down to a power of two."""
+    return 2 ** math.floor(math.log2(max(rows / weight.shape[0], 1)))
+
+
+def _check_operands(kernel: str, x: Array, *supported: Any) -> None:
+    if x.dtype not in supported:
+        names = " and ".join(str(jnp.dtype(dtype)) for dtype in supported)
+        raise UserError(
+            f"the expert kernel {kernel!r} multiplies {names}, but this precision multiplies {x.dtype}: use "
+            "'ragged_dot' in kernels.experts and kernels.decode_experts, or another precision"
+        )
