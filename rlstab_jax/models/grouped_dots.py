@@ -73,12 +73,14 @@ def narrow(
     (rows, size), (experts, _, columns) = x.shape, weight.shape
     x = x.astype(jnp.bfloat16) if is_narrow_float(x.dtype) else x
     sums = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
-    tile = int(np.clip(_share(rows, weight), SUBLANES, LANES))
-    block = tile * int(np.clip(2**20 // (size * tile), 1, -(-rows // tile)))  # 2 MiB of bfloat16
-    x = jnp.pad(x, ((0, -rows % block), (0, 0)))
     weight = jnp.pad(weight, ((0, 0), (0, 0), (0, -columns % LANES)))
-    out = jax.ShapeDtypeStruct((x.shape[0], weight.shape[-1]), sums)
     width = _width(size, weight)
+    tile = int(np.clip(_share(rows, weight), SUBLANES, LANES))
+    # At most 2 MiB of rows and 2 MiB of results: with weights, and a second buffer for each, they fit a v5e's 16 MiB.
+    most = 2**21 // max(size * x.dtype.itemsize, width * 4)
+    block = tile * int(np.clip(most // tile, 1, -(-rows // tile)))
+    x = jnp.pad(x, ((0, -rows % block), (0, 0)))
+    out = jax.ShapeDtypeStruct((x.shape[0], weight.shape[-1]), sums)
 
     # The rows of each block that are each expert's, and the matrix to have at hand: its own, or else the one before.
     end = jnp.cumsum(sizes)
