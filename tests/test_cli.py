@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from rlstab_jax import rundir
-from rlstab_jax.cli import main, progress
+from rlstab_jax.cli import main
+from rlstab_jax.progress import progress
 from rlstab_jax.rundir import read_metrics
 from rlstab_jax.training import loop
 
