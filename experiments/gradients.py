@@ -182,6 +182,15 @@ def compared(products: Float[np.ndarray, "objective objective"]) -> tuple[np.nda
     return np.where(bad, np.nan, cosines), np.where(bad, np.nan, distances)
 
 
+def projected(products: Float[np.ndarray, "objective objective"]) -> Float[np.ndarray, "objective"]:
+    """Each gradient's projection on the first one, relative to that one's length: 1 if it holds all of it, 0 if none.
+
+    It is known where the gradient's own length is lost in noise; NaN where that of the first one is.
+    """
+    square = products[0, 0]
+    return products[0] / square if square > 0 else np.full(len(products), np.nan)
+
+
 def states(config: RunConfig, run: Path, engines: Engines) -> dict[str, TrainState]:
     """A run's training state at its beginning and at its end. Raises UserError if there is no such run."""
 
@@ -223,18 +232,20 @@ def measure(
 
 
 def table(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Cosine with the gradient of Eq. 2 and relative distance from it, over pairs, with 95% intervals."""
+    """Cosine with the gradient of Eq. 2, relative distance from it, projection on it: over pairs, with 95% intervals.
+    NaN where a pair's is not known."""
     rows = [{"cold_start": pair["cold_start"], **row} for pair in pairs for row in pair["measured"]]
     out = []
     for point, updates in dict.fromkeys((row["point"], row["updates"]) for row in rows):
         here = [row for row in rows if (row["point"], row["updates"]) == (point, updates)]
         cold_starts = np.array([row["cold_start"] for row in here])
-        numbers = np.array([compared(np.array(row["products"])) for row in here])  # [pair, cosine or distance, name]
+        products = [np.array(row["products"]) for row in here]
+        numbers = np.array([(*compared(of_pair), projected(of_pair)) for of_pair in products])  # [pair, quantity, name]
         for i, name in enumerate(here[0]["names"]):
             if name == REFERENCE:
                 continue
             line: dict[str, Any] = {"point": point, "updates": updates, "gradient": name, "pairs": len(here)}
-            for quantity, values in zip(("cosine", "distance"), numbers[:, :, i].T, strict=True):
+            for quantity, values in zip(("cosine", "distance", "projection"), numbers[:, :, i].T, strict=True):
                 known = np.isfinite(values)
                 if not known.all():
                     line |= {quantity: float("nan"), f"{quantity}_low": float("nan"), f"{quantity}_high": float("nan")}

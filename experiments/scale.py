@@ -13,11 +13,11 @@ SIZES: dict[str, dict[str, Any]] = {
     "base": {},
     "large": {"model.num_layers": 4, "model.embed_dim": 96, "model.num_experts": 32, "model.head_dim": 24},
 }
-# Named by the longest answer, in tokens. With as many wrong steps as in short ones hardly a demonstration would end
-# right, and no cold start would reach its accuracy.
+# Named by the longest answer, in tokens: longer chains, and steps written in full. With as many wrong steps as in short
+# ones hardly a demonstration would end right, and no cold start would reach its accuracy.
 LENGTHS: dict[str, dict[str, Any]] = {
     "len33": {"task.operands": (8, 16), "task.demonstration_noise": 0.1},
-    "len61": {"task.operands": (16, 30), "task.demonstration_noise": 0.05},
+    "len73": {"task.operands": (6, 12), "task.demonstration_noise": 0.1, "task.scratchpad": 3},
 }
 MAIN = {
     "n8-clip-live": updates(8) | replay("live"),

@@ -82,6 +82,10 @@ def page(results: Path) -> str:
         "The paper's account: a restored first-order approximation. If so, routes that are merely held fixed do not do,"
         " and a router that stands still does not either.",
         _table(CAUSES, runs),
+        "And the gradients themselves: how much of Eq. 2's gradient the token-level one holds, as its projection on it "
+        "(1: all, 0: nothing; 95% intervals), at the weights that sampled and seven updates later, at the cold start "
+        "and at the end of on-policy runs ([more](gradients/gradients.csv)). No verdict.",
+        _projections(results),
         "## Claims of later work (section 7)",
         _table(LATER, runs),
         "## Where the claims on staleness could bite",
@@ -153,6 +157,25 @@ def _gradients(results: Path) -> str:
             ("m", f"the gradient {says} is not correlated with Eq. 2's", figures, gradients.correlated(rows, name))
         )
     return _rows(("claim", "as tested", "cosine", "verdict"), lines)
+
+
+def _projections(results: Path) -> str:
+    kinds = {
+        "token": "live routes",
+        "r2": "R2",
+        "r3": "R3",
+        "permuted": "R3, another token's routes",
+        "clipped": "live routes, clipping and truncation",
+    }
+    rows = gradients.table(read(results / "gradients" / gradients.FILE))
+    places = list(dict.fromkeys((row["point"], row["updates"]) for row in rows))
+    of = {(row["point"], row["updates"], row["gradient"]): row for row in rows}
+
+    def shown(row: Mapping[str, Any]) -> str:
+        return f"{row['projection']:.2f} [{row['projection_low']:.2f}, {row['projection_high']:.2f}]"
+
+    lines = [(says, *(shown(of[*place, name]) for place in places)) for name, says in kinds.items() if rows]
+    return _rows(("gradient with", *(f"{point}, {updates} updates" for point, updates in places)), lines)
 
 
 def enumerated(results: Path) -> str:

@@ -30,8 +30,11 @@ def test_cosines_and_distances() -> None:
     cosines, distances = gradients.compared(vectors @ vectors.T)
     np.testing.assert_allclose(cosines, [1, 1, 0], atol=1e-12)
     np.testing.assert_allclose(distances, [0, 1, 2**0.5], atol=1e-12)
-    noisy = gradients.compared(np.array([[1.0, 0.1], [0.1, -0.2]]))
+    np.testing.assert_allclose(gradients.projected(vectors @ vectors.T), [1, 2, 0], atol=1e-12)
+    lost = np.array([[1.0, 0.1], [0.1, -0.2]])
+    noisy = gradients.compared(lost)
     assert np.isnan([noisy[0][1], noisy[1][1]]).all()  # a squared length below 0 says nothing
+    np.testing.assert_allclose(gradients.projected(lost), [1, 0.1])
 
 
 def test_a_run_is_measured_and_tabled(tmp_path: Path) -> None:
