@@ -62,7 +62,8 @@ def narrow(
 
     fp8 numbers are widened to bfloat16, which holds them exactly, on the chip: a matrix is read once, and only if its
     expert has rows. Without it, where the matrix units know no fp8, all experts' weights are widened in the large
-    memory first. Products are summed in float32, those of int8 in int32. For an engine whose products are "native".
+    memory first. Products are summed in float32, those of int8 in int32. For an engine whose products are "native" and
+    whose scales are by channel: what is emulated, or in 4 bits, is widened before it comes here, and blocks are copied.
 
     Args:
       interpret: runs the kernel as JAX operations, on any platform; for tests.

@@ -110,7 +110,7 @@ def _kernel(eqn: Any, silent: bool, used: float) -> Rates:
         # Of the kernels in use here, grouped products state them; int32 operands say which rows are whose.
         operands = [np.dtype(var.aval.dtype) for var in eqn.invars if var.aval.dtype != jnp.int32]
         widest = max(operands, key=lambda dtype: dtype.itemsize)
-        rate = "int8" if widest == np.int8 else {2: "bfloat16"}.get(widest.itemsize, "float32")
+        rate = "int8" if widest == np.int8 else "bfloat16" if widest.itemsize == 2 else "float32"
         return {rate: stated.flops * used}
     if not silent:
         return {}

@@ -71,8 +71,8 @@ def stored(batch: int, kv_heads: int, time: int, c: int, dtype: Any) -> tuple[St
 def narrow_rows(rows: int) -> list[jax.ShapeDtypeStruct]:
     """Of the experts' last product at the sizes of Qwen3-30B-A3B, a quarter of its experts."""
     shapes = (rows, 768), (32, 768, 2048)
-    narrow = [jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn) for shape in shapes]
-    return [*narrow, jax.ShapeDtypeStruct((32,), jnp.int32)]
+    operands = [jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn) for shape in shapes]
+    return [*operands, jax.ShapeDtypeStruct((32,), jnp.int32)]
 
 
 def a_decode_step(dtype: Any, make: Callable = cache, of_cache: Any = None) -> list:

@@ -116,7 +116,8 @@ def check_inference() -> None:
     """Stored weights, whose scales a hidden unit's tensor axis may share, and tokens that no devices can share."""
     precisions = {
         "float32": Precision(),
-        "e4m3": fp8(products="native"),
+        "e4m3": fp8(),
+        "e4m3, native": fp8(products="native"),
         "blocks of each device": quantised("int8", scales="block", block=4),
         "one block of all devices": fp8(scales="block", block=16),
     }

@@ -224,7 +224,8 @@ def test_narrow_equals_the_dense_experts(precision: Precision) -> None:
     # A hidden unit on the border between two stored values moves with the last bit of its sum; bfloat16 has 8 bits.
     tolerance = 1e-2 if precision.dtype == "bfloat16" or "float8" in precision.activations else 2e-6
     np.testing.assert_allclose(got / scale, wanted / scale, atol=tolerance)
-    assert np.mean(np.abs(got - wanted) > 2e-6 * scale) < (1 if precision.dtype == "bfloat16" else 0.02)
+    if precision.dtype == "float32":
+        assert np.mean(np.abs(got - wanted) > 2e-6 * scale) < 0.02
 
 
 @pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.int8])
