@@ -3,7 +3,8 @@
 The hypothesis: without the IS weight a run collapses if the gap pushes in one direction for long, not if it is large.
 Rounding errors are drawn anew as the weights move. So a fixed probe of sequences, sampled once at the cold start, is
 scored under both engines at every checkpoint, and delta_t of one checkpoint is correlated, over tokens, with that of a
-later one. The runs are those of `experiments.on_policy` with a checkpoint every 16 updates.
+later one. The runs are those of `experiments.on_policy` with a checkpoint every 16 updates; those with mu mixed are the
+ones whose gap should persist, since training cannot remove it.
 
     python -m experiments.persistence [--seeds 3] [--draw]
 """
@@ -24,16 +25,16 @@ from rlstab_jax.learner import init_state
 from rlstab_jax.rundir import read_metrics
 from rlstab_jax.training.checkpoint import Checkpoints
 from rlstab_jax.training.config import RunConfig
-from rlstab_jax.training.engines import build, initial_params
+from rlstab_jax.training.engines import Engines, build, initial_params
 from rlstab_jax.training.loop import RunState
 from rlstab_jax.training.passes import rescore, sample_responses, score_old
 from rlstab_jax.training.run import train
-from rlstab_jax.types import RoutingReplay, UserError
+from rlstab_jax.types import Rollout, RoutingReplay, UserError
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-CELLS = ("minirl", "no_is", "minirl-4bit", "no_is-4bit")
+CELLS = ("minirl", "no_is", "mixed", "mixed-no_is", "minirl-4bit", "no_is-4bit")
 EVERY = 16
 PROMPTS = 64
 FOLDER = RESULTS / "persistence"
@@ -53,6 +54,19 @@ def autocorrelation(
         correlations = tokens @ tokens.T / np.outer(length, length)
     by_lag = [np.diagonal(correlations, lag) for lag in range(len(tokens))]
     return np.array([np.mean(c[np.isfinite(c)]) if np.isfinite(c).any() else np.nan for c in by_lag])
+
+
+def log_mu(engines: Engines, params: dict[str, Any], probe: Rollout) -> Float[np.ndarray, "batch R"]:
+    """log mu of the probe's tokens, at temperature 1 and without truncation: the inference engine's softmax, mixed with
+    the uniform distribution over the vocabulary where the run mixes it in."""
+    rollout = engines.config.rollout
+    if (rollout.temperature, rollout.top_k, rollout.top_p, rollout.min_p) != (1.0, 0, 1.0, 0.0):
+        raise UserError(f"persistence is measured at temperature 1 and without truncation, not with {rollout}")
+    softmax = np.asarray(rescore(engines, params, probe).log_probs)
+    if rollout.uniform == 0.0:
+        return softmax
+    of_uniform = np.log(rollout.uniform / engines.training.config.vocab_size)
+    return np.logaddexp(np.log1p(-rollout.uniform) + softmax, of_uniform)
 
 
 def measure(config: RunConfig, run: Path, prompts: int = PROMPTS) -> dict[str, Any]:
@@ -77,7 +91,7 @@ def measure(config: RunConfig, run: Path, prompts: int = PROMPTS) -> dict[str, A
             if probe is None:
                 probe = sample_responses(engines, params, [heldout[i] for i in range(prompts)], 10**6)
             old, _ = score_old(engines, params, probe, RoutingReplay.LIVE)
-            deltas.append(np.asarray(rescore(engines, params, probe).log_probs - old.log_probs))
+            deltas.append(log_mu(engines, params, probe) - np.asarray(old.log_probs))
     if probe is None:
         raise UserError(f"{run} has no checkpoint")
     mask, delta = np.asarray(probe.response_mask), np.stack(deltas)

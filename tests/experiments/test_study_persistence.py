@@ -8,6 +8,10 @@ import pytest
 
 from experiments import drawing, persistence
 from experiments.study import read
+from rlstab_jax.models import Precision
+from rlstab_jax.training.engines import build, initial_params
+from rlstab_jax.training.passes import sample_responses
+from rlstab_jax.types import UserError
 from tests.training import tiny_run
 
 
@@ -49,6 +53,22 @@ def test_a_run_is_measured_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ]  # fmt: skip
     persistence.picture(rows, tmp_path / "persistence.png")
     assert (tmp_path / "persistence.png").stat().st_size > 10_000
+
+
+def test_log_mu_is_that_of_the_mixture() -> None:
+    """With equal engines it is the sampler's own log-prob, which the mixture is in."""
+    config = dataclasses.replace(
+        tiny_run.config(), rollout=dataclasses.replace(tiny_run.config().rollout, precision=Precision(), uniform=0.3)
+    )
+    engines = build(config)
+    params = initial_params(engines.training, 0)
+    probe = sample_responses(engines, params, [engines.task.split("heldout")[i] for i in range(4)], 0)
+    mask = np.asarray(probe.response_mask)
+    found = persistence.log_mu(engines, params, probe)
+    np.testing.assert_allclose(found[mask], np.asarray(probe.log_probs)[mask], atol=2e-5)
+    warm = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, temperature=0.5))
+    with pytest.raises(UserError, match="temperature 1"):
+        persistence.log_mu(dataclasses.replace(engines, config=warm), params, probe)
 
 
 def test_committed_table_is_that_of_the_committed_measurements(tmp_path: Path) -> None:
