@@ -25,6 +25,7 @@ from experiments import drawing, on_policy, statistics
 from experiments.discrepancy import PRECISIONS
 from experiments.gradients import Surrogate, compared, mean_gradients, run_of, states, unclipped
 from experiments.study import RESULTS, add, command, read, replaced
+from experiments.workers import prepare
 from rlstab_jax.stability.reduce import Statistics, merge
 from rlstab_jax.tasks import prompt_iterator
 from rlstab_jax.training.config import RunConfig
@@ -196,6 +197,8 @@ def main(
       batches: mini-batches of each half of the sample.
     """
     path, study = FOLDER / FILE, on_policy.STUDY
+    if not draw_only:
+        prepare(runs)
     there = {row["pair"] for row in read(path)}
     for pair in range(0 if draw_only else seeds):
         if pair not in there:

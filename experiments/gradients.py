@@ -28,6 +28,7 @@ from jaxtyping import Array, Float
 from experiments import drawing, on_policy, statistics
 from experiments.claims import ENOUGH, NOT_YET, REFUTED, REPRODUCED, UNDECIDED
 from experiments.study import RESULTS, add, command, key_of, read
+from experiments.workers import prepare
 from rlstab_jax.learner import Minibatch, TrainState, init_state
 from rlstab_jax.learner.controls import permuted
 from rlstab_jax.learner.score import policy_scores, replayed_routes
@@ -289,6 +290,8 @@ def main(
     """
     path, study = FOLDER / FILE, on_policy.STUDY
     cell = study.cell("minirl")
+    if not draw_only:
+        prepare(runs)
     there = {row["pair"] for row in read(path)}
     for pair in range(0 if draw_only else seeds):
         if pair in there:

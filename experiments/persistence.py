@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float
 
 from experiments import drawing, on_policy, statistics
 from experiments.study import RESULTS, add, command, read
+from experiments.workers import prepare
 from rlstab_jax.learner import init_state
 from rlstab_jax.rundir import read_metrics
 from rlstab_jax.training.checkpoint import Checkpoints
@@ -141,7 +142,7 @@ def picture(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def main(
     seeds: int = 3,
     draw_only: Annotated[bool, tyro.conf.arg(name="draw")] = False,
-    runs: Path = Path("runs/persistence"),
+    runs: Path = Path("runs/studies"),
 ) -> None:
     """Runs and measures what is missing, then draws.
 
@@ -151,12 +152,14 @@ def main(
       runs: where the run directories are kept.
     """
     path, study = FOLDER / FILE, on_policy.STUDY
+    if not draw_only:
+        prepare(runs)
     there = {(row["cell"], row["pair"]) for row in read(path)}
     for pair in range(0 if draw_only else seeds):
         for cell in CELLS:
             if (cell, pair) not in there:
                 config = study.config(study.cell(cell), pair)
-                row = measure(config, runs / f"{cell}-pair{pair:02d}")
+                row = measure(config, runs / f"persistence-{cell}-pair{pair:02d}")
                 add(path, {"cell": cell, "pair": pair, "cold_start": config.cold_start.seed, **row})
                 print(f"{cell}, pair {pair}: measured")
     if rows := read(path):

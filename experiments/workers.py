@@ -203,12 +203,17 @@ def _in_processes(
         signal.signal(signal.SIGTERM, before)
 
 
+def prepare(runs: Path) -> None:
+    """What a process that computes is told first: compiled programs stay beside the runs, unless JAX has a place."""
+    prepare_jax(None if jax.config.jax_compilation_cache_dir else (runs / "compiled").resolve())
+
+
 def _serve(jobs: Sequence[Job], begun: Any, done: Any, halt: Any, runs: Path, deadline: float, cores: set[int]) -> None:
     """One process: the next job that no process has begun, until none is left, time is up, or the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; this one is told by its parent
     if cores:
         os.sched_setaffinity(0, cores)
-    prepare_jax(None if jax.config.jax_compilation_cache_dir else (runs / "compiled").resolve())
+    prepare(runs)
     parent = os.getppid()
     while not halt.is_set() and time.time() < deadline and os.getppid() == parent:
         with begun.get_lock():
