@@ -93,6 +93,18 @@ def page(results: Path) -> str:
         "clipping and replay does, and on-policy training does not, on tuning seeds: no evidence "
         "(`python -m experiments.regime`, [pictures](regime/curves.png)).",
         _searched(records),
+        "## Whether the gap's persistence, rather than its size, makes IS matter",
+        "delta = log mu - log pi of the tokens of a fixed probe, at every 16th update of on-policy runs: its size "
+        "(root mean square, nats), and its correlation over tokens with itself after more updates. If persistence "
+        "decides, IS is worth accuracy where the correlation lasts, whatever the size "
+        "([more](persistence/persistence.csv), [picture](persistence/persistence.png)). Accuracies are the last of "
+        "each run, as means over pairs. No verdict.",
+        _persistence(results),
+        "## What each choice of engines does at fixed weights",
+        "KL and route disagreement of the engines, the share of KL that goes when the sampler's routes are replayed, "
+        "and the cosine of MiniRL's gradients with that of equal engines (95% intervals), at the end of on-policy runs "
+        "([more](engine_gaps/engine_gaps.csv), [picture](engine_gaps/engine_gaps.png)). No verdict.",
+        _engines(results),
         "## What has been run",
         _progress(records, results),
         "## What waits for something to be built",
@@ -176,6 +188,45 @@ def _projections(results: Path) -> str:
 
     lines = [(says, *(shown(of[*place, name]) for place in places)) for name, says in kinds.items() if rows]
     return _rows(("gradient with", *(f"{point}, {updates} updates" for point, updates in places)), lines)
+
+
+def _persistence(results: Path) -> str:
+    kinds = {"e4m3": ("minirl", "no_is"), "4 bits": ("minirl-4bit", "no_is-4bit"), "mu mixed": ("mixed", "mixed-no_is")}
+    lags = (16, 64, 256)
+    rows = persistence.table(read(results / "persistence" / persistence.FILE))
+    of = {(row["cell"], row["lag"]): row for row in rows}
+    lines = []
+    for kind, (weighted, without) in kinds.items():
+        if all((cell, lag) in of for cell in (weighted, without) for lag in lags):
+            row = of[without, lags[0]]
+            stays = [f"{of[without, lag]['autocorrelation']:.2f}" for lag in lags]
+            ends = [f"{of[cell, lags[0]]['final']:.2f}" for cell in (weighted, without)]
+            lines.append((kind, str(row["pairs"]), f"{row['size']:.2g}", *stays, *ends))
+    head = ("rollouts", "pairs", "size without IS", *(f"correlation after {lag}" for lag in lags))
+    return _rows((*head, "accuracy with IS", "without IS"), lines)
+
+
+def _engines(results: Path) -> str:
+    rows = engine_gaps.table(read(results / "engine_gaps" / engine_gaps.FILE))
+
+    def shown(row: Mapping[str, Any], gradient: str) -> str:
+        mean, low, high = (row[f"{gradient}: cosine{end}"] for end in ("", " low", " high"))
+        return "lost in noise" if math.isnan(mean) else f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+
+    lines = [
+        (
+            row["engines"],
+            str(row["pairs"]),
+            f"{row['k3']:.2g}",
+            "" if math.isnan(row["routing_share"]) else f"{row['routing_share']:.2f}",
+            f"{row['disagreement']:.2g}",
+            *(shown(row, gradient) for gradient in engine_gaps.GRADIENTS),
+        )
+        for row in rows
+        if row["point"] == "end"
+    ]
+    head = ("engines", "pairs", "KL, nats", "share of routing", "routes that differ", *engine_gaps.GRADIENTS)
+    return _rows(head, lines)
 
 
 def enumerated(results: Path) -> str:
