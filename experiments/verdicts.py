@@ -96,9 +96,9 @@ def page(results: Path) -> str:
         "## Whether the gap's persistence, rather than its size, makes IS matter",
         "delta = log mu - log pi of the tokens of a fixed probe, at every 16th update of on-policy runs: its size "
         "(root mean square, nats), and its correlation over tokens with itself after more updates. If persistence "
-        "decides, IS is worth accuracy where the correlation lasts, whatever the size "
-        "([more](persistence/persistence.csv), [picture](persistence/persistence.png)). Accuracies are the last of "
-        "each run, as means over pairs. No verdict.",
+        "decides, IS is worth accuracy where the correlation lasts, whatever the size; kinds of rollouts that differ "
+        "in both cannot tell the two apart ([more](persistence/persistence.csv), "
+        "[picture](persistence/persistence.png)). Accuracies are the last ones, as means over pairs. No verdict.",
         _persistence(results),
         "## What each choice of engines does at fixed weights",
         "KL and route disagreement of the engines, the share of KL that goes when the sampler's routes are replayed, "
