@@ -1,4 +1,5 @@
-"""The claims of PAPER.md, sections 6 and 7, each as a contrast of cells with a rule that turns it into a verdict.
+"""The claims of PAPER.md, sections 6 and 7, and our own leads, each as a contrast of cells with a rule that turns it
+into a verdict.
 
 Written before any confirmatory run; PROTOCOL.md says why. All contrasts are paired: same cold start, prompts and keys.
 """
@@ -11,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from experiments import statistics
-from experiments.setting import HIGHER, HIGHER_RATE
+from experiments.setting import HIGHER, HIGHER_RATE, RATES
 from experiments.study import Run
 
 SMALLEST = 0.03  # smallest effect of interest, in accuracy
@@ -40,7 +41,7 @@ class Contrast:
     """One claim as a comparison of cells of one study."""
 
     claim: str
-    """Its letter in section 6, or the name of the work in section 7."""
+    """Its letter in section 6, the name of the work in section 7, or a word of our own."""
     says: str
     study: str
     kind: Kind
@@ -165,7 +166,23 @@ LATER = (
              ("n8-minpro",), ("n8-minirl",), primary=False),
     Contrast("FP16", "rollouts in fp16 are better than in bf16", "discrepancy", "higher", ("fp16",), ("bf16",)),
 )  # fmt: skip
-ALL = PAPER + CAUSES + LATER
+# What an earlier look saw at the two highest rates, from one cold start.
+_RATES = "high_rates"
+_LEVEL, _BREAKS = (f"-lr{rate:g}" for rate in RATES[-2:])
+LEADS = (
+    Contrast("lead", f"without clipping and replay N = 8 collapses at {RATES[-1]:g}, with clipping and R3 it does not",
+             _RATES, "collapses", (_n(8, False, "live") + _BREAKS,), (_n(8, True, "r3") + _BREAKS,)),
+    Contrast("lead", f"there on-policy training does not either ({RATES[-1]:g})", _RATES, "collapses",
+             (_n(8, False, "live") + _BREAKS,), (_n(1, True, "live") + _BREAKS,), primary=False),
+    Contrast("lead", f"with clipping and R3 N = 8 is no worse than on-policy training at {RATES[-2]:g}", _RATES, "best",
+             (_n(8, True, "r3") + _LEVEL,), (_n(1, True, "live") + _LEVEL,)),
+    *(Contrast("lead", f"it is better than {what} at {RATES[-2]:g}", _RATES, "higher", (_n(8, True, "r3") + _LEVEL,),
+               (_n(8, *cell) + _LEVEL,), primary=primary)
+      for what, cell, primary in
+      (("clipping alone", (True, "live"), True), ("neither clipping nor replay", (False, "live"), False),
+       ("R2", (True, "r2"), False))),
+)  # fmt: skip
+ALL = PAPER + CAUSES + LATER + LEADS
 
 
 @dataclasses.dataclass(frozen=True)
