@@ -174,6 +174,9 @@ LEADS = (
              _RATES, "collapses", (_n(8, False, "live") + _BREAKS,), (_n(8, True, "r3") + _BREAKS,)),
     Contrast("lead", f"there on-policy training does not either ({RATES[-1]:g})", _RATES, "collapses",
              (_n(8, False, "live") + _BREAKS,), (_n(1, True, "live") + _BREAKS,), primary=False),
+    *(dataclasses.replace(contrast, says=f"{contrast.says}, at a rate of {RATES[-1]:g}", study=_RATES, primary=False,
+                          a=(contrast.a[0] + _BREAKS,), b=(contrast.b[0] + _BREAKS,))
+      for contrast in (_NO_REPLAY, _NO_CLIP)),
     Contrast("lead", f"with clipping and R3 N = 8 is no worse than on-policy training at {RATES[-2]:g}", _RATES, "best",
              (_n(8, True, "r3") + _LEVEL,), (_n(1, True, "live") + _LEVEL,)),
     *(Contrast("lead", f"it is better than {what} at {RATES[-2]:g}", _RATES, "higher", (_n(8, True, "r3") + _LEVEL,),

@@ -14,7 +14,7 @@ LEVEL, BREAKS = RATES[-2:]
 ON_POLICY, NEITHER = (1, True, "live"), (8, False, "live")
 METHODS = {  # for each rate, in the order of their worth
     LEVEL: (ON_POLICY, (8, True, "live"), (8, True, "r3"), NEITHER, (8, True, "r2")),
-    BREAKS: (NEITHER, (8, True, "r3"), ON_POLICY, (8, True, "live")),
+    BREAKS: (NEITHER, (8, True, "r3"), (8, True, "live"), (8, False, "r3"), ON_POLICY),
 }
 
 
