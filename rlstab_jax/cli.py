@@ -66,6 +66,16 @@ class TrainOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class SftOptions:
+    """Options of a cold start alone."""
+
+    out: Path | None = None
+    """Directory of the run that it is for, as train takes it; the cold start goes into cold_start beside it."""
+    compilation_cache: Path | None = TrainOptions.compilation_cache
+    """Where compiled programs are kept between runs; None for nowhere."""
+
+
+@dataclasses.dataclass(frozen=True)
 class DiagnoseOptions:
     """Options of a diagnosis."""
 
@@ -127,7 +137,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         for before, argument in itertools.pairwise([command, *arguments[1:]]):
-            if "gs://" in argument and (command, (before + argument)[:5]) != ("train", "--out"):
+            if "gs://" in argument and not (
+                command == "train" and (before == "--out" or argument.startswith("--out=gs://"))
+            ):
                 raise UserError(
                     f"{argument}: only train --out takes a bucket; copy what is there to a directory first, "
                     f"with gcloud storage cp -r {argument.partition('=')[2] or argument} ."
@@ -224,7 +236,7 @@ def train_command(arguments: Sequence[str], begin: Any) -> int:
 
 def facts(config: Any, **options: Any) -> dict[str, Any]:
     """What all processes of a run must have in common: the config, the options, versions and our own source."""
-    from rlstab_jax.rundir import leaves, plain
+    from rlstab_jax.rundir import code_of, leaves, plain
     from rlstab_jax.training.run import versions
 
     package = Path(__file__).parent
@@ -233,6 +245,7 @@ def facts(config: Any, **options: Any) -> dict[str, Any]:
     return {
         **options,
         **dict(leaves(plain(config))),
+        **code_of(config),
         **installed,
         f"the checksum of {package.name}'s source": zlib.crc32(source),
     }
@@ -242,12 +255,12 @@ def sft_command(arguments: Sequence[str], begin: Any) -> int:
     from rlstab_jax.training.cold_start import cold_start
     from rlstab_jax.training.engines import build
 
-    _, options, config = parse("sft", arguments)
+    path, options, config = parse("sft", arguments, SftOptions())
     prepare_jax(options.compilation_cache)
     engines = build(config)
     begin()
     started = time.perf_counter()
-    cold_start(engines, Path(options.out or "runs") / "cold_start")
+    cold_start(engines, (options.out or Path("runs") / path.stem).parent / "cold_start")
     print(f"{time.perf_counter() - started:.1f} s")
     return 0
 

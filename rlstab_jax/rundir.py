@@ -10,12 +10,15 @@ import contextlib
 import dataclasses
 import enum
 import errno
+import functools
+import inspect
 import json
 import math
 import os
 import socket
 import struct
 import time
+import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FunctionType
@@ -55,7 +58,29 @@ def plain(value: Any, nonfinite: Callable[[float], Any] = str) -> Any:
         return plain(value.tolist(), nonfinite)
     if isinstance(value, FunctionType):  # a recipe of one's own in a config
         return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, functools.partial):
+        return plain({"function": value.func, "arguments": value.args, **value.keywords}, nonfinite)
     raise TypeError(f"{value!r} of type {type(value).__name__} has no plain form for JSON")
+
+
+def code_of(config: Any) -> dict[str, str]:
+    """A checksum of the source of each function in a config that is not this package's own: `plain` knows the name
+    alone. What such a function calls is not in it."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return code_of([getattr(config, f.name) for f in dataclasses.fields(config)])
+    if isinstance(config, functools.partial):
+        return code_of(config.func)
+    if isinstance(config, Mapping):
+        return code_of(list(config.values()))
+    if isinstance(config, list | tuple):
+        return {name: code for item in config for name, code in code_of(item).items()}
+    if not isinstance(config, FunctionType) or config.__module__.partition(".")[0] == __package__:
+        return {}
+    try:
+        source = inspect.getsource(config).encode()
+    except (OSError, TypeError):  # it was typed into an interpreter
+        source = config.__code__.co_code
+    return {f"the code of {plain(config)}": f"{zlib.crc32(source):08x}"}
 
 
 def config_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -80,7 +105,8 @@ def open_run(
     """Opens the run in ``path`` to go on with it, or begins one there.
 
     Args:
-      manifest: ``config`` and whatever else describes the run (versions, devices, kernels, seed); see `plain`.
+      manifest: ``config`` and whatever else describes the run (versions, devices, kernels, seed); see `plain`. ``code``
+        is compared as the config is, if a run that is there has it.
       fresh: begin anew. What is there is not lost: it is renamed to ``<path>.old-1`` (the next free number).
       may_change: dotted names of config fields that may differ when a run goes on, e.g. how many steps to take.
       say: where a message for the user goes.
@@ -94,7 +120,9 @@ def open_run(
     manifest, file = plain(manifest), path / "manifest.json"
     if file.exists():
         before = read_manifest(path)
-        _same_config(path, before.get("config", {}), manifest["config"], may_change)
+        compared = ("config", *({"code"} & before.keys() & manifest.keys()))
+        there, here = ({k: v for part in compared for k, v in m.get(part, {}).items()} for m in (before, manifest))
+        _same_config(path, there, here, may_change)
         manifest = {**before, "config": manifest["config"]}
     elif path.exists() and (
         not path.is_dir() or any((path / name).exists() for name in ("metrics.jsonl", "checkpoints"))
@@ -147,7 +175,6 @@ class RunDir:
         self.path = Path(path)
         self.metrics_path = self.path / "metrics.jsonl"
         self.samples_path = self.path / "samples.jsonl"
-        self.checkpoints_path = self.path / "checkpoints"
         self.report_path = self.path / "report.png"
         self._last_step, self._events = self._cut(math.inf)
 

@@ -92,7 +92,8 @@ class Scores:
       groups: equal numbers in [0, batch) for the responses of one prompt.
       reference: log-probs of a frozen reference policy, for KL regularisers.
       entropy: full-vocabulary entropy of pi_theta on each prefix, in nats, for an entropy regulariser.
-      router_old, router_target: log router probabilities of the experts in use, [batch, R, layer * k], for RSPO.
+      router_old, router_target: log router probabilities of the experts in use, [batch, R, layer * k], for RSPO. A run
+        has them where its objective fails without.
     """
 
     target: Float[Array, "batch R"]

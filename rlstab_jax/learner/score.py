@@ -26,7 +26,8 @@ class PolicyScores:
       log_probs: log pi of each sampled token at the sampling temperature, nats; 0 outside the mask.
       entropy: of pi's full-vocabulary distribution on each prefix, nats; 0 outside the mask.
       routes: experts in use, None for a dense model. ``live`` are the live choices, also under replay.
-      router: log router probability of the experts in use at each response token's prefix, [batch, R, layer * k].
+      router: log router probability of the experts in use at each response token's prefix, [batch, R, layer * k]; None
+        for a dense model, and where it was not asked for.
     """
 
     log_probs: Float[Array, "batch R"]
@@ -109,7 +110,7 @@ def score_statistics(
     return statistics
 
 
-@partial(jax.jit, static_argnames=("model", "replay", "micro_batches", "logits_per_chunk"))
+@partial(jax.jit, static_argnames=("model", "replay", "micro_batches", "logits_per_chunk", "router"))
 def score(
     model: Transformer,
     variables: dict,
@@ -119,6 +120,7 @@ def score(
     micro_batches: int = 1,
     logits_per_chunk: int = 2**20,
     packing: Packing | None = None,
+    router: bool = True,
 ) -> tuple[PolicyScores, Statistics]:
     """The `old` pass: pi_old on a rollout. Under R3 it replays the rollout's routes; R2 records, so it routes live.
 
@@ -130,6 +132,8 @@ def score(
       micro_batches: the rows are scored in that many parts, one after another.
       logits_per_chunk: how many float32 logits exist at once.
       packing: a `plan` of the rollout's rows for these ``micro_batches``, or None to run the rows as they are.
+      router: static; whether the scores keep the routers' log probabilities, which are large and which few objectives
+        read.
 
     Returns:
       The scores, and the `score_statistics`.
@@ -142,6 +146,8 @@ def score(
     def one(parts: tuple[Rollout, Packing | None]) -> tuple[PolicyScores, Statistics]:
         part, packing = parts
         scores, routing = policy_scores(model, variables, part, part.routes, logits_per_chunk, packing)
+        if not router:
+            scores = replace(scores, router=None)
         margin, load = (None, None) if routing is None else (routing.margin, routing.sums.load)
         return scores, score_statistics(part, scores.entropy, margin, load)
 

@@ -187,9 +187,8 @@ def update(
     def loss(params: dict, part: "_Part") -> tuple[Array, Statistics]:
         part = model.layout.constrain_rows(part)
         target, routing = _scores(model, params, part, logits_per_chunk)
-        scores = dataclasses.replace(
-            part.scores, target=target.log_probs, entropy=target.entropy, router_target=target.router
-        )
+        router = None if part.scores.router_old is None else target.router
+        scores = dataclasses.replace(part.scores, target=target.log_probs, entropy=target.entropy, router_target=router)
         value, parts = surrogate(objective, scores, part.advantage, part.c)
         if use_router_losses and routing is not None:
             value += router_losses(routing.sums, load, tokens, numbers, model.config.experts_per_token)

@@ -78,10 +78,6 @@ class ObjectiveConfig:
     def needs_entropy(self) -> bool:
         return self.entropy_coefficient != 0
 
-    @property
-    def needs_router(self) -> bool:
-        return self.recipe is None and self.name == "rspo"
-
 
 _NOT_OF_THE_RECIPE = ("name", "recipe", "kl_coefficient", "kl_in", "kl_estimator", "entropy_coefficient")
 

@@ -94,15 +94,18 @@ class Dataset:
 
     @property
     def description(self) -> dict[str, Any]:
-        """Numbers of prompts, those left out by reason, and a fingerprint of all texts and answers."""
+        """Numbers of prompts, those left out by reason, and fingerprints: of all texts and answers, and of what a cold
+        start learns from."""
         content = hashlib.sha256(
             repr(sorted((n, p.text, p.answer) for n, s in self._splits.items() for p in s)).encode()
         )
+        shown = sorted((id_, question.demonstration) for id_, question in self._questions.items())
         counts = {f"{name}_prompts": len(part) for name, part in self._splits.items()}
         return {
             **counts,
             "left_out": {reason: count for reason, count in self._left_out.items() if count},
             "fingerprint": content.hexdigest()[:16],
+            "demonstrations": hashlib.sha256(repr(shown).encode()).hexdigest()[:16],
         }
 
     def remarks(self) -> list[str]:

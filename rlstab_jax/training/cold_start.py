@@ -26,7 +26,7 @@ from rlstab_jax.tasks import DemonstratedTask, DescribedTask, Prompt, encode_pro
 from rlstab_jax.training.checkpoint import Checkpoints
 from rlstab_jax.training.checksum import checksums
 from rlstab_jax.training.engines import Engines, beginning
-from rlstab_jax.training.evaluate import accuracy
+from rlstab_jax.training.evaluate import accuracy, plain_sampling
 from rlstab_jax.training.interrupt import Stop
 from rlstab_jax.types import Rollout, UserError
 
@@ -116,7 +116,7 @@ def _fingerprint(engines: Engines, initial: dict[str, int] | None = None) -> str
         "precision": config.learner.precision,
         "kernels": config.kernels,
         "lengths": (config.rollout.prompt_length, config.rollout.response_length),
-        "content": engines.task.description["fingerprint"] if isinstance(engines.task, DescribedTask) else None,
+        "content": engines.task.description if isinstance(engines.task, DescribedTask) else None,
         "jax": jax.__version__,
         "platform": jax.default_backend(),
     }
@@ -134,7 +134,16 @@ def _train(
     state = engines.place(init_state(params, numbers))
     prompts = prompt_iterator(task.split("train"), config.batch_size, seed=config.seed + 1)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    checker = engines.training_sampler
+    # Not as the config's evaluations draw: runs that differ in those share a cold start.
+    check = partial(
+        accuracy,
+        engines,
+        engines.training_sampler,
+        key=key,
+        prompts=config.check_prompts,
+        samples=1,
+        sampling=plain_sampling(engines),
+    )
     best = 0.0
     for step in range(1, config.max_steps + 1):
         batch = demonstrations(engines, task, next(prompts), seed=step)
@@ -146,7 +155,7 @@ def _train(
         if stop.agreed():
             return None
         if step % config.check_every == 0:
-            reached = accuracy(engines, checker, state.params, key, prompts=config.check_prompts, samples=1).mean
+            reached = check(state.params).mean
             best = max(best, reached)
             if reached >= config.target_accuracy:
                 say(f"cold start: accuracy {reached:.3f} after {step} updates")

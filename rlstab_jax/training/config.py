@@ -189,7 +189,7 @@ def validate(config: RunConfig) -> None:
         require(getattr(config, name) >= 1, name, getattr(config, name), "at least 1")
     require(config.keep_checkpoints >= 1, "keep_checkpoints", config.keep_checkpoints, "at least 1")
     require(config.logged_samples >= 0, "logged_samples", config.logged_samples, "0 or more")
-    require(config.seed >= 0, "seed", config.seed, "0 or more")
+    require(0 <= config.seed < 2**32, "seed", config.seed, "0 or more and below 2**32")
     rollout, learner, evaluation, cold_start = config.rollout, config.learner, config.evaluation, config.cold_start
     require(
         rollout.temperature > 0, "rollout.temperature", rollout.temperature, "above 0: a greedy policy has no IS ratio"
@@ -267,6 +267,7 @@ def validate(config: RunConfig) -> None:
     require(evaluation.samples >= 1, "evaluation.samples", evaluation.samples, "at least 1")
     require(evaluation.temperature >= 0, "evaluation.temperature", evaluation.temperature, "0 (greedy) or more")
     require(0 <= cold_start.target_accuracy <= 1, "cold_start.target_accuracy", cold_start.target_accuracy, "in [0, 1]")
+    require(0 <= cold_start.seed < 2**32 - 1, "cold_start.seed", cold_start.seed, "0 or more and below 2**32 - 1")
     require(cold_start.max_steps >= 0, "cold_start.max_steps", cold_start.max_steps, "0 or more")
     require(cold_start.batch_size >= 1, "cold_start.batch_size", cold_start.batch_size, "at least 1")
     require(cold_start.learning_rate > 0, "cold_start.learning_rate", cold_start.learning_rate, "above 0")

@@ -49,6 +49,7 @@ class EnginePair:
     inference: Transformer
     training: Transformer
     objective: Objective
+    needs_router: bool  # whether the objective reads the routers' log probabilities
     numbers: LearnerNumbers
     replay: RoutingReplay
     sampling: Sampling
@@ -242,7 +243,7 @@ def build_pair(
                 f"{on}.expert): choose a multiple of {parts}"
             )
     objective = build_objective(config.objective)
-    _check_objective(objective)
+    needs_router = _check_objective(objective)
     if config.samples_per_prompt == 1 and objective.advantage.func in GROUP_RELATIVE:
         raise UserError(
             f"samples_per_prompt = 1, but objective {config.objective.name!r} compares the responses of one prompt: "
@@ -267,6 +268,7 @@ def build_pair(
         inference=inference,
         training=training,
         objective=objective,
+        needs_router=needs_router,
         numbers=config.learner.numbers(),
         replay=RoutingReplay(config.learner.replay),
         sampling=Sampling(
@@ -301,8 +303,11 @@ def meshes(config: RunConfig) -> tuple[Mesh, Mesh | None]:
     return make_mesh(config.mesh, devices[:-aside]), make_mesh(config.rollout.mesh, devices[-aside:])
 
 
-def _check_objective(objective: Objective) -> None:
-    """Traces the objective on a small batch, so that a piece that does not fit is one clear line before any work."""
+def _check_objective(objective: Objective) -> bool:
+    """Traces the objective on a small batch, so that a piece that does not fit is one clear line before any work.
+
+    Returns whether it needs the routers' log probabilities: whether it fails without.
+    """
     array: Any = jax.ShapeDtypeStruct((2, 3), np.float32)
     rows: Any = jax.ShapeDtypeStruct((2,), np.float32)
     router: Any = jax.ShapeDtypeStruct((2, 3, 4), np.float32)
@@ -320,6 +325,11 @@ def _check_objective(objective: Objective) -> None:
         raise
     except Exception as error:
         raise UserError(f"objective: it does not run on a batch: {type(error).__name__}: {error}") from error
+    try:
+        jax.eval_shape(loss, dataclasses.replace(scores, router_old=None, router_target=None), rows)
+    except Exception:  # what a piece raises that meets None
+        return True
+    return False
 
 
 @partial(jax.jit, static_argnames="model")

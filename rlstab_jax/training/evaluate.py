@@ -1,6 +1,7 @@
 """Accuracy on held-out prompts: mean over n samples of each, live routing, by either engine."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +25,21 @@ class Accuracy:
 
 
 def accuracy(
-    engines: Engines, model: Transformer, params: dict, key: jax.Array, *, prompts: int, samples: int
+    engines: Engines,
+    model: Transformer,
+    params: dict,
+    key: jax.Array,
+    *,
+    prompts: int,
+    samples: int,
+    sampling: Sampling,
+    support: int = 0,
 ) -> Accuracy:
     """Samples held-out prompts with ``model`` as the engine and judges the responses.
 
     Each call with equal ``key`` draws with equal keys, so that evaluations along a run are paired.
     """
     rollout_config = engines.config.rollout
-    sampling, support = evaluation_sampling(engines)
     source = engines.task.split("heldout")
     asked = [source[i] for i in range(prompts)]
     # Filled up with the last prompt, so that all devices have as many rows.
@@ -54,6 +62,19 @@ def accuracy(
     return Accuracy(float(rewards.total.mean()), float(rollout.response_mask.sum(1).mean()))
 
 
+def plain_sampling(engines: Engines) -> Sampling:
+    """Draws from the model's own distribution, at temperature 1 and untruncated, whatever the config's rollouts and
+    evaluations do."""
+    return dataclasses.replace(
+        engines.sampling,
+        temperature=np.float32(1),
+        top_k=np.int32(0),
+        top_p=np.float32(1),
+        min_p=np.float32(0),
+        uniform=None,
+    )
+
+
 def evaluation_sampling(engines: Engines) -> tuple[Sampling, int]:
     """How the config's evaluation draws, and the bound on the tokens kept, 0 without truncation.
 
@@ -61,12 +82,11 @@ def evaluation_sampling(engines: Engines) -> tuple[Sampling, int]:
     """
     evaluation = engines.config.evaluation
     sampling = dataclasses.replace(
-        engines.sampling,
+        plain_sampling(engines),
         temperature=np.float32(evaluation.temperature),
         top_k=np.int32(evaluation.top_k),
         top_p=np.float32(evaluation.top_p),
         min_p=np.float32(evaluation.min_p),
-        uniform=None,
     )
     return sampling, evaluation.support if truncates(evaluation) else 0
 
@@ -74,9 +94,12 @@ def evaluation_sampling(engines: Engines) -> tuple[Sampling, int]:
 def evaluate(engines: Engines, params: dict, key: jax.Array) -> dict[str, float]:
     """The ``eval/*`` metrics of these parameters: sampled by the inference engine, and by the training engine."""
     evaluation = engines.config.evaluation
-    numbers = {"prompts": evaluation.prompts, "samples": evaluation.samples}
-    rollout = accuracy(engines, engines.inference, params, key, **numbers)
-    by_training = accuracy(engines, engines.training_sampler, params, key, **numbers)
+    sampling, support = evaluation_sampling(engines)
+    drawn = partial(
+        accuracy, prompts=evaluation.prompts, samples=evaluation.samples, sampling=sampling, support=support
+    )
+    rollout = drawn(engines, engines.inference, params, key)
+    by_training = drawn(engines, engines.training_sampler, params, key)
     return {
         "eval/accuracy_rollout": rollout.mean,
         "eval/accuracy_training": by_training.mean,

@@ -115,10 +115,11 @@ def score_old(
     """The training engine's forward pass over a rollout; in matched mode by the program that sampled it."""
     if engines.config.rollout.log_probs == "matched":
         routes = replayed_routes(replay, rollout, None) if replay is RoutingReplay.R3 else None
-        return matched_scores(
+        scores, statistics = matched_scores(
             score_matched(engines.training.clone(remat="none"), {"params": params}, rollout, engines.sampling, routes),
             engines.config.model.num_experts,
         )
+        return scores if engines.needs_router else replace(scores, router=None), statistics
     return _score(engines, engines.training, {"params": params}, rollout, replay)
 
 
@@ -165,5 +166,6 @@ def _score(
             micro_batches=learner.score_micro_batches,
             logits_per_chunk=learner.logits_per_chunk,
             packing=packed(engines, rollout.fed_mask, learner.score_micro_batches) if learner.packing else None,
+            router=engines.needs_router,
         )
     )

@@ -261,6 +261,7 @@ class Programs:
             replay=RoutingReplay.R3 if engines.replay is RoutingReplay.R3 else RoutingReplay.LIVE,
             micro_batches=learner.score_micro_batches,
             logits_per_chunk=learner.logits_per_chunk,
+            router=engines.needs_router,
         )
         kept = {"optimiser": self.state.opt_state}
         return Program("score", traced, {"parameters": self.params, "rollout": self.rollout}, kept)

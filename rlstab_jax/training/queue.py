@@ -79,7 +79,7 @@ def blank(engines: Engines) -> Queue:
     routes = router = None
     if layers:
         routes = jnp.zeros((layers, batch, prompt_length + length - 1, k), route_dtype(model.num_experts))
-        router = jnp.zeros((batch, length, layers * k), jnp.float32)
+        router = jnp.zeros((batch, length, layers * k), jnp.float32) if engines.needs_router else None
     support = None
     if truncates(rollout):
         support = jnp.zeros((batch, length, min(rollout.support, model.vocab_size)), jnp.int32)

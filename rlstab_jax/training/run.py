@@ -17,7 +17,7 @@ import numpy as np
 from rlstab_jax.learner import init_state
 from rlstab_jax.parallel.distributed import by_first, first, of_first, together
 from rlstab_jax.report import draw_run
-from rlstab_jax.rundir import Bystander, RunDir, open_run, read_manifest, read_metrics
+from rlstab_jax.rundir import Bystander, RunDir, code_of, open_run, plain, read_manifest, read_metrics
 from rlstab_jax.stability.monitor import Monitor
 from rlstab_jax.tasks import DescribedTask, prompt_iterator
 from rlstab_jax.training.checkpoint import Checkpoints
@@ -27,6 +27,7 @@ from rlstab_jax.training.engines import Engines, build, initial_params
 from rlstab_jax.training.evaluate import evaluate
 from rlstab_jax.training.home import Home, home_of
 from rlstab_jax.training.interrupt import Stop, stop_on_signal
+from rlstab_jax.training.lock import held
 from rlstab_jax.training.loop import Metrics, RunState, global_step
 from rlstab_jax.training.pretrained import keep_card
 from rlstab_jax.training.queue import Queue, annotated, blank, notes
@@ -85,14 +86,30 @@ def train(
       either case.
 
     Raises:
-      UserError: a mistake in the config, the directory, a checkpoint, or a full disk.
+      UserError: a mistake in the config, the directory, a checkpoint, or a full disk; or another process is at work in
+        the directory.
     """
     engines = together(lambda: build(config))
-    home, run = open_home(engines, config, str(out), fresh, say)
-    begin()
+    with held(home_of(str(out)).path):
+        home, run = open_home(engines, config, str(out), fresh, say)
+        begin()
+        return _work(engines, home, run, str(out), profile, say, watch)
+
+
+def _work(
+    engines: Engines,
+    home: Home,
+    run: RunDir,
+    out: str,
+    profile: int | None,
+    say: Callable[[str], None],
+    watch: Callable[[Metrics], None],
+) -> str | None:
+    """The opened run, from where it is to its end or a stop; see `train`."""
+    config = engines.config
     if home.bucket is not None:
         say(f"logs are written to {run.path}, and copied to {out} with each checkpoint")
-    kernels = engines.config.kernels
+    kernels = config.kernels
     for line in engines.task.remarks() if isinstance(engines.task, DescribedTask) else ():
         say(line)
     aside = f", and {dict(engines.rollout_mesh.shape)} makes batches" if engines.rollout_mesh else ""
@@ -260,7 +277,10 @@ def _check_content(engines: Engines, out: Path) -> None:
     """Raises UserError if the run in ``out`` was begun on other data than the task's files hold now."""
     if not isinstance(engines.task, DescribedTask) or not (out / "manifest.json").exists():
         return
-    before = read_manifest(out).get("resolved", {}).get("task", {}).get("fingerprint")
+    manifest = read_manifest(out)
+    if plain(engines.config.task) != manifest.get("config", {}).get("task"):
+        return  # which field it is, `open_run` says
+    before = manifest.get("resolved", {}).get("task", {}).get("fingerprint")
     if before is not None and before != engines.task.description["fingerprint"]:
         raise UserError(
             f"{out} holds a run on other prompts: what the task's files hold has changed since. Put back the files, "
@@ -310,6 +330,7 @@ def manifest(engines: Engines, config: RunConfig) -> dict[str, Any]:
     devices = jax.devices()
     return {
         "config": config,
+        "code": code_of(config),
         "resolved": {
             "kernels": engines.config.kernels,
             "vocab_size": engines.config.model.vocab_size,

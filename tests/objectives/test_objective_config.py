@@ -23,7 +23,6 @@ def test_a_config_is_the_recipe(name: str) -> None:
     built, recipe = build(ObjectiveConfig(name)), getattr(o, name)()
     assert jax.tree.structure(built) == jax.tree.structure(recipe)
     assert jax.tree.leaves(built) == jax.tree.leaves(recipe)
-    assert ObjectiveConfig(name).needs_router == (name == "rspo")
 
 
 def test_the_command_line_overrides_numbers() -> None:
