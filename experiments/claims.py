@@ -1,7 +1,8 @@
 """The claims of PAPER.md, sections 6 and 7, and our own leads, each as a contrast of cells with a rule that turns it
 into a verdict.
 
-Written before any confirmatory run; PROTOCOL.md says why. All contrasts are paired: same cold start, prompts and keys.
+Written before any run of the cells they compare, or dated in PROTOCOL.md, which says why. All contrasts are paired:
+same cold start, prompts and keys.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from experiments import statistics
-from experiments.setting import HIGHER, HIGHER_RATE, RATES
+from experiments.setting import HIGHER_RATE, RATES
 from experiments.study import Run
 
 SMALLEST = 0.03  # smallest effect of interest, in accuracy
@@ -58,11 +59,15 @@ def _n(number: int, clip: bool, mode: str) -> str:
     return f"n{number}-{'clip' if clip else 'noclip'}-{mode}"
 
 
+def _at_rate(contrast: Contrast, rate: float, study: str) -> Contrast:
+    """The same at a higher learning rate: no cell without clipping collapses at the common one."""
+    a, b = (tuple(f"{name}-lr{rate:g}" for name in names) for names in (contrast.a, contrast.b))
+    says = f"{contrast.says}, at a rate of {rate:g}"
+    return dataclasses.replace(contrast, says=says, study=study, a=a, b=b, primary=False)
+
+
 def _at_higher_rate(contrast: Contrast) -> Contrast:
-    """The same at the next higher learning rate: no cell without clipping collapses at the common one."""
-    a, b = (tuple(name + HIGHER for name in names) for names in (contrast.a, contrast.b))
-    says = f"{contrast.says}, at a rate of {HIGHER_RATE:g}"
-    return dataclasses.replace(contrast, says=says, a=a, b=b, primary=False)
+    return _at_rate(contrast, HIGHER_RATE, contrast.study)
 
 
 def _r3_over_r2(number: int, claim: str, says: str, sign: int, primary: bool) -> Contrast:
@@ -174,9 +179,7 @@ LEADS = (
              _RATES, "collapses", (_n(8, False, "live") + _BREAKS,), (_n(8, True, "r3") + _BREAKS,)),
     Contrast("lead", f"there on-policy training does not either ({RATES[-1]:g})", _RATES, "collapses",
              (_n(8, False, "live") + _BREAKS,), (_n(1, True, "live") + _BREAKS,), primary=False),
-    *(dataclasses.replace(contrast, says=f"{contrast.says}, at a rate of {RATES[-1]:g}", study=_RATES, primary=False,
-                          a=(contrast.a[0] + _BREAKS,), b=(contrast.b[0] + _BREAKS,))
-      for contrast in (_NO_REPLAY, _NO_CLIP)),
+    *(_at_rate(contrast, RATES[-1], _RATES) for contrast in (_NO_REPLAY, _NO_CLIP)),
     Contrast("lead", f"with clipping and R3 N = 8 is no worse than on-policy training at {RATES[-2]:g}", _RATES, "best",
              (_n(8, True, "r3") + _LEVEL,), (_n(1, True, "live") + _LEVEL,)),
     *(Contrast("lead", f"it is better than {what} at {RATES[-2]:g}", _RATES, "higher", (_n(8, True, "r3") + _LEVEL,),

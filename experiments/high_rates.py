@@ -6,9 +6,9 @@ clipping alone did not. The common rate of the other studies is a third to a hal
     python -m experiments.high_rates --seeds 10 [--hours 2] [--plan] [--draw]
 """
 
-from experiments.off_policy import REPLAYS, name
-from experiments.setting import RATES, at_rate, base, clipping, replay, updates
-from experiments.study import Cell, Panel, Study, main
+from experiments.off_policy import cell
+from experiments.setting import RATES, at_rate, base
+from experiments.study import Panel, Study, main
 
 LEVEL, BREAKS = RATES[-2:]
 ON_POLICY, NEITHER = (1, True, "live"), (8, False, "live")
@@ -18,25 +18,16 @@ METHODS = {  # for each rate, in the order of their worth
 }
 
 
-def cell_name(number: int, clip: bool, mode: str, rate: float) -> str:
-    return f"{name(number, clip, mode)}-lr{rate:g}"
-
-
-def _cell(number: int, clip: bool, mode: str, rate: float) -> Cell:
-    changes = updates(number) | clipping(clip) | replay(mode) | at_rate(rate)
-    label = f"N = {number}, {'clip' if clip else 'no clip'}, {REPLAYS[mode]}"
-    return Cell(cell_name(number, clip, mode, rate), changes, label)
-
-
+CELLS = {
+    rate: tuple(cell(*method, f"-lr{rate:g}", **at_rate(rate)) for method in methods)
+    for rate, methods in METHODS.items()
+}
 STUDY = Study(
     name="high_rates",
     question="Learning rates at which runs break",
     base=base(),
-    cells=tuple(_cell(*method, rate) for rate, methods in METHODS.items() for method in methods),
-    panels=tuple(
-        Panel(f"learning rate {rate:g}", tuple(cell_name(*method, rate) for method in methods))
-        for rate, methods in METHODS.items()
-    ),
+    cells=tuple(one for cells in CELLS.values() for one in cells),
+    panels=tuple(Panel(f"learning rate {rate:g}", tuple(one.name for one in cells)) for rate, cells in CELLS.items()),
 )
 
 if __name__ == "__main__":

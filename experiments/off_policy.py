@@ -30,24 +30,24 @@ def methods(number: int) -> tuple[tuple[bool, str], ...]:
     return tuple((clip, mode) for clip in (True, False) if clip or number < 16 for mode in REPLAYS)
 
 
-def _cell(number: int, clip: bool, mode: str, suffix: str = "", **changes: object) -> Cell:
+def cell(number: int, clip: bool, mode: str, suffix: str = "", **changes: object) -> Cell:
     label = f"N = {number}, {'clip' if clip else 'no clip'}, {REPLAYS[mode]}"
     return Cell(name(number, clip, mode) + suffix, updates(number) | clipping(clip) | replay(mode) | changes, label)
 
 
 def grid() -> tuple[Cell, ...]:
     """The cells in the order of their worth."""
-    on_policy = [_cell(1, True, "live"), _cell(1, True, "r3")]  # R2, and no clipping, change nothing there: a test
-    main_cells = [_cell(n, *method) for n in (8, 2, 4, 16) for method in methods(n)]
-    rates = [_cell(*method, HIGHER, **at_rate(HIGHER_RATE)) for method in AT_HIGHER]  # the next lower rate was dropped
+    on_policy = [cell(1, True, "live"), cell(1, True, "r3")]  # R2, and no clipping, change nothing there: a test
+    main_cells = [cell(n, *method) for n in (8, 2, 4, 16) for method in methods(n)]
+    rates = [cell(*method, HIGHER, **at_rate(HIGHER_RATE)) for method in AT_HIGHER]  # the next lower rate was dropped
     sizes = [
-        _cell(8, True, mode, f"-batch{size}", prompts_per_minibatch=prompts)
+        cell(8, True, mode, f"-batch{size}", prompts_per_minibatch=prompts)
         for size, prompts in SIZES.items()
         for mode in ("live", "r3")
         if (size, mode) != (256, "live")  # dropped: it costs two cells
     ]
-    caps = [_cell(8, True, mode, "-nocap", **{"objective.cap": math.inf}) for mode in ("live", "r3")]
-    caps += [_cell(8, True, "live", "-capfactor", **{"objective.cap_on": "discrepancy"})]
+    caps = [cell(8, True, mode, "-nocap", **{"objective.cap": math.inf}) for mode in ("live", "r3")]
+    caps += [cell(8, True, "live", "-capfactor", **{"objective.cap_on": "discrepancy"})]
     return (*on_policy, *main_cells, *rates, *sizes, *caps)
 
 

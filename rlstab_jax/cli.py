@@ -137,9 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         for before, argument in itertools.pairwise([command, *arguments[1:]]):
-            if "gs://" in argument and not (
-                command == "train" and (before == "--out" or argument.startswith("--out=gs://"))
-            ):
+            taken = command == "train" and (before == "--out" or argument.startswith("--out="))
+            if "gs://" in argument and not taken:
                 raise UserError(
                     f"{argument}: only train --out takes a bucket; copy what is there to a directory first, "
                     f"with gcloud storage cp -r {argument.partition('=')[2] or argument} ."

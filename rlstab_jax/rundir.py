@@ -120,10 +120,10 @@ def open_run(
     manifest, file = plain(manifest), path / "manifest.json"
     if file.exists():
         before = read_manifest(path)
-        compared = ("config", *({"code"} & before.keys() & manifest.keys()))
-        there, here = ({k: v for part in compared for k, v in m.get(part, {}).items()} for m in (before, manifest))
-        _same_config(path, there, here, may_change)
-        manifest = {**before, "config": manifest["config"]}
+        code = manifest.get("code", {})  # a run of before it was kept is not asked for it
+        there = {**before.get("config", {}), **before.get("code", code)}
+        _same_config(path, there, {**manifest["config"], **code}, may_change)
+        manifest = {**before, **{name: manifest[name] for name in ("config", "code") if name in manifest}}
     elif path.exists() and (
         not path.is_dir() or any((path / name).exists() for name in ("metrics.jsonl", "checkpoints"))
     ):

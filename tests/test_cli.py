@@ -54,6 +54,14 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         assert text in shown, text
 
 
+def test_sft_puts_the_cold_start_where_train_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    caches: list[Path] = []
+    monkeypatch.setattr("rlstab_jax.training.cold_start.cold_start", lambda engines, cache: caches.append(cache))
+    for out in (("--out", str(tmp_path / "run")), ()):
+        assert main(["sft", CONFIG, *out, "--compilation-cache", "None"]) == 0
+    assert caches == [tmp_path / "cold_start", Path("runs") / "cold_start"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -62,6 +70,8 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         ("--model.vocab-size 5", "model.vocab_size = 5 is below the tokeniser's"),
         ("--samples-per-prompt 1", "samples_per_prompt = 1, but objective 'minirl' compares"),
         ("--minibatches 0", "minibatches = 0: expected at least 1"),
+        ("--seed 4294967296", "seed = 4294967296: expected 0 or more and below 2**32"),
+        ("--cold-start.seed -2", "cold_start.seed = -2: expected 0 or more and below 2**32 - 1"),
         ("--learner.micro-batches 3", "learner.micro_batches = 3: expected a divisor of the mini-batch, 8 responses"),
         ("--learner.packing --kernels.attention cudnn", "kernels.attention = 'cudnn', which takes one sequence a row"),
         ("--learner.unroll 0", "learner.unroll = 0: expected at least 1"),

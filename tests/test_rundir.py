@@ -3,7 +3,9 @@
 import dataclasses
 import enum
 import errno
+import functools
 import json
+import linecache
 import math
 import os
 import struct
@@ -17,7 +19,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
 from rlstab_jax.metrics import METRICS, STEP, describe
-from rlstab_jax.rundir import RunDir, config_difference, open_run, plain, read_manifest, read_metrics
+from rlstab_jax.rundir import RunDir, code_of, config_difference, open_run, plain, read_manifest, read_metrics
 from rlstab_jax.types import UserError
 
 MANIFEST = {"config": {"seed": 0, "learner": {"learning_rate": 1e-3, "cap": math.inf}, "steps": 10}, "devices": "cpu"}
@@ -202,6 +204,27 @@ def test_another_config_is_refused_with_its_fields(tmp_path):
     for part in ("seed is 0 there and 1 here", "learner.learning_rate is 0.001 there and 0.002", "--fresh", "--out"):
         assert part in str(error.value)
     assert {path.name: path.read_bytes() for path in run.path.iterdir()} == before
+
+
+def test_an_edited_function_of_the_config_is_refused(tmp_path):
+    """By name it is the same; what is called by a partial one counts as well, this package's own functions do not."""
+
+    def opened(text, **numbers):
+        file = tmp_path / "mine.py"
+        file.write_text(text)
+        linecache.checkcache(str(file))
+        scope = {"__name__": "mine"}
+        exec(compile(text, str(file), "exec"), scope)
+        config = {"recipe": functools.partial(scope["mine"], **numbers), "names": (plain,)}
+        return open_run(tmp_path / "run", {"config": config, "code": code_of(config)})
+
+    opened("def mine(delta):\n    return 2 * delta\n", delta=1)
+    assert read_manifest(tmp_path / "run")["code"].keys() == {"the code of mine.mine"}
+    opened("# moved\n\ndef mine(delta):\n    return 2 * delta\n", delta=1)
+    with pytest.raises(UserError, match=r"the code of mine\.mine is '\w+' there and '\w+' here"):
+        opened("def mine(delta):\n    return 3 * delta\n", delta=1)
+    with pytest.raises(UserError, match=r"recipe\.delta is 1 there and 2 here"):
+        opened("def mine(delta):\n    return 2 * delta\n", delta=2)
 
 
 def test_config_difference_sees_missing_fields_and_types():

@@ -169,8 +169,8 @@ def held_to(threads: int, module: str, arguments: Sequence[str], devices: int = 
     """Runs ``python -m module arguments --worker FILE`` on so many CPU cores; returns what it wrote to FILE as JSON.
 
     A process of its own, since XLA sizes its thread pool when it starts: by the cores that the process may use, and
-    makes its ``devices`` then. Large arrays lie in huge pages and freed memory is kept (as `keep_freed_memory` has it),
-    for all libraries alike: clearing new pages in each run takes longer than some of the work. Linux.
+    makes its ``devices`` then. Large arrays lie in huge pages, for all libraries alike: zeroing small ones anew in each
+    run takes longer than some of the work. Linux.
     """
     if sys.platform != "linux":
         raise UserError("holding a process to some cores needs Linux: use --quick, which holds none")
@@ -182,8 +182,7 @@ def held_to(threads: int, module: str, arguments: Sequence[str], devices: int = 
     variables["JAX_PLATFORMS"] = "cpu"
     virtual = f"--xla_force_host_platform_device_count={devices}" if devices > 1 else ""
     variables["XLA_FLAGS"] = " ".join(f"{os.environ.get('XLA_FLAGS', '')} {alone} {virtual}".split())
-    memory = {"hugetlb": 1, "mmap_max": 0, "trim_threshold": 2**62, "arena_max": 1}
-    variables["GLIBC_TUNABLES"] = ":".join(f"glibc.malloc.{name}={value}" for name, value in memory.items())
+    variables["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"
         command = [sys.executable, "-m", module, *arguments, "--worker", str(file)]

@@ -51,7 +51,7 @@ def _lock(file: Path, path: Path) -> TextIO | None:
             raise UserError(
                 f"{path}: {holder} is at work on this run: wait for it, stop it, or give another --out"
             ) from None
-        except OSError:
+        except OSError:  # a file system without locks
             handle.close()
             file.unlink(missing_ok=True)
             return None

@@ -13,6 +13,7 @@ from ragged import gradient, ragged
 from rlstab_jax import objectives as o
 from rlstab_jax.objectives import Objective, ObjectiveConfig, build, piece
 from rlstab_jax.objectives.config import RecipeName
+from rlstab_jax.training.engines import _check_objective as needs_router
 from rlstab_jax.types import UserError
 
 NAMES = get_args(RecipeName)
@@ -23,6 +24,7 @@ def test_a_config_is_the_recipe(name: str) -> None:
     built, recipe = build(ObjectiveConfig(name)), getattr(o, name)()
     assert jax.tree.structure(built) == jax.tree.structure(recipe)
     assert jax.tree.leaves(built) == jax.tree.leaves(recipe)
+    assert needs_router(built) == (name == "rspo")
 
 
 def test_the_command_line_overrides_numbers() -> None:

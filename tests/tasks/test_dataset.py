@@ -195,6 +195,14 @@ def test_a_failure_is_of_its_own_row(sums):
         strict.rewards([prompt] * 3, [("a", True), ("b", False), ("c", True)])
 
 
+def test_what_is_demonstrated_has_a_fingerprint_of_its_own(sums, tmp_path):
+    """A cold start learns from it; a run that is there does not."""
+    others = written(tmp_path / "others.jsonl", [record | {"how": f"{record['answer']}!"} for record in SUMS])
+    one, other = (config(file, fields=Fields(demonstration="how")).build().description for file in (sums, others))
+    assert one["fingerprint"] == other["fingerprint"]
+    assert one["demonstrations"] != other["demonstrations"]
+
+
 def test_demonstrations(sums):
     task = config(sums, fields=Fields(demonstration="how")).build()
     prompt = task.split("train")[5]

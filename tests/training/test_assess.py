@@ -147,6 +147,14 @@ def test_other_data_under_a_run_is_refused(trained: Path, capsys: pytest.Capture
     assert "holds a run on other prompts: what the task's files hold has changed" in capsys.readouterr().err
 
 
+def test_a_changed_field_of_the_data_is_named(trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """The files are as they were, so they are not what is said to have changed."""
+    shutil.copytree(trained / "run", tmp_path / "run")
+    other = ("--task.train", trained / "sums.jsonl", "--seed", 3, "--task.heldout-share", 0.5)
+    assert train("--out", tmp_path / "run", *other) == 2
+    assert "task.heldout_share is" in capsys.readouterr().err
+
+
 def test_a_cold_start_belongs_to_its_data(trained: Path, tmp_path: Path):
     """One that is cached is not taken for other files of the same name."""
     data = tmp_path / "sums.jsonl"

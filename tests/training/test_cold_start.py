@@ -100,6 +100,17 @@ def test_runs_that_share_one(changes: dict, shared: bool) -> None:
     assert (cold_start_module._fingerprint(build(dataclasses.replace(config(), **changes))) == of_default) is shared
 
 
+def test_it_does_not_depend_on_how_evaluations_draw(first: ColdStart) -> None:
+    """So runs that differ in that may share one."""
+    greedy = dataclasses.replace(config().evaluation, temperature=0.0, top_k=1)
+    of = build(dataclasses.replace(config(), evaluation=greedy))
+    assert cold_start_module._fingerprint(of) == cold_start_module._fingerprint(engines())
+    again = cold_start(of, None, say=lambda line: None)
+    assert again is not None
+    assert (again.accuracy, again.steps) == (first.accuracy, first.steps)
+    assert_same(again.params, first.params)
+
+
 def test_a_damaged_one_is_made_again(first: ColdStart, cache: Path, tmp_path: Path) -> None:
     (entry,) = cache.iterdir()
     for header in entry.glob("*/header/metadata"):
