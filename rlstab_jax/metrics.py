@@ -85,7 +85,9 @@ METRICS: dict[str, Metric] = {
         "|prod_t r_t - 1 - sum_t (r_t - 1)|, r = pi_theta / mu_old", "mean, responses", "1"
     ),
     "first_order/token_gap": Metric("|prod_s r_s - r_t|, r = pi_theta / mu_old", "mean, tokens", "1"),
-    "policy/entropy": Metric("entropy of pi_old over the full vocabulary on mu_old's prefixes", "mean, tokens", "nats"),
+    "policy/entropy": Metric(
+        "entropy of pi_old, over the tokens that sampling kept, on mu_old's prefixes", "mean, tokens", "nats"
+    ),
     "learner/loss": Metric("the objective's loss", "mean, updates of the step", "1"),
     "learner/grad_norm": Metric("global gradient norm before clipping", "mean, updates of the step", "1"),
     "learner/broken": Metric(

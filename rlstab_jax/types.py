@@ -91,9 +91,10 @@ class Scores:
       mask: True on response tokens up to and including the stop token.
       groups: equal numbers in [0, batch) for the responses of one prompt.
       reference: log-probs of a frozen reference policy, for KL regularisers.
-      entropy: full-vocabulary entropy of pi_theta on each prefix, in nats, for an entropy regulariser.
-      router_old, router_target: log router probabilities of the experts in use, [batch, R, layer * k], for RSPO. A run
-        has them where its objective fails without.
+      entropy: entropy of pi_theta on each prefix, in nats, for an entropy regulariser: over the tokens that sampling
+        kept, if it was truncated, else over the vocabulary.
+      router_old, router_target: log router probabilities of the experts that pi_old used, [batch, R, layer * k], for
+        RSPO. A run has them where its objective fails without.
     """
 
     target: Float[Array, "batch R"]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from rlstab_jax.inference.sampling import Sampling, check_prompts
+from rlstab_jax.inference.sampling import Sampling, check_keys, check_prompts
 from rlstab_jax.inference.slots import (
     Prefill,
     Records,
@@ -68,6 +68,7 @@ def sample_continuously(
     check_prompts(prompts, prompt_mask, model.config.vocab_size)
     total = len(prompts) * samples_per_prompt
     sampling.validate(total)
+    check_keys(keys, total)
     slots = min(slots, total)
     spare = spare_columns(prompt_mask)
     queue = _Queue(model, variables, prompts[:, spare:], prompt_mask[:, spare:], samples_per_prompt, slots)

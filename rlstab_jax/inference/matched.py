@@ -16,7 +16,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from rlstab_jax.inference.sampling import Sampling, check_prompts, distribution, draw
+from rlstab_jax.inference.sampling import Sampling, check_keys, check_prompts, distribution, draw
 from rlstab_jax.inference.slots import empty_responses, prefill
 from rlstab_jax.models.decode import decode_step, layer_variables
 from rlstab_jax.models.layers import KeyValues, Past
@@ -57,22 +57,24 @@ def sample_matched(
     check_prompts(prompts, prompt_mask, model.config.vocab_size)
     rows = len(prompts) * samples_per_prompt
     sampling.validate(rows)
+    check_keys(keys, rows)
     repeat = partial(jnp.repeat, repeats=samples_per_prompt, axis=0)
     none = jnp.full((rows, response_length), -1, jnp.int32)
+    kept = jnp.full((rows, response_length, min(support, model.config.vocab_size)), -1, jnp.int32) if support else None
     routes = _live(model, rows, np.shape(prompts)[1] + response_length - 1)
     return matched_pass(
-        model, variables, repeat(prompts), repeat(prompt_mask), keys, sampling.per_row(rows), none, routes, support
+        model, variables, repeat(prompts), repeat(prompt_mask), keys, sampling.per_row(rows), none, kept, routes
     ).rollout
 
 
 def score_matched(
     model: Transformer, variables: dict, rollout: Rollout, sampling: Sampling, routes: Routes | None = None
 ) -> MatchedPass:
-    """Scores a rollout of `sample_matched`, drawn with ``sampling``; replays ``routes``, or routes live."""
+    """Scores a rollout of `sample_matched`, drawn with ``sampling``, over its support; replays ``routes``, or routes
+    live."""
     rows, prompt_length = rollout.prompt_mask.shape
     given = jnp.where(rollout.response_mask, rollout.tokens[:, prompt_length:], -1)
     keys = jax.random.split(jax.random.key(0), rows)  # nothing is drawn
-    support = 0 if rollout.support is None else rollout.support.shape[-1]
     scored = matched_pass(
         model,
         variables,
@@ -81,8 +83,8 @@ def score_matched(
         keys,
         replace(sampling.per_row(rows), max_new_tokens=rollout.response_mask.sum(1)),
         given,
+        rollout.support,
         _live(model, rows, rollout.fed_mask.shape[1]) if routes is None else routes,
-        support,
     )
     return replace(scored, rollout=replace(scored.rollout, truncated=rollout.truncated))
 
@@ -93,7 +95,7 @@ def _live(model: Transformer, rows: int, fed: int) -> Routes:
     return jnp.full(shape, config.num_experts, route_dtype(config.num_experts))
 
 
-@partial(jax.jit, static_argnames=("model", "support"))
+@partial(jax.jit, static_argnames="model")
 def matched_pass(
     model: Transformer,
     variables: dict,
@@ -102,14 +104,17 @@ def matched_pass(
     keys: Array,
     sampling: Sampling,
     given: Int[Array, "rows R"],
+    kept: Int[Array, "rows R K"] | None,
     routes: Routes,
-    support: int,
 ) -> MatchedPass:
-    """Feeds each row's prompt and response; where a response token is not ``given`` (-1), draws it."""
-    row = partial(_row, model, variables, layer_variables(model.config, variables), support)
+    """Feeds each row's prompt and response; where a response token is not ``given`` (-1), draws it.
+
+    With a ``kept``, distributions are truncated to at most K tokens: to those given, or else (-1) as ``sampling`` asks.
+    """
+    row = partial(_row, model, variables, layer_variables(model.config, variables))
     out = jax.lax.map(
         lambda arguments: row(*arguments),
-        (prompts, prompt_mask, keys, sampling, given, jnp.moveaxis(routes, 1, 0)),
+        (prompts, prompt_mask, keys, sampling, given, kept, jnp.moveaxis(routes, 1, 0)),
     )
     by_layer = {name: jnp.moveaxis(out[name], 0, 1) for name in ("used", "live", "margin", "router") if name in out}
     ends = (out["tokens"][..., None] == sampling.stop_ids[:, None]).any(-1) & out["mask"]
@@ -130,12 +135,12 @@ def _row(
     model: Transformer,
     variables: dict,
     layers: list[dict],
-    support: int,
     prompt: Int[Array, "prompt_length"],
     prompt_mask: Bool[Array, "prompt_length"],
     key: Array,
     sampling: Sampling,
     given: Int[Array, "R"],
+    kept: Int[Array, "R K"] | None,
     routes: Int[Array, "layer fed k"],
 ) -> dict[str, Array]:
     """One row from its first prompt token to its last response token."""
@@ -167,7 +172,7 @@ def _row(
         logits = logits_of(model, variables, finish(model, variables, x))
         position = column + 1 - prompt_length  # of the response token that is drawn from these
         active = (position >= 0) & (position < limit)
-        token, response = _draw_or_read(logits, key, position, sampling, given, support)
+        token, response = _draw_or_read(logits, key, position, sampling, given, kept)
         out = {
             name: jnp.where(active, jax.lax.dynamic_update_index_in_dim(a, response[name], position, 0), a)
             if name in response
@@ -178,7 +183,7 @@ def _row(
         return column + 1, (position < limit - 1) & ~stopped, [past.response for past in pasts], out
 
     going = prompt_mask.any() & (limit > 0)
-    state = (first, going, empty_responses(shapes, 1, len(columns)), _outputs(model, sampling, length, routes, support))
+    state = (first, going, empty_responses(shapes, 1, len(columns)), _outputs(model, sampling, length, routes, kept))
     return jax.lax.while_loop(lambda carry: carry[1], step, state)[-1]
 
 
@@ -188,35 +193,42 @@ def _draw_or_read(
     position: Int[Array, ""],
     sampling: Sampling,
     given: Int[Array, "R"],
-    support: int,
+    kept: Int[Array, "R K"] | None,
 ) -> tuple[Int[Array, ""], dict[str, Array]]:
     """The given token or else a new one, and what is recorded of it, by the names of `_outputs`."""
+    support, vocab, place = 0 if kept is None else kept.shape[-1], logits.shape[1], jnp.maximum(position, 0)
     drawn = draw(logits, key[None], position[None], sampling, support)
-    scaled, ids = distribution(logits, position[None], sampling, support)
+    recorded = None if kept is None else kept[place][None]
+    scaled, ids = distribution(logits, position[None], sampling, support, recorded)
     log_probs = jax.nn.log_softmax(scaled[0])
-    read = given[jnp.maximum(position, 0)]
+    read = given[place]
     token = jnp.where(read >= 0, read, drawn.token[0])
-    of_token = (jnp.arange(logits.shape[1]) if ids is None else ids[0]) == token
+    of_token = (jnp.arange(vocab) if ids is None else ids[0]) == token
     possible = log_probs > -jnp.inf
     entropy = -jnp.sum(jnp.where(possible, jnp.exp(log_probs) * jnp.where(possible, log_probs, 0.0), 0.0))
     log_prob = jnp.sum(jnp.where(of_token, log_probs, 0.0))
+    greedy = sampling.temperature[0] == 0
+    log_prob, entropy = jnp.where(greedy, 0.0, log_prob), jnp.where(greedy, 0.0, entropy)
     response = {"tokens": token, "mask": jnp.bool_(True), "log_probs": log_prob, "entropy": entropy}
-    return token, response if drawn.support is None else response | {"support": drawn.support[0]}
+    return token, response if ids is None else response | {"support": jnp.where(possible, ids[0], vocab)}
 
 
 def _outputs(
-    model: Transformer, sampling: Sampling, length: int, routes: Int[Array, "layer fed k"], support: int
+    model: Transformer,
+    sampling: Sampling,
+    length: int,
+    routes: Int[Array, "layer fed k"],
+    kept: Int[Array, "R K"] | None,
 ) -> dict[str, Array]:
     """What a row records, before it has begun."""
-    vocab = model.config.vocab_size
     out = {
         "tokens": jnp.broadcast_to(sampling.pad_id, (length,)),
         "mask": jnp.zeros(length, bool),
         "log_probs": jnp.zeros(length, jnp.float32),
         "entropy": jnp.zeros(length, jnp.float32),
     }
-    if support:
-        out["support"] = jnp.full((length, min(support, vocab)), vocab)
+    if kept is not None:
+        out["support"] = jnp.full_like(kept, model.config.vocab_size)
     if routes.shape[0]:
         none = jnp.full_like(routes, model.config.num_experts)
         zeros = jnp.zeros(routes.shape, jnp.float32)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from rlstab_jax.inference.sampling import Sampling, check_prompts
+from rlstab_jax.inference.sampling import Sampling, check_keys, check_prompts
 from rlstab_jax.inference.slots import (
     Slots,
     decode,
@@ -62,10 +62,13 @@ def sample(
       The rollout, [prompts * samples_per_prompt] rows.
 
     Raises:
-      UserError: an empty prompt, a token id outside the vocabulary, a number of ``sampling`` outside its range.
+      UserError: an empty prompt, a token id outside the vocabulary, a number of ``sampling`` outside its range, another
+        number of keys than of responses.
     """
     check_prompts(prompts, prompt_mask, model.config.vocab_size)
-    sampling.validate(len(prompts) * samples_per_prompt)
+    rows = len(prompts) * samples_per_prompt
+    sampling.validate(rows)
+    check_keys(keys, rows)
     spare = spare_columns(prompt_mask)
     rollout = sample_batch(
         model,

@@ -31,7 +31,8 @@ class Sampling:
       min_p: then keep tokens at least this many times as likely as the likeliest, in [0, 1].
       uniform: share u, in [0, 1], of the mixture mu = (1 - u) softmax + u U, with U uniform over the tokens that may be
         drawn; 0 changes nothing, and neither does any u at temperature 0. None for all rows: no mixture.
-      min_new_tokens: no stop token is drawn before so many others.
+      min_new_tokens: no stop token is drawn before so many others. Log-probs are of the tokens that are left: to train
+        on such responses, sample them with a support, which records these.
       max_new_tokens: at most the response buffer's length; 0 draws nothing.
       stop_ids: [n] or [rows, n] tokens that end a response; the stop token belongs to the response.
       pad_id: what fills the tokens behind a response.
@@ -139,17 +140,30 @@ def draw(
 
 
 def distribution(
-    logits: Float[Array, "rows vocab"], position: Int[Array, "rows"], sampling: Sampling, support: int
+    logits: Float[Array, "rows vocab"],
+    position: Int[Array, "rows"],
+    sampling: Sampling,
+    support: int,
+    kept: Int[Array, "rows n"] | None = None,
 ) -> tuple[Float[Array, "rows n"], Int[Array, "rows n"] | None]:
     """What is drawn from: logits at the temperature, or log-probs of a mixture; -inf for tokens that are not kept. And
-    the ids of these columns (None: all tokens)."""
+    the ids of these columns (None: all tokens).
+
+    ``kept``: a support recorded of another policy's draw, in the place of this one's likeliest tokens; -1: none was.
+    """
     rows, vocab = logits.shape
     temperature = sampling.temperature[:, None]
     scaled = logits / jnp.where(temperature == 0, 1.0, temperature)
     if sampling.stop_ids.shape[-1]:
         early = jnp.where(position < sampling.min_new_tokens, -jnp.inf, 0.0)[:, None]
         scaled = scaled.at[jnp.arange(rows)[:, None], sampling.stop_ids].add(early, mode="drop")
-    scaled, ids = _truncate(scaled, sampling, min(support, vocab)) if support else (scaled, None)
+    whole = scaled
+    scaled, ids = _truncate(whole, sampling, min(support, vocab)) if support else (whole, None)
+    if kept is not None and ids is not None:
+        there = jnp.take_along_axis(whole, jnp.clip(kept, 0, vocab - 1), axis=-1)
+        recorded = (kept >= 0).all(-1, keepdims=True)
+        scaled = jnp.where(recorded, jnp.where(kept < vocab, there, -jnp.inf), scaled)
+        ids = jnp.where(recorded, kept, ids)
     return scaled if sampling.uniform is None else _mixed(scaled, sampling), ids
 
 
@@ -184,6 +198,12 @@ def _first_maximum(x: Float[Array, "rows n"]) -> Int[Array, "rows"]:
     """argmax over the last axis. XLA's CPU compiler can take minutes over `jnp.argmax` of a small axis in a loop."""
     index = jnp.where(x == x.max(-1, keepdims=True), jnp.arange(x.shape[-1]), x.shape[-1] - 1)
     return index.min(-1)
+
+
+def check_keys(keys: Array, rows: int) -> None:
+    """Raises UserError unless there is a key for each of ``rows`` responses."""
+    if keys.shape != (rows,):
+        raise UserError(f"keys {keys.shape}: expected one for each of {rows} responses, as `sample_keys` makes them")
 
 
 def check_prompts(

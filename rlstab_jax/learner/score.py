@@ -24,10 +24,11 @@ class PolicyScores:
 
     Attributes:
       log_probs: log pi of each sampled token at the sampling temperature, nats; 0 outside the mask.
-      entropy: of pi's full-vocabulary distribution on each prefix, nats; 0 outside the mask.
+      entropy: of pi's distribution on each prefix, nats: over the rollout's support, if it has one, else over the
+        vocabulary; 0 outside the mask.
       routes: experts in use, None for a dense model. ``live`` are the live choices, also under replay.
-      router: log router probability of the experts in use at each response token's prefix, [batch, R, layer * k]; None
-        for a dense model, and where it was not asked for.
+      router: log router probability of the experts in use (those watched, by a model that does not replay) at each
+        response token's prefix, [batch, R, layer * k]; None for a dense model, and where it was not asked for.
     """
 
     log_probs: Float[Array, "batch R"]

@@ -168,6 +168,9 @@ def update(
     # Group numbers in [0, rows), as objectives expect: the first row of each group.
     groups = jnp.argmax(minibatch.groups[:, None] == minibatch.groups[None, :], axis=1)
     routes = replayed_routes(replay, rollout, minibatch.old.routes)
+    if minibatch.old.router is not None and replay is RoutingReplay.LIVE:
+        # The routers' shift is measured at the experts that pi_old used, whatever pi_theta chooses.
+        model, routes = model.clone(replay=False), minibatch.old.routes
     # Under replay the routes are fixed for the update, so the old pass's own ones are not needed twice.
     old = dataclasses.replace(minibatch.old, routes=None)
     scores = Scores(

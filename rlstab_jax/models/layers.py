@@ -89,7 +89,7 @@ class Routing:
     used: Routes  # the sentinel num_experts where the token was not fed
     live: Routes  # top-k of the live scores at that layer, also under replay
     margin: Float[Array, "layer batch fed"]  # k-th minus (k+1)-th live probability
-    log_probs: Float[Array, "layer batch fed k"]  # log router probability of each expert in use
+    log_probs: Float[Array, "layer batch fed k"]  # log router probability of each expert in use, or else watched
     sums: RouterSums
 
 
@@ -231,13 +231,14 @@ def _top_k(x: Float[Array, "tokens expert"], k: int, layout: Layout) -> tuple[Ar
 
 
 class MoE(nn.Module):
-    """Router and experts of one layer."""
+    """Router and experts of one layer. Unless it replays, it routes live and only watches the given routes."""
 
     config: ModelConfig
     precision: Precision
     kernel: str
     chunk: int = 0
     layout: Layout = Layout()
+    replay: bool = True
 
     @nn.compact
     def __call__(
@@ -255,7 +256,7 @@ class MoE(nn.Module):
             log_probs = logits - normaliser
             recorded = None if routes is None else routes.reshape(batch * time, -1)
             used, gates, live, margin = route(
-                log_probs, cfg.experts_per_token, recorded, cfg.renormalise_gates, self.layout
+                log_probs, cfg.experts_per_token, recorded if self.replay else None, cfg.renormalise_gates, self.layout
             )
             # Tokens that are not fed are never dispatched: padding loads no expert.
             token_fed = fed.reshape(-1, 1)
@@ -276,7 +277,8 @@ class MoE(nn.Module):
             z=jnp.where(token_fed, normaliser**2, 0.0).sum(),
             tokens=token_fed.sum(dtype=jnp.float32),
         )
-        chosen = jnp.take_along_axis(log_probs, jnp.minimum(used, cfg.num_experts - 1), axis=-1)
+        watched = used if self.replay or recorded is None else recorded.astype(used.dtype)
+        chosen = jnp.take_along_axis(log_probs, jnp.minimum(watched, cfg.num_experts - 1), axis=-1)
         routing = Routing(
             used=used.astype(narrow).reshape(shape),
             live=jnp.where(token_fed, live, cfg.num_experts).astype(narrow).reshape(shape),

@@ -40,6 +40,7 @@ class Block(nn.Module):
     precision: Precision
     kernels: Kernels
     layout: Layout = Layout()
+    replay: bool = True
 
     @nn.compact
     def __call__(
@@ -63,7 +64,7 @@ class Block(nn.Module):
         with jax.named_scope("moe"):
             kernel = self.kernels.experts if past is None else self.kernels.decode_experts
             chunk = self.kernels.expert_chunk
-            moe = MoE(cfg, self.precision, kernel, chunk, self.layout, name="moe")
+            moe = MoE(cfg, self.precision, kernel, chunk, self.layout, self.replay, name="moe")
             y, routing = moe(y, segments.astype(bool), routes)
         return self._residual(x, y), kv, routing
 
@@ -79,13 +80,14 @@ class Period(nn.Module):
     precision: Precision
     kernels: Kernels
     layout: Layout
+    replay: bool
 
     @nn.compact
     def __call__(self, x, positions, segments, routes):
         x = residual(x)
         keys_values, routing, moe_layer = [], [], 0
         for i, moe in enumerate(self.kinds):
-            block = Block(self.config, moe, self.precision, self.kernels, self.layout, name=f"block_{i}")
+            block = Block(self.config, moe, self.precision, self.kernels, self.layout, self.replay, name=f"block_{i}")
             recorded = routes[moe_layer] if moe and routes is not None else None
             x, kv, layer_routing = block(x, positions, segments, recorded)
             keys_values.append(kv)
@@ -103,6 +105,8 @@ class Transformer(nn.Module):
     expected to lie too, and experts are computed where they lie (`expert_parallel`).
 
     ``unroll`` periods are written out in each step of the scan over them: what they keep is then copied less.
+
+    Unless it is to ``replay``, it routes live, and reads the routers' log-probs at the routes that it is given.
     """
 
     config: ModelConfig
@@ -112,6 +116,7 @@ class Transformer(nn.Module):
     unroll: int = 1
     mesh: Mesh | None = None
     rules: Rules = TRAINING
+    replay: bool = True
 
     @property
     def layout(self) -> Layout:
@@ -130,7 +135,7 @@ class Transformer(nn.Module):
                 in_axes=(nn.broadcast, nn.broadcast, 0),
                 length=repeats,
                 unroll=min(self.unroll, repeats),
-            )(cfg, kinds, self.precision, self.kernels, self.layout, name=f"segment_{i}")
+            )(cfg, kinds, self.precision, self.kernels, self.layout, self.replay, name=f"segment_{i}")
             for i, (kinds, repeats) in enumerate(cfg.segments)
         ]
         self.final_norm = RMSNorm(cfg.norm_eps)

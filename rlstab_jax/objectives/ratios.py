@@ -67,15 +67,15 @@ def product(scores: Scores, first: LogRatio, second: LogRatio) -> Float[Array, "
 
 
 def clipped(scores: Scores, of: LogRatio, low: float, high: float) -> Float[Array, "batch R"]:
-    """log clip(exp(of_t), low, high)."""
-    return masked(jnp.clip(of(scores), jnp.log(low), jnp.log(high)), scores.mask)
+    """log clip(exp(of_t), low, high); a ``low`` of 0 or less leaves that side open."""
+    return masked(jnp.clip(of(scores), jnp.log(jnp.maximum(low, 0.0)), jnp.log(high)), scores.mask)
 
 
 def router_shift(scores: Scores, floor: float) -> Float[Array, "batch R"]:
     """log gamma_t, gamma_t = max(floor, exp(-mean over layers and experts in use of |log s_theta - log s_old|)).
 
-    RSPO (2510.23027). s are the router's probabilities of the experts that were in use under theta_old. Raises
-    UserError where the scores came without them.
+    RSPO (2510.23027). s are the router's probabilities of the experts that were in use under theta_old, also those that
+    theta no longer chooses. Raises UserError where the scores came without them.
     """
     if scores.router_old is None or scores.router_target is None:
         raise UserError("scores: the router-shift weight needs router_old and router_target; they are missing (None)")

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rlstab_jax.objectives.ratios import bounded_exp, target_over_rollout
+from rlstab_jax.objectives.ratios import LOG_RATIO_LIMIT, bounded_exp, target_over_rollout
 from rlstab_jax.types import Scores, UserError, masked
 
 
@@ -34,9 +34,11 @@ def k2(scores: Scores) -> Float[Array, "batch R"]:
 
 
 def k3(scores: Scores) -> Float[Array, "batch R"]:
-    """exp(-d) - 1 + d >= 0: GRPO's penalty (2402.03300, Eq. 4)."""
+    """exp(-d) - 1 + d >= 0: GRPO's penalty (2402.03300, Eq. 4). Beyond `LOG_RATIO_LIMIT` the exponential goes on along
+    its tangent: cut off, its gradient would be d's, which points the wrong way."""
     d = k1(scores)
-    return bounded_exp(-d) - 1 + d
+    beyond = -d - jnp.clip(-d, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return bounded_exp(-d) * (1 + beyond) - 1 + d
 
 
 def corrected(scores: Scores, term: Callable[[Scores], Float[Array, "batch R"]]) -> Float[Array, "batch R"]:

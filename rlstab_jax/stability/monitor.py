@@ -248,7 +248,8 @@ class Monitor:
         state.rows += 1
         state.rewards.append(row["reward/mean"])
         remarks = self._judge(row) if state.ready else self._learn(row)
-        state.best_reward = max(row["reward/mean"], state.best_reward or -math.inf)
+        best = state.best_reward
+        state.best_reward = row["reward/mean"] if best is None else max(best, row["reward/mean"])
         if math.isfinite(accuracy):
             state.rewards.clear()
         return remarks
@@ -300,6 +301,10 @@ class Monitor:
     def _compare(self, quantity: Quantity, row: Row, factor: float) -> Iterator["Finding"]:
         """A quantity against its baseline: score 0 at the median, 1 at the threshold."""
         value = row.get(quantity.metric, math.nan)
+        if not math.isfinite(value):
+            if quantity.metric == "learner/grad_norm" and quantity.metric in row:
+                yield Finding(math.inf, f"{quantity.label} is not finite")
+            return
         logs = [
             math.log(x + quantity.offset) for x in self.state.early.get(quantity.metric, ()) if x + quantity.offset > 0
         ]
@@ -308,10 +313,6 @@ class Monitor:
         middle = float(np.median(logs))
         spread = 1.4826 * float(np.median(np.abs(np.array(logs) - middle)))
         usual = math.exp(middle) - quantity.offset
-        if not math.isfinite(value):
-            if quantity.metric == "learner/grad_norm" and quantity.metric in row:
-                yield Finding(math.inf, f"{quantity.label} is not finite")
-            return
         moved = (math.log(value + quantity.offset) if value + quantity.offset > 0 else -math.inf) - middle
         score = (-moved if quantity.falls else moved) / max(math.log(factor), self.config.spreads * spread)
         shown, before = quantity.form.format(value), quantity.form.format(usual)

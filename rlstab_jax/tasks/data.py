@@ -19,28 +19,22 @@ def prompt_iterator(
     seed: int,
     shuffle: bool = True,
     repeat: bool = True,
-    shard_index: int = 0,
-    shard_count: int = 1,
 ) -> "grain.DatasetIterator[list[Prompt]]":
     """Batches of prompts. The position is ``get_state()``, a dict for JSON; ``set_state(state)`` restores it exactly.
 
     Args:
       source: any random-access source of prompts, e.g. ``task.split("train")``.
-      batch_size: prompts of a global batch, over all shards.
+      batch_size: prompts of a batch.
       seed: of the order, used where ``shuffle``; each epoch has another order.
       repeat: whether to go round for ever. If not, the last batch holds what is left.
-      shard_index, shard_count: this host's number and the number of hosts. A host gets its contiguous share of each
-        global batch, so the batches of a run do not depend on the number of hosts.
 
     Raises:
-      UserError: an empty source, or a batch size that does not divide by the number of shards.
+      UserError: an empty source, or a batch without prompts.
     """
     import grain  # takes a second to import, and nothing else here needs it
 
-    if batch_size < 1 or batch_size % shard_count:
-        raise UserError(
-            f"batch_size = {batch_size}: expected a positive multiple of {shard_count}, the number of hosts"
-        )
+    if batch_size < 1:
+        raise UserError(f"batch_size = {batch_size}: expected at least 1")
     if not len(source):
         raise UserError("the prompt source is empty: give it at least one prompt")
     dataset = grain.MapDataset.source(source)
@@ -48,10 +42,7 @@ def prompt_iterator(
         dataset = dataset.shuffle(seed=seed)
     if repeat:
         dataset = dataset.repeat()
-    share = batch_size // shard_count
     dataset = dataset.batch(batch_size, drop_remainder=False, batch_fn=list)
-    if shard_count > 1:
-        dataset = dataset.map(lambda batch: batch[shard_index * share : (shard_index + 1) * share])
     # Prompts cost microseconds: threads that read ahead would only add a state to restore.
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 

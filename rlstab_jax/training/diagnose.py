@@ -77,7 +77,7 @@ class Gaps:
     routing_disagreement: float
     """Share of token-layers whose top-k sets differ; NaN for a dense model."""
     entropy: float
-    """Of pi_old over the full vocabulary on mu_old's prefixes, nats."""
+    """Of pi_old on mu_old's prefixes, over the tokens that sampling kept, nats."""
     accuracy: float
     """Mean reward of the responses."""
     length: float

@@ -242,6 +242,8 @@ def build_pair(
                 f"{name} = {size} does not divide over {parts} data-parallel devices ({on}.data x {on}.fsdp x "
                 f"{on}.expert): choose a multiple of {parts}"
             )
+    if config.learner.packing:
+        _check_packing(config, {"mesh": rows, "rollout.mesh": rollout_rows})
     objective = build_objective(config.objective)
     needs_router = _check_objective(objective)
     if config.samples_per_prompt == 1 and objective.advantage.func in GROUP_RELATIVE:
@@ -281,6 +283,20 @@ def build_pair(
             pad_id=np.int32(pad_id),
         ),
     )
+
+
+def _check_packing(config: RunConfig, row_parts: dict[str, int]) -> None:
+    """Raises UserError unless each device has equally many rows of each part that is packed by itself."""
+    learner, minibatch = config.learner, config.prompts_per_minibatch * config.samples_per_prompt
+    for name, batch, micro_batches, on in (
+        ("learner.micro_batches", minibatch, learner.micro_batches, "mesh"),
+        ("learner.score_micro_batches", config.responses_per_step, learner.score_micro_batches, "rollout.mesh"),
+    ):
+        if batch % (micro_batches * row_parts[on]):
+            raise UserError(
+                f"{name} = {micro_batches} with learner.packing: {batch} responses do not divide into so many parts "
+                f"over {row_parts[on]} data-parallel devices ({on}); lower it, or use packing = False"
+            )
 
 
 def meshes(config: RunConfig) -> tuple[Mesh, Mesh | None]:

@@ -197,14 +197,15 @@ def measure(programs: Programs, program: Program, topology: Topology) -> Phase:
 def _runs(programs: Programs, name: str) -> float:
     """How often a phase runs in a global step."""
     config = programs.engines.config
-    waves = config.rollout.waves
+    attempts, waves = config.rollout.attempts, config.rollout.attempts * config.rollout.waves
     if name == "decode":  # a wave ends when the longest of its responses does
         return waves * (config.rollout.response_length - 1)
     # Under R3 the old pass runs once more, with live routes, to measure what replay alters.
     passes = 2 if programs.engines.replay is RoutingReplay.R3 else 1
     passes += config.rollout.log_probs == "rescore"
     passes += config.learner.replay_of == "initial"
-    each = {"prefill": waves, "resize": waves * (len(programs.windows) - 1)}
+    passes += config.objective.needs_reference
+    each = {"prepare": attempts, "prefill": waves, "resize": waves * (len(programs.windows) - 1)}
     return {**each, "score": passes, "split": config.minibatches, "update": config.minibatches}.get(name, 1)
 
 

@@ -23,6 +23,7 @@ from rlstab_jax.parallel.sharding import Layout
 from rlstab_jax.training.config import truncates
 from rlstab_jax.training.engines import EnginePair, initial_params, row_sharding
 from rlstab_jax.training.loop import minibatch, rollout_advantages
+from rlstab_jax.training.queue import blank
 from rlstab_jax.types import Rollout, RoutingReplay
 
 # What is made anew when a field changes.
@@ -131,7 +132,8 @@ class Programs:
     def prepare(self) -> Program:
         precision = self.engines.config.rollout.precision
         traced = prepare.trace(self.params, precision=precision, mesh=self.engines.mesh)
-        return Program("prepare", traced, {"parameters": self.params}, {"optimiser": self.state.opt_state})
+        kept = {"optimiser": self.state.opt_state, **self._throughout, **self._attempts}
+        return Program("prepare", traced, {"parameters": self.params}, kept)
 
     @cached_property
     def variables(self) -> dict:
@@ -166,10 +168,27 @@ class Programs:
         rollout = self.engines.config.rollout
         return rollout.support if truncates(rollout) else 0
 
+    @cached_property
+    def _throughout(self) -> dict[str, Any]:
+        """What lies on the devices in every phase besides the training state: the parameters that RL began with, and
+        the batches that wait to be learnt from."""
+        config, kept = self.engines.config, {}
+        if config.needs_reference:
+            kept["reference"] = self.params
+        if config.rollout.lag:
+            kept["waiting batches"] = self.engines.placed_like(lambda: blank(self.engines))
+        return kept
+
+    @property
+    def _attempts(self) -> dict[str, Any]:
+        """Of dynamic sampling, while its last attempt samples: what the others sampled, and what is made of them."""
+        before = self.engines.config.rollout.attempts - 1
+        return {"earlier attempts": (self.rollout,) * (before + (before > 1))} if before else {}
+
     @property
     def _beside_sampling(self) -> dict[str, Any]:
         """What lies on the devices while responses are sampled: the training state, and the waves before."""
-        kept = {"training state": self.state}
+        kept = {"training state": self.state, **self._throughout, **self._attempts}
         if self.engines.config.rollout.waves > 1:
             kept["rollout"] = self.rollout
         return kept
@@ -263,7 +282,7 @@ class Programs:
             logits_per_chunk=learner.logits_per_chunk,
             router=engines.needs_router,
         )
-        kept = {"optimiser": self.state.opt_state}
+        kept = {"optimiser": self.state.opt_state, **self._throughout}
         return Program("score", traced, {"parameters": self.params, "rollout": self.rollout}, kept)
 
     @cached_property
@@ -275,17 +294,19 @@ class Programs:
         rewards, groups = (
             self.placed(jax.ShapeDtypeStruct((rows,), dtype), row=True) for dtype in (jnp.float32, jnp.int32)
         )
+        reference = old.log_probs if engines.config.objective.needs_reference else None
         advantage = jax.eval_shape(
-            partial(rollout_advantages, engines.objective), self.rollout, old, None, rewards, groups
+            partial(rollout_advantages, engines.objective), self.rollout, old, reference, rewards, groups
         )
-        return Minibatch(self.rollout, old, self.placed(advantage, row=True), groups, None)
+        return Minibatch(self.rollout, old, self.placed(advantage, row=True), groups, reference)
 
     @cached_property
     def split(self) -> Program:
         config = self.engines.config
         rows = jax.ShapeDtypeStruct((config.prompts_per_minibatch * config.samples_per_prompt,), jnp.int32)
         traced = minibatch.trace(self.whole, self.placed(rows), self.engines.mesh)
-        return Program("split", traced, {"global batch": self.whole}, {"training state": self.state})
+        kept = {"training state": self.state, **self._throughout}
+        return Program("split", traced, {"global batch": self.whole}, kept)
 
     @cached_property
     def update(self) -> Program:
@@ -304,7 +325,7 @@ class Programs:
             freeze=learner.freeze,
         )
         parts = {"parameters": self.state.params, "optimiser": self.state.opt_state, "mini-batch": part}
-        return Program("update", traced, parts, {"global batch": self.whole})
+        return Program("update", traced, parts, {"global batch": self.whole, **self._throughout})
 
 
 def _shapes(tree: Any) -> Any:

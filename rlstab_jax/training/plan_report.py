@@ -79,11 +79,12 @@ def needed_with(plan: Plan, phase: Phase, growth: float, factor: float, waves: i
         return math.inf
     held = {**phase.memory, **phase.kept}
     batch = held.get("global batch", held.get("rollout", 0.0))
+    others = held.get("waiting batches", 0.0) + held.get("earlier attempts", 0.0)
     if phase.name not in SAMPLING:
-        return phase.needed + batch * (factor - 1)
-    fixed = held.get("weights", 0.0) + held["training state"]
+        return phase.needed + (batch + others) * (factor - 1)
+    fixed = held.get("weights", 0.0) + held["training state"] + held.get("reference", 0.0)
     before = plan.bytes_of("score", "rollout") * factor if waves > 1 else 0.0
-    return fixed + (phase.needed - fixed - batch) * growth + before
+    return fixed + (phase.needed - fixed - batch - others) * growth + before + others * factor
 
 
 def _waves(plan: Plan, prompts: int, factor: float) -> int | None:
@@ -151,8 +152,8 @@ def print_plan(plan: Plan, table: Sequence[PerN], price: float | None, console: 
 NOTES = (
     "Memory is the compiler's account. TFLOP are of matrix products. Time is a lower bound: the longest of computing, "
     "moving bytes and sending them, at peak rates. Decoding is the mean step of responses that are all as long as they "
-    'may be. "repeated" is work done more than once, by several devices or by a dense form of grouped products. '
-    "Not in it: evaluation, cold start, judging, checkpoints."
+    'may be; all of rollout.attempts are made. "repeated" is work done more than once, by several devices or by a '
+    "dense form of grouped products. Not in it: evaluation, cold start, judging, checkpoints."
 )
 
 

@@ -22,7 +22,7 @@ from flax import struct
 from rlstab_jax.learner import Minibatch, PolicyScores
 from rlstab_jax.objectives import advantages_of
 from rlstab_jax.training.config import truncates
-from rlstab_jax.training.engines import Engines
+from rlstab_jax.training.engines import EnginePair, Engines
 from rlstab_jax.training.partial import Unfinished
 from rlstab_jax.types import Rollout, RoutingReplay, Scores, route_dtype
 
@@ -68,7 +68,7 @@ def start(make: Callable[[], Queue], *, in_thread: bool) -> Callable[[], Queue]:
     return result.result
 
 
-def blank(engines: Engines) -> Queue:
+def blank(engines: EnginePair) -> Queue:
     """A full queue of zeros: what a checkpoint's arrays are restored into."""
     config, model, rollout = engines.config, engines.config.model, engines.config.rollout
     if not rollout.lag:

@@ -74,3 +74,22 @@ def test_replayed_routes_are_used_and_the_live_ones_reported() -> None:
     np.testing.assert_array_equal(altered.rollout.routes, others)
     assert (np.asarray(altered.live) != others).any()
     assert np.abs(altered.rollout.log_probs - rollout.log_probs).max() > 1e-3
+
+
+def test_another_policy_is_scored_over_the_recorded_support() -> None:
+    """Its own likeliest tokens are others: log-probs over those would be of draws that nobody made."""
+    rollout = matched()
+    params = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(5), x.shape), tiny.parameters(CONFIG))
+    mine = score_matched(tiny.model(CONFIG), prepare(params, tiny.FLOAT32), rollout, SAMPLING).rollout
+    expected, _ = score(tiny.model(CONFIG), {"params": params}, rollout)
+    mask = np.asarray(rollout.response_mask)
+    np.testing.assert_allclose(mine.log_probs, expected.log_probs, atol=1e-4)
+    np.testing.assert_array_equal(mine.support, rollout.support)
+    assert np.abs(np.asarray(mine.log_probs) - np.asarray(rollout.log_probs))[mask].max() > 0.1
+
+
+def test_greedy_log_probs_are_of_a_point_mass() -> None:
+    greedy = tiny.sampling(temperature=np.float32([0, 1] * 4))
+    rollout = sample_matched(*arguments()[:5], greedy, **{**OPTIONS, "support": 0})
+    assert not np.asarray(rollout.log_probs)[::2].any()
+    assert np.asarray(rollout.log_probs)[1::2].any()

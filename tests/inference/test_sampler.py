@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from rlstab_jax.inference import prepare, sample, sample_keys, slots
+from rlstab_jax.inference import prepare, sample, sample_continuously, sample_keys, sample_matched, slots
 from rlstab_jax.inference.sampler import sample_batch
 from rlstab_jax.inference.sampling import draw
 from rlstab_jax.learner import score
@@ -387,3 +388,13 @@ def test_a_dense_model_has_no_routes() -> None:
     assert scores.routes is scores.live is scores.router is None
     assert list(statistics) == ["policy/entropy"]
     assert np.abs(scores.log_probs - rollout.log_probs).max() < 1e-5
+
+
+@pytest.mark.parametrize("sampler", [sample, partial(sample_continuously, slots=2), sample_matched])
+def test_another_number_of_keys_than_of_responses_is_refused(sampler: Any) -> None:
+    variables = prepare(tiny.parameters(), tiny.FLOAT32)
+    with pytest.raises(UserError, match=r"keys \(4,\): expected one for each of 8 responses"):
+        sampler(
+            tiny.model(), variables, *tiny.prompts(), tiny.keys(samples=1), tiny.sampling(),
+            response_length=tiny.RESPONSE, samples_per_prompt=2,
+        )  # fmt: skip

@@ -13,6 +13,7 @@ import tiny
 from rlstab_jax.learner import PolicyScores, score, update
 from rlstab_jax.learner.controls import permuted
 from rlstab_jax.learner.score import policy_scores
+from rlstab_jax.objectives import rspo
 from rlstab_jax.types import Rollout, Routes, RoutingReplay, UserError
 
 MODEL = tiny.model(remat="full")
@@ -201,3 +202,36 @@ def test_replay_without_routes_is_refused(replay: RoutingReplay) -> None:
     if replay is R3:
         with pytest.raises(UserError, match="the rollout has none"):
             score(MODEL, {"params": tiny.parameters()}, rollout, replay=replay)
+
+
+def test_the_router_shift_is_seen_at_the_old_experts_under_live_routing() -> None:
+    """RSPO's own setting. Experts that change their names: the policy is the same, and every route is another one."""
+    rollout, params = tiny.rollout(), tiny.parameters()
+    order = np.roll(np.arange(EXPERTS), 1)
+
+    def renamed(path: tuple, leaf: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        if "router" in name:
+            return leaf[..., order]
+        return leaf[:, order] if "moe" in name else leaf  # [layer, expert, ...]
+
+    new = jax.tree_util.tree_map_with_path(renamed, params)
+    old, _ = score(MODEL, {"params": params}, rollout)
+    live, _ = score(MODEL, {"params": new}, rollout)
+    watched, _ = policy_scores(MODEL.clone(replay=False), {"params": new}, rollout, old.routes, 2**24)
+    np.testing.assert_allclose(live.log_probs, old.log_probs, atol=1e-5)
+    np.testing.assert_allclose(live.router, old.router, atol=1e-5)  # by rank nothing has moved
+    assert_equal(watched.routes, live.routes)
+    np.testing.assert_allclose(watched.log_probs, live.log_probs, atol=1e-5)
+
+    mask = np.asarray(rollout.response_mask)
+    shift = np.abs(np.asarray(watched.router) - np.asarray(old.router)).mean(-1)
+    assert (shift[mask] > 0.1).all()
+    gamma = np.where(mask, np.maximum(-shift, np.log(0.01)), 0)
+    objective = rspo(eps_low=np.inf, eps_high=np.inf, floor=0.01)
+    state = dataclasses.replace(tiny.state(), params=jax.tree.map(jnp.copy, new))
+    minibatch = tiny.minibatch(rollout, old, objective)
+    _, statistics, _ = update(MODEL, state, minibatch, objective, tiny.numbers(), replay=LIVE)
+    expected = np.exp(gamma.sum(1) / mask.sum(1))  # the geometric mean of gamma r, where r = 1
+    weight = (mask * expected[:, None]).sum() / mask.sum()
+    np.testing.assert_allclose(statistics["weight/mean"].value(), weight, rtol=1e-4)

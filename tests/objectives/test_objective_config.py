@@ -43,6 +43,22 @@ def test_numbers_that_the_recipe_does_not_take_are_errors() -> None:
         build(ObjectiveConfig("grpo", kl_in="reward"))
 
 
+@pytest.mark.parametrize(
+    ("name", "number", "value"),
+    [("minirl", "cap", -1.0), ("minirl", "eps_low", -0.1), ("minirl", "eps_high", np.nan), ("dr_grpo", "length", 0.0),
+     ("rspo", "floor", 0.0), ("grpo", "dual_clip", 0.5), ("grpo", "kl_coefficient", -0.1)],
+)  # fmt: skip
+def test_numbers_outside_their_range_are_errors(name: RecipeName, number: str, value: float) -> None:
+    with pytest.raises(UserError, match=rf"objective\.{number} = .*expected"):
+        build(ObjectiveConfig(name, **{number: value}))
+
+
+def test_a_clip_range_beyond_one_leaves_the_lower_side_open() -> None:
+    scores, rewards = ragged(0)
+    for eps_low in (1.0, np.inf):
+        assert np.isfinite(gradient(build(ObjectiveConfig("rspo", eps_low=eps_low)), scores, rewards)).all()
+
+
 def geometric_minirl(eps_low: float = 0.2, eps_high: float = 0.2, power: float = 1.0) -> Objective:
     """A loss of one's own, in under ten lines: MiniRL on the geometric ratio, with rejection."""
     ratio = piece(o.ratios.geometric, of=o.ratios.target_over_rollout)

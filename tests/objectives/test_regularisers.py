@@ -45,6 +45,17 @@ def test_on_policy_k1_is_nothing_k2_reverse_k3_forward() -> None:
         np.testing.assert_allclose(k3, forward, atol=1e-14)
 
 
+@pytest.mark.parametrize("d", [-30.0, -20.5, -19.5, 0.0, 19.5, 30.0])
+def test_k3_pulls_towards_the_reference_however_far_it_is(d: float) -> None:
+    def term(target: float) -> jax.Array:
+        scores = Scores(*(jnp.full((1, 1), x) for x in (target, 0.0, 0.0, True)), jnp.zeros(1, int), jnp.zeros((1, 1)))
+        return regularisers.k3(scores)[0, 0]
+
+    value, gradient = jax.value_and_grad(term)(d)
+    assert np.isfinite([value, gradient]).all()
+    assert np.sign(gradient) == np.sign(d)
+
+
 @pytest.mark.parametrize("term", [regularisers.k1, regularisers.k3])
 def test_corrected_terms_have_the_reverse_kl_off_policy_too(term) -> None:
     with jax.enable_x64(True):

@@ -128,6 +128,19 @@ def test_a_gradient_that_is_not_finite_is_an_excess():
     assert remark.message == "the gradient norm before clipping is not finite."
 
 
+def test_a_gradient_that_never_was_finite_is_an_excess_too():
+    run = with_fault("learner/grad_norm", math.nan)
+    run["learner/grad_norm"][:] = math.nan
+    assert said(run) == [("gradient", 80)]
+
+
+def test_a_best_reward_of_zero_is_remembered():
+    monitor = Monitor(CONFIG)
+    for step, reward in enumerate((-0.5, 0.0, -0.25)):
+        monitor.observe({"reward/mean": reward, "progress/gradient_steps": 8.0 * step})
+    assert monitor.state.best_reward == 0
+
+
 def test_entropy_and_reward_fall_while_the_kl_looks_healthy():
     run = healthy()
     run["policy/entropy"][BREAKS:] *= 0.4

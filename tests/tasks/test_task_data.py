@@ -40,20 +40,10 @@ def test_one_pass_in_order_keeps_the_remainder():
     assert [ids(batch) for batch in batches] == [[0, 1, 2, 3], [4, 5, 6]]
 
 
-def test_shards_are_the_parts_of_the_global_batch():
-    whole = prompt_iterator(SOURCE, 6, seed=2)
-    parts = [prompt_iterator(SOURCE, 6, seed=2, shard_index=i, shard_count=3) for i in range(3)]
-    for _ in range(4):
-        assert [prompt for part in parts for prompt in next(part)] == next(whole)
-
-
-@pytest.mark.parametrize(
-    ("source", "batch", "shards", "message"),
-    [(SOURCE, 0, 1, "batch_size"), (SOURCE, 5, 2, "multiple of 2"), ([], 4, 1, "empty")],
-)
-def test_bad_iterators(source, batch, shards, message):
+@pytest.mark.parametrize(("source", "batch", "message"), [(SOURCE, 0, "batch_size"), ([], 4, "empty")])
+def test_bad_iterators(source, batch, message):
     with pytest.raises(UserError, match=message):
-        prompt_iterator(source, batch, seed=0, shard_count=shards)
+        prompt_iterator(source, batch, seed=0)
 
 
 def test_encode_prompts_right_aligns():

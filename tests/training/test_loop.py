@@ -300,8 +300,8 @@ def quick_compile() -> Iterator[None]:
 @pytest.mark.parametrize("name", get_args(RecipeName))
 def test_every_recipe_takes_a_step(name: str) -> None:
     # Dense models compile faster; RSPO is about routers.
-    room = {} if name == "rspo" else {"model": {"num_experts": 0}, "learner": {"replay": "live"}}
-    config = configured(objective={"name": name}, **room)
+    experts = {} if name == "rspo" else {"num_experts": 0}
+    config = configured(objective={"name": name}, model=experts, learner={"replay": "live"})
     engines = build(config)
     state = fresh_state(engines)
     before = jax.device_get(state.train.params)

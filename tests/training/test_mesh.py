@@ -6,10 +6,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from rlstab_jax.learner import LearnerConfig
 from rlstab_jax.parallel.mesh import MeshConfig
 from rlstab_jax.rundir import read_metrics
+from rlstab_jax.training.config import RunConfig
+from rlstab_jax.training.engines import _check_packing
 from rlstab_jax.training.run import train
+from rlstab_jax.types import UserError
 from tests.training.eight_device_run import MESHES, config
 
 ROOT = Path(__file__).parents[2]
@@ -34,3 +39,12 @@ def test_a_run_on_eight_devices(tmp_path: Path) -> None:
                 np.testing.assert_allclose(
                     many[metric], one[metric][-steps:], rtol=1e-3, atol=1e-5, err_msg=f"{name} {metric}"
                 )
+
+
+def test_packed_parts_are_equal_on_all_devices() -> None:
+    config = RunConfig(learner=LearnerConfig(packing=True, micro_batches=4, score_micro_batches=8))
+    _check_packing(config, {"mesh": 8, "rollout.mesh": 8})
+    with pytest.raises(UserError, match=r"learner\.micro_batches = 4 with learner\.packing: 128 responses .* over 64"):
+        _check_packing(config, {"mesh": 64, "rollout.mesh": 8})
+    with pytest.raises(UserError, match=r"score_micro_batches = 8 .*: 512 responses .* over 128 .*rollout\.mesh"):
+        _check_packing(config, {"mesh": 8, "rollout.mesh": 128})

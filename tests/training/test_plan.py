@@ -13,12 +13,13 @@ import pytest
 
 from rlstab_jax.cli import main
 from rlstab_jax.models import Kernels
+from rlstab_jax.objectives import ObjectiveConfig
 from rlstab_jax.parallel.mesh import MeshConfig, make_mesh
 from rlstab_jax.parallel.topology import Topology, topology
 from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.engines import EnginePair, build_pair
-from rlstab_jax.training.plan import Change, Phase, Plan, measure, remedy
-from rlstab_jax.training.plan_programs import Programs
+from rlstab_jax.training.plan import PHASES, Change, Phase, Plan, _runs, measure, remedy
+from rlstab_jax.training.plan_programs import Programs, device_bytes
 from rlstab_jax.training.plan_report import as_json, by_minibatches, print_plan
 from tests.training import plan_config
 
@@ -162,6 +163,30 @@ def by_hand(waves: int = 1) -> Plan:
         phase("update", 2, {"parameters": 3 * GIB, "temporaries": 4 * GIB}, (6.0, 2.0, 3.0), global_batch=2 * GIB),
     )  # fmt: skip
     return Plan(CHIP, config, phases, (), (), row_devices=2)
+
+
+def test_what_lies_on_the_devices_besides() -> None:
+    """A reference policy, batches that wait under a lag, and dynamic sampling, which may sample three times."""
+    config = plan_config.config()
+    config = dataclasses.replace(
+        config,
+        mesh=MeshConfig(),
+        kernels=Kernels("reference", "dense", "reference", "dense"),
+        objective=ObjectiveConfig("grpo", kl_coefficient=0.01),
+        rollout=dataclasses.replace(config.rollout, lag=2, attempts=3),
+    )
+    programs = Programs(build_pair(config, make_mesh(config.mesh, jax.devices()[:1]), None, "cpu", (0,), 0))
+    parameters, rollout, batch = map(device_bytes, (programs.params, programs.rollout, programs.whole))
+    for program in (programs.decode, programs.score, programs.split, programs.update):
+        kept = {name: device_bytes(tree) for name, tree in program.kept.items()}
+        assert kept["reference"] == parameters
+        assert kept["waiting batches"] == 2 * batch
+        # In the last attempt: what two have sampled, and the first with groups of the second.
+        assert kept.get("earlier attempts") == (3 * rollout if program.name == "decode" else None)
+    runs = [_runs(programs, name) for name in PHASES]
+    assert dict(zip(PHASES, runs, strict=True)) == {
+        "prepare": 3, "prefill": 3, "resize": 3, "decode": 3 * 47, "score": 3, "split": 2, "update": 2,
+    }  # fmt: skip
 
 
 def test_by_minibatches() -> None:
