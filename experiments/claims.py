@@ -131,6 +131,9 @@ PAPER = (
              ("n8-minirl",)),
 )  # fmt: skip
 
+# What an earlier look saw at the two highest rates, from one cold start.
+_RATES = "high_rates"
+_LEVEL, _BREAKS = (f"-lr{rate:g}" for rate in RATES[-2:])
 # What replay's benefit comes from: the paper says, a restored first-order approximation.
 _CONTROLS = "controls"
 CAUSES = (
@@ -141,11 +144,12 @@ CAUSES = (
       (("permuted", "it is better than replay of another token's routes"),
        ("frozen_routes", "than replay of the routes that the cold start chooses"),
        ("frozen_router", "than live routing by a frozen router"))),
-    *(Contrast("replay", f"without clipping, live routing collapses where {what} does not, N = 8", _CONTROLS,
-               "collapses", ("n8-noclip-live",), (cell,), primary=False)
-      for cell, what in
-      (("n8-noclip-frozen_routes", "replay of the cold start's routes"),
-       ("n8-noclip-frozen_router", "a frozen router"), ("dense-n8-noclip", "a dense model"))),
+    *(Contrast("replay", f"without clipping, live routing collapses where {what} does not, N = 8, at {RATES[-1]:g}",
+               _RATES, "collapses", (_n(8, False, "live") + _BREAKS,), (_n(8, False, control) + _BREAKS,),
+               primary=False)
+      for control, what in
+      (("frozen_router", "a frozen router"), ("frozen_routes", "replay of the cold start's routes"),
+       ("dense", "a dense model"))),
 )  # fmt: skip
 
 LATER = (
@@ -171,9 +175,6 @@ LATER = (
              ("n8-minpro",), ("n8-minirl",), primary=False),
     Contrast("FP16", "rollouts in fp16 are better than in bf16", "discrepancy", "higher", ("fp16",), ("bf16",)),
 )  # fmt: skip
-# What an earlier look saw at the two highest rates, from one cold start.
-_RATES = "high_rates"
-_LEVEL, _BREAKS = (f"-lr{rate:g}" for rate in RATES[-2:])
 LEADS = (
     Contrast("lead", f"without clipping and replay N = 8 collapses at {RATES[-1]:g}, with clipping and R3 it does not",
              _RATES, "collapses", (_n(8, False, "live") + _BREAKS,), (_n(8, True, "r3") + _BREAKS,)),
