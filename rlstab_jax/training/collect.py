@@ -46,6 +46,23 @@ class Responses:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Logged:
+    """What is logged of the responses of one attempt: their arrays on the devices are not kept for it."""
+
+    rewards: Rewards
+    signal: Bool[np.ndarray, "prompts"]
+    lengths: Int[np.ndarray, "batch"]
+    truncated: Bool[np.ndarray, "batch"]
+    seconds: dict[str, float]
+    failed: list[dict[str, Any]]
+
+    @staticmethod
+    def of(one: Responses) -> "_Logged":
+        lengths, truncated = on_host((one.rollout.response_mask.sum(1), one.rollout.truncated))
+        return _Logged(one.rewards, one.signal, lengths, truncated, one.seconds, list(_failed(one)))
+
+
+@dataclasses.dataclass(frozen=True)
 class Batch:
     """What a step trains on, and what it took.
 
@@ -82,12 +99,13 @@ def collect(
       The batch. Groups with signal stay where they are; those without are replaced in order, by the groups with signal
       of further attempts in order. Places that are open after the last attempt keep their groups of attempt 0.
     """
-    sampled, further = [first := respond(prompts, 0)], iter(further)
-    prompts, rollout = list(prompts), first.rollout
-    texts, rewards = first.groups(first.texts), first.groups(first.rewards.total)
-    places = np.flatnonzero(~first.signal)
+    new, further = respond(prompts, 0), iter(further)
+    sampled, prompts, rollout = [_Logged.of(new)], list(prompts), new.rollout
+    texts, rewards = new.groups(new.texts), new.groups(new.rewards.total)
+    places = np.flatnonzero(~new.signal)
     while len(places) and len(sampled) < attempts and (asked := next(further, None)) is not None:
-        sampled.append(new := respond(asked, len(sampled)))
+        del new  # or its arrays were kept while the next attempt samples
+        sampled.append(_Logged.of(new := respond(asked, len(sampled))))
         found = np.flatnonzero(new.signal)[: len(places)]
         filled, places = places[: len(found)], places[len(found) :]
         for place, group in zip(filled, found, strict=True):
@@ -104,7 +122,7 @@ def collect(
             "dynamic/unfilled": len(places) / len(prompts),
             "dynamic/unused": with_signal - (len(prompts) - len(places)),
         }
-    failed = [row for one in sampled for row in _failed(one)]
+    failed = [row for one in sampled for row in one.failed]
     return Batch(prompts, rollout, texts.ravel().tolist(), rewards.ravel(), metrics, failed)
 
 
@@ -129,15 +147,15 @@ def _rows_of_both(first: Rollout, second: Rollout, rows: Int[Array, "batch"]) ->
     return take_rows(jax.tree.map(joined, first, second), rows)
 
 
-def _metrics(sampled: Sequence[Responses]) -> dict[str, float]:
+def _metrics(sampled: Sequence[_Logged]) -> dict[str, float]:
     """Of all responses that were sampled, whether they are trained on or not."""
-    lengths = np.concatenate([on_host(one.rollout.response_mask.sum(1)) for one in sampled])
+    lengths = np.concatenate([one.lengths for one in sampled])
     components = {name: [one.rewards.components[name] for one in sampled] for name in sampled[0].rewards.components}
     metrics = {
         "reward/mean": float(np.concatenate([one.rewards.total for one in sampled]).mean()),
         "reward/without_signal": float(np.concatenate([~one.signal for one in sampled]).mean()),
         "response/length": float(lengths.mean()),
-        "response/truncated": float(np.concatenate([on_host(one.rollout.truncated) for one in sampled]).mean()),
+        "response/truncated": float(np.concatenate([one.truncated for one in sampled]).mean()),
         "response/count": len(lengths),
         **{f"reward/component/{name}": float(np.concatenate(values).mean()) for name, values in components.items()},
         **{name: sum(one.seconds[name] for one in sampled) for name in sampled[0].seconds},

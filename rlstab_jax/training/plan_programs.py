@@ -181,9 +181,8 @@ class Programs:
 
     @property
     def _attempts(self) -> dict[str, Any]:
-        """Of dynamic sampling, while its last attempt samples: what the others sampled, and what is made of them."""
-        before = self.engines.config.rollout.attempts - 1
-        return {"earlier attempts": (self.rollout,) * (before + (before > 1))} if before else {}
+        """Of dynamic sampling, while a later attempt samples: what came of those before."""
+        return {"earlier attempts": self.rollout} if self.engines.config.rollout.attempts > 1 else {}
 
     @property
     def _beside_sampling(self) -> dict[str, Any]:
