@@ -53,6 +53,8 @@ class Contrast:
     """Of a trend: log2 N of each cell."""
     smallest: float = SMALLEST
     primary: bool = True
+    planned: int = ENOUGH
+    """Pairs; a verdict after fewer is one so far."""
 
 
 def _n(number: int, clip: bool, mode: str) -> str:
@@ -72,7 +74,9 @@ def _at_higher_rate(contrast: Contrast) -> Contrast:
 
 def _r3_over_r2(number: int, claim: str, says: str, sign: int, primary: bool) -> Contrast:
     cells = (_n(number, True, "r3"),), (_n(number, True, "r2"),)
-    return Contrast(claim, says, "off_policy", "higher", *(cells if sign > 0 else cells[::-1]), primary=primary)
+    planned = ENOUGH if number == 4 else 2 * ENOUGH
+    order = cells if sign > 0 else cells[::-1]
+    return Contrast(claim, says, "off_policy", "higher", *order, primary=primary, planned=planned)
 
 
 _ON, _OFF = "on_policy", "off_policy"
@@ -211,6 +215,11 @@ class Verdict:
     def text(self, adjusted: float) -> str:
         if self.pairs < ENOUGH:
             return f"{NOT_YET} ({self.pairs} of {ENOUGH} pairs)" if self.pairs else NOT_YET
+        planned = self.contrast.planned
+        so_far = f", so far ({self.pairs} of {planned} pairs)" if self.pairs < planned else ""
+        return self._word(adjusted) + so_far
+
+    def _word(self, adjusted: float) -> str:
         significant = math.isnan(adjusted) or adjusted < 0.05
         if self.reproduced and (significant or self.contrast.kind == "equivalent"):
             return REPRODUCED
@@ -220,10 +229,16 @@ class Verdict:
 
 
 def common(runs: Runs, cells: Sequence[str]) -> list[list[Run]]:
-    """The runs of each cell, in rows: those of the pairs that all cells have."""
+    """The runs of each cell, in rows: those of the pairs that all cells have, from one cold start."""
     by_pair = [{run.pair: run for run in runs.get(name, ())} for name in cells]
     pairs = sorted(set.intersection(*(set(found) for found in by_pair)))
+    pairs = [pair for pair in pairs if _one_start({found[pair].start for found in by_pair})]
     return [[found[pair] for pair in pairs] for found in by_pair]
+
+
+def _one_start(starts: set[tuple[str, float]]) -> bool:
+    """Whether equal cold starts began equally: machines of two kinds train different ones from one seed."""
+    return len(starts) == len({determined for determined, _ in starts})
 
 
 def judge(contrast: Contrast, runs: Runs) -> Verdict:

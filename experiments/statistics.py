@@ -142,7 +142,8 @@ def estimate(
 
     Percentile intervals are too narrow for few cold starts: they know nothing of Student's t, nor of n/(n - 1). Theirs
     are taken at levels that make up for both, as for n cold starts of equal pairs (expanded percentiles, Hesterberg,
-    2015), and p is that of the t test with the bootstrap's standard error.
+    2015), and p is that of the t test with the bootstrap's standard error. Below 5 cold starts those levels lie beyond
+    every mean of the bootstrap: the intervals are Student's then.
     """
     mean, pairs = float(differences.mean()), len(differences)
     units = len(np.unique(cold_starts))
@@ -150,9 +151,12 @@ def estimate(
     if units < 2:
         return Estimate(mean, math.nan, math.nan, math.nan, math.nan, math.nan, pairs)
     means, widened = resample(differences, cold_starts, draws, seed), math.sqrt(units / (units - 1))
-    tails = stats.norm.sf(widened * stats.t.isf([(1 - LEVEL) / 2, 0.05], units - 1))
-    low, low90, high90, high = np.quantile(means, [tails[0], tails[1], 1 - tails[1], 1 - tails[0]])
-    error = widened * means.std()
+    error, critical = widened * means.std(), stats.t.isf([(1 - LEVEL) / 2, 0.05], units - 1)
+    if units < 5:
+        low, low90, high90, high = mean + error * np.array([-critical[0], -critical[1], critical[1], critical[0]])
+    else:
+        tails = stats.norm.sf(widened * critical)
+        low, low90, high90, high = np.quantile(means, [tails[0], tails[1], 1 - tails[1], 1 - tails[0]])
     p = 2 * stats.t.sf(abs(mean) / error, units - 1) if error > 0 else float(mean == 0)
     return Estimate(mean, float(low), float(high), float(p), float(low90), float(high90), pairs)
 

@@ -146,6 +146,9 @@ class Run:
     """CPU time; NaN where it is not known."""
     metrics: Mapping[str, np.ndarray]
     """Columns [evaluation]; NaN where there is nothing."""
+    start: tuple[str, float] = ("", math.nan)
+    """What determines the cold start and its first evaluation, as a hash; and that held-out accuracy. A cold start that
+    another kind of processor has trained has other weights, since its sums run in another order."""
 
     @property
     def evaluated(self) -> np.ndarray:
@@ -192,13 +195,13 @@ class Run:
 
 def read_records(results: Path) -> dict[str, dict[str, Any]]:
     """The committed lines of all studies, by the keys of their configs; a torn last line is left out."""
-    lines = [line for path in sorted(results.glob(f"*/{RUNS}")) for line in path.read_text().splitlines(keepends=True)]
-    return {row["key"]: row for row in (json.loads(line) for line in lines if line.endswith("\n"))}
+    return {row["key"]: row for path in sorted(results.glob(f"*/{RUNS}")) for row in read(path)}
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """What has been measured: an object for each line; none if there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """What has been measured: an object for each line, without a torn last one; none if there is no file."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def runs_of(study: Study, records: Mapping[str, dict[str, Any]]) -> dict[str, list[Run]]:
@@ -219,18 +222,24 @@ def _runs_of(study: Study, cell: Cell, pairs: Sequence[int], records: Mapping[st
                 math.nan if row["broken"] is None else row["broken"],
                 math.nan if row["cpu_seconds"] is None else row["cpu_seconds"],
                 {name: np.array(values, float) for name, values in row["metrics"].items()},
+                (_determines_start(config), row["metrics"][ACCURACY][0]),
             )
 
 
+def _determines_start(config: RunConfig) -> str:
+    parts = (config.seed, config.task, config.model, config.cold_start, config.learner.precision, config.evaluation)
+    return hashlib.sha256(json.dumps(plain(parts), sort_keys=True).encode()).hexdigest()[:16]
+
+
 def missing(
-    study: Study, records: Mapping[str, dict[str, Any]], seeds: int, only: Sequence[str] = ("*",)
+    study: Study, records: Mapping[str, dict[str, Any]], seeds: int, only: Sequence[str] = ("*",), first: int = 0
 ) -> list[workers.Job]:
     """What is left to run, in the order of running: two pairs at a time through all cells.
 
     So all cells are equally far at any time, and two workers begin with two cold starts, not twice with one.
     """
     jobs, taken = [], set(records)
-    for block in range(0, seeds, 2):
+    for block in range(first, seeds, 2):
         for cell in study.cells:
             for pair in range(block, min(block + 2, seeds)):
                 config = study.config(cell, pair)
@@ -254,6 +263,7 @@ def run(
     hours: float = math.inf,
     workers_: Annotated[int, tyro.conf.arg(name="workers")] = 2,
     cells: tuple[str, ...] = ("*",),
+    first_pair: int = 0,
     draw_only: Annotated[bool, tyro.conf.arg(name="draw")] = False,
     plan_only: Annotated[bool, tyro.conf.arg(name="plan")] = False,
     runs: Path = Path("runs/studies"),
@@ -267,14 +277,15 @@ def run(
       hours: stop after so long; unfinished runs are saved and go on when the command is given again.
       workers_: processes, each with its share of the cores; 0 runs in this one.
       cells: only those whose name matches one of these, e.g. 'n8*' 'n1-*'.
+      first_pair: leave out the pairs before, e.g. where their cold starts are on another machine.
       draw_only: only draw, from the committed metrics.
       plan_only: only say what is missing.
       runs: where the run directories and their cold starts are kept.
       results: where the metrics, tables and pictures are.
     """
-    if not 1 <= seeds <= MOST_PAIRS:
-        raise UserError(f"seeds = {seeds}: expected 1 to {MOST_PAIRS}")
-    jobs = [] if draw_only else missing(study, read_records(results), seeds, cells)
+    if not 0 <= first_pair < seeds <= MOST_PAIRS:
+        raise UserError(f"first_pair = {first_pair}, seeds = {seeds}: expected 0 <= first_pair < seeds <= {MOST_PAIRS}")
+    jobs = [] if draw_only else missing(study, read_records(results), seeds, cells, first_pair)
     if plan_only:
         _say_plan(study, jobs, read_records(results))
         return

@@ -43,7 +43,7 @@ from experiments.claims import (
     RULES,
     UNDECIDED,
     Contrast,
-    Runs,
+    Verdict,
     verdicts,
 )
 from experiments.study import RESULTS, read, read_records, runs_of
@@ -68,15 +68,17 @@ def page(results: Path) -> str:
     """The page of verdicts, from the committed metrics alone."""
     records = read_records(results)
     runs = {study.name: runs_of(study, records) for study in CONFIRMATORY}
+    judged = verdicts(ALL, runs)  # all at once: a family may stand in several tables
     parts = [
         "# Verdicts on the paper's claims",
         "`python -m experiments.verdicts` writes this page from the committed metrics (`*/runs.jsonl`); "
         "[`PROTOCOL.md`](../PROTOCOL.md) has the rules, which were fixed before the runs.",
         f'A verdict is "{REPRODUCED}", "{UNDECIDED}" or "{REFUTED}", and needs {ENOUGH} pairs of a cold start and a '
         f'seed; before that it is "{NOT_YET}". Differences are of held-out accuracy, paired, with 95% intervals of a '
-        "hierarchical bootstrap; counts have exact intervals; p is adjusted by Holm within a study's primary claims.",
+        "hierarchical bootstrap; counts have exact intervals; p is adjusted by Holm within a study's primary "
+        "contrasts, and within its secondary ones.",
         "## The paper's own claims (PAPER.md, section 6)",
-        _table(PAPER, runs),
+        _table(PAPER, judged),
         "Claim (m): the ablated gradients are neither equal to nor linearly correlated with the true one. Enumerated: "
         + enumerated(results),
         "In training, by large samples of the runs of MiniRL on-policy (`python -m experiments.gradients`):",
@@ -84,21 +86,21 @@ def page(results: Path) -> str:
         "## What replay's benefit comes from",
         "The paper's account: a restored first-order approximation. If so, routes that are merely held fixed do not do,"
         " and a router that stands still does not either.",
-        _table(CAUSES, runs),
+        _table(CAUSES, judged),
         "And the gradients themselves: how much of Eq. 2's gradient the token-level one holds, as its projection on it "
         "(1: all, 0: nothing; 95% intervals), at the weights that sampled and seven updates later, at the cold start "
         "and at the end of on-policy runs ([more](gradients/gradients.csv)). No verdict.",
         _projections(results),
         "## Claims of later work (section 7)",
-        _table(LATER, runs),
+        _table(LATER, judged),
         "## Where the claims on staleness could bite",
-        "At the common rate nothing collapses. What was turned up in search of a regime where training without "
-        "clipping and replay does, and on-policy training does not, on tuning seeds: no evidence "
+        "At the common rate no cell without clipping collapses. What was turned up in search of a regime where "
+        "training without clipping and replay does, and on-policy training does not, on tuning seeds: no evidence "
         "(`python -m experiments.regime`, [pictures](regime/curves.png)).",
         _searched(records),
         "An earlier look saw N = 8 collapse at 2e-3 without clipping and replay, and recover the on-policy level with "
         "both at 1.5e-3, from one cold start. The same on fresh seeds and ten cold starts:",
-        _table(LEADS, runs),
+        _table(LEADS, judged),
         "## Whether the gap's persistence, rather than its size, makes IS matter",
         "delta = log mu - log pi of the tokens of a fixed probe, at every 16th update of on-policy runs: its size "
         "(root mean square, nats), and its correlation over tokens with itself after more updates. If persistence "
@@ -119,10 +121,11 @@ def page(results: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _table(contrasts: Sequence[Contrast], runs: Mapping[str, Runs]) -> str:
+def _table(contrasts: Sequence[Contrast], judged: Sequence[tuple[Verdict, float, str]]) -> str:
     rows = [
         (v.contrast.claim, v.contrast.says, v.contrast.study, v.figures, "" if math.isnan(p) else f"{p:.2g}", words)
-        for v, p, words in verdicts(contrasts, runs)
+        for v, p, words in judged
+        if v.contrast in contrasts
     ]
     return _rows(("claim", "as tested", "study", "figures", "p", "verdict"), rows)
 
@@ -138,13 +141,13 @@ def _searched(records: Mapping[str, dict[str, Any]]) -> str:
         (
             cell.name,
             f"{sum(run.outcome.kind == 'collapsed' for run in done)} of {len(done)}",
-            ", ".join(f"{run.final:.2f}" for run in done),
+            ", ".join(f"{run.final:.2f} ({run.pair})" for run in done),
             f"{np.median([run.median('staleness/k3') for run in done]):.2g}",
         )
         for cell in regime.STUDY.cells
         if (done := runs[cell.name])
     ]
-    return _rows(("cell", "collapsed", "final accuracy of each run", "median KL of staleness (k3)"), rows)
+    return _rows(("cell", "collapsed", "final accuracy of each run (its pair)", "median KL of staleness (k3)"), rows)
 
 
 def _progress(records: Mapping[str, dict[str, Any]], results: Path) -> str:
@@ -246,7 +249,7 @@ def enumerated(results: Path) -> str:
 
     return (
         f"there the cosine of the length-normalised gradient with the true one is "
-        f"{shown('none', 'length_normalised_cosine')} at no gap at all, and without the weight the error is "
+        f"{shown('none', 'length_normalised_cosine')} at hardly any gap, and without the weight the error is "
         f"{shown('precision', 'no_weight_error / weight_error')} times as large; so they are not equal, but they are "
         "correlated ([`first_order`](first_order/README.md))."
     )

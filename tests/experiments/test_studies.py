@@ -10,7 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments import claims, controls, drawing, monitor_study, off_policy, on_policy, study, verdicts, workers
+from experiments import (
+    claims,
+    controls,
+    drawing,
+    monitor_study,
+    off_policy,
+    on_policy,
+    statistics,
+    study,
+    verdicts,
+    workers,
+)
 from experiments.setting import NO_CLIP
 from experiments.study import CONFIRMATORY, RESULTS, TUNING, Cell, Panel, Run, Study
 from rlstab_jax.objectives import build as build_objective
@@ -262,6 +273,30 @@ def test_too_few_pairs_give_no_verdict() -> None:
     runs = {"a": cell_of([0.9] * 12), "b": cell_of([0.5] * 9)}
     assert verdict("higher", runs) == "not yet run (9 of 10 pairs)"
     assert verdict("higher", {}) == claims.NOT_YET
+
+
+def test_a_pair_is_of_one_cold_start() -> None:
+    """Other weights from the same seed, as another kind of processor trains them, pair with nothing."""
+    a, b = ([dataclasses.replace(run, start=("s", 0.25)) for run in cell_of([x] * 12)] for x in (0.9, 0.5))
+    assert verdict("higher", {"a": a, "b": b}) == claims.REPRODUCED
+    b[:3] = [dataclasses.replace(run, start=("s", 0.27)) for run in b[:3]]
+    assert verdict("higher", {"a": a, "b": b}) == "not yet run (9 of 10 pairs)"
+    b[:3] = [dataclasses.replace(run, start=("of a dense model", 0.27)) for run in b[:3]]
+    assert verdict("higher", {"a": a, "b": b}) == claims.REPRODUCED
+
+
+def test_a_verdict_before_all_planned_pairs_says_so() -> None:
+    runs = {"a": cell_of([0.9] * 12), "b": cell_of([0.5] * 12)}
+    assert verdict("higher", runs, planned=20) == "reproduced, so far (12 of 20 pairs)"
+
+
+def test_intervals_of_few_cold_starts_are_students() -> None:
+    """Of three, a percentile is no more than the range of the values: 74% coverage, not 95."""
+    values = np.array([0.0, 0.1, 0.3])
+    found = statistics.estimate(values, np.arange(3), draws=100_000)
+    error = values.std(ddof=1) / np.sqrt(3)
+    assert found.high - found.mean == pytest.approx(4.3027 * error, rel=0.02)
+    assert found.mean - found.low90 == pytest.approx(2.9200 * error, rel=0.02)
 
 
 def test_families_are_adjusted_together() -> None:
