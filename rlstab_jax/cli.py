@@ -1,7 +1,6 @@
 """The command line: ``rlstab train CONFIG``. A config is a Python file whose ``config()`` returns a `RunConfig`."""
 
 import dataclasses
-import importlib.util
 import itertools
 import json
 import sys
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from rlstab_jax.config_file import load_config
 from rlstab_jax.parallel import distributed
 from rlstab_jax.parallel.distributed import DistributedOptions
 from rlstab_jax.parallel.process import prepare_jax
@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = arguments[0] if arguments else ""
     if command not in COMMANDS:
-        asked = command in ("-h", "--help")
+        asked = command in HELP
         mistake = f"rlstab: unknown command {command!r}\n\n" if command and not asked else ""
         print(mistake + USAGE, file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
@@ -154,42 +154,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return STOPPED["SIGINT"]
 
 
-def load_config(path: Path) -> Any:
-    """The `RunConfig` that a config file's ``config()`` returns. Raises UserError that names the file."""
-    from rlstab_jax.training.config import RunConfig
-
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file; give a config such as configs/quickstart.py")
-    spec = importlib.util.spec_from_file_location(f"rlstab_config.{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{path}: a config is a Python file, such as configs/quickstart.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where --help looks up the docs of dataclasses that the file defines
-    try:
-        spec.loader.exec_module(module)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{path}: the config does not run: {type(error).__name__}: {error}") from error
-    if not callable(getattr(module, "config", None)):
-        raise UserError(f"{path}: expected a function config() that returns a RunConfig")
-    try:
-        config = module.config()
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{path}: config() failed: {type(error).__name__}: {error}") from error
-    if not isinstance(config, RunConfig):
-        raise UserError(f"{path}: config() returned {type(config).__name__}, expected a RunConfig")
-    return config
+HELP = ("-h", "--help")
+CHECKPOINT_FIRST = {"diagnose": "CHECKPOINT", "eval": "CHECKPOINT"}
 
 
 def parse(
     command: str, arguments: Sequence[str], known: Any = TrainOptions(), default: Any = None
 ) -> tuple[Path, Any, Any]:
     """The config file, the options, and the config (``default``, or the file's) with the command line's overrides."""
+    if arguments and arguments[0] in HELP:
+        from rlstab_jax.training.config import RunConfig
+
+        arguments, default = ["CONFIG", *arguments], RunConfig()
     if not arguments or arguments[0].startswith("-"):
-        raise UserError(f"expected the path of a config file first: rlstab {command} configs/quickstart.py")
+        first = f"{CHECKPOINT_FIRST[command]} " if command in CHECKPOINT_FIRST else ""
+        raise UserError(f"expected the path of a config file: rlstab {command} {first}configs/quickstart.py")
     path = Path(arguments[0])
     default = default or load_config(path)
     config_type, options_type = type(default), type(known)
@@ -203,7 +182,7 @@ def parse(
         Arguments,
         args=list(arguments[1:]),
         prog=f"rlstab {command} {path}",
-        description=f"Fields and defaults are those of {path}.",
+        description=f"Fields and defaults are those of {'RunConfig' if str(path) == 'CONFIG' else path}.",
         config=(tyro.conf.AvoidSubcommands,),
     )
     return path, parsed.options, parsed.config
@@ -235,7 +214,8 @@ def train_command(arguments: Sequence[str], begin: Any) -> int:
 
 def facts(config: Any, **options: Any) -> dict[str, Any]:
     """What all processes of a run must have in common: the config, the options, versions and our own source."""
-    from rlstab_jax.rundir import code_of, leaves, plain
+    from rlstab_jax.own_code import code_of
+    from rlstab_jax.rundir import leaves, plain
     from rlstab_jax.training.run import versions
 
     package = Path(__file__).parent
@@ -255,6 +235,8 @@ def sft_command(arguments: Sequence[str], begin: Any) -> int:
     from rlstab_jax.training.engines import build
 
     path, options, config = parse("sft", arguments, SftOptions())
+    if not config.cold_start.max_steps:
+        raise UserError("cold_start.max_steps = 0: no cold start is asked for; give at least 1")
     prepare_jax(options.compilation_cache)
     engines = build(config)
     begin()
@@ -268,10 +250,10 @@ def diagnose_command(arguments: Sequence[str], begin: Any) -> int:
     from rlstab_jax.report.diagnose import draw_diagnosis
     from rlstab_jax.training.diagnose import diagnose, print_table, write_json
 
-    if not arguments or arguments[0].startswith("-"):
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in HELP):
         raise UserError("expected a checkpoint first: rlstab diagnose runs/my-run configs/quickstart.py")
-    checkpoint = Path(arguments[0])
-    path, options, config = parse("diagnose", arguments[1:], DiagnoseOptions())
+    checkpoint, rest = Path(arguments[0]), arguments if arguments[0] in HELP else arguments[1:]
+    path, options, config = parse("diagnose", rest, DiagnoseOptions())
     out = options.out or Path("runs") / f"diagnose-{path.stem}"
     prepare_jax(options.compilation_cache)
     step, gaps = diagnose(config, checkpoint, options.precisions, options.prompts, begin, lambda g: print(g.precision))
@@ -308,6 +290,8 @@ def plan_command(arguments: Sequence[str], begin: Any) -> int:
 def eval_command(arguments: Sequence[str], begin: Any) -> int:
     from rlstab_jax.training.assess import assess, line_of_result
 
+    if arguments and arguments[0] in HELP:
+        parse("eval", arguments, eval_options())
     if not arguments or arguments[0].startswith("-"):
         raise UserError("expected a checkpoint first: rlstab eval runs/my-run --data aime.jsonl --layout aime")
     checkpoint, rest = Path(arguments[0]), list(arguments[1:])

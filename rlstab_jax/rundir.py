@@ -11,14 +11,13 @@ import dataclasses
 import enum
 import errno
 import functools
-import inspect
 import json
 import math
 import os
+import shutil
 import socket
 import struct
 import time
-import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FunctionType
@@ -63,26 +62,6 @@ def plain(value: Any, nonfinite: Callable[[float], Any] = str) -> Any:
     raise TypeError(f"{value!r} of type {type(value).__name__} has no plain form for JSON")
 
 
-def code_of(config: Any) -> dict[str, str]:
-    """A checksum of the source of each function in a config that is not this package's own: `plain` knows the name
-    alone. What such a function calls is not in it."""
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        return code_of([getattr(config, f.name) for f in dataclasses.fields(config)])
-    if isinstance(config, functools.partial):
-        return code_of(config.func)
-    if isinstance(config, Mapping):
-        return code_of(list(config.values()))
-    if isinstance(config, list | tuple):
-        return {name: code for item in config for name, code in code_of(item).items()}
-    if not isinstance(config, FunctionType) or config.__module__.partition(".")[0] == __package__:
-        return {}
-    try:
-        source = inspect.getsource(config).encode()
-    except (OSError, TypeError):  # it was typed into an interpreter
-        source = config.__code__.co_code
-    return {f"the code of {plain(config)}": f"{zlib.crc32(source):08x}"}
-
-
 def config_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """The fields in which two nested configs differ: (dotted name, first value, second value), "absent" where missing.
 
@@ -118,20 +97,29 @@ def open_run(
     if fresh and path.exists():
         say(f"{path} is kept as {_set_aside(path)}")
     manifest, file = plain(manifest), path / "manifest.json"
-    if file.exists():
+    if file.exists() and _begun(path):
         before = read_manifest(path)
         code = manifest.get("code", {})  # a run of before it was kept is not asked for it
         there = {**before.get("config", {}), **before.get("code", code)}
         _same_config(path, there, {**manifest["config"], **code}, may_change)
         manifest = {**before, **{name: manifest[name] for name in ("config", "code") if name in manifest}}
-    elif path.exists() and (
-        not path.is_dir() or any((path / name).exists() for name in ("metrics.jsonl", "checkpoints"))
+    elif (
+        path.exists()
+        and not file.exists()
+        and (not path.is_dir() or any((path / name).exists() for name in ("metrics.jsonl", "checkpoints")))
     ):
         raise UserError(f"{path} is there but holds no manifest.json: give another --out, or --fresh to move it aside")
     with _disk(path):
         path.mkdir(parents=True, exist_ok=True)
     write_aside(file, (json.dumps(manifest, indent=2, allow_nan=False) + "\n").encode())
     return RunDir(path)
+
+
+def _begun(path: Path) -> bool:
+    """Whether a directory holds anything of a run but its manifest: one that failed before its first step does not."""
+    return any((path / name).exists() for name in ("metrics.jsonl", "responses.jsonl")) or any(
+        path.glob("checkpoints/*")
+    )
 
 
 def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
@@ -199,6 +187,18 @@ class RunDir:
         lines = [json_line({"global_step": global_step, **sample}) for sample in samples]
         append(self.samples_path, b"".join(lines))
 
+    @property
+    def last_step(self) -> float:
+        """The last global step that is logged; -inf for none."""
+        return self._last_step
+
+    def keep_copy(self) -> Path:
+        """Copies all but checkpoints to the next free ``<path>.old-<number>``."""
+        target = _free(self.path)
+        with _disk(target):
+            shutil.copytree(self.path, target, ignore=shutil.ignore_patterns("checkpoints"))
+        return target
+
     def truncate_after(self, global_step: int) -> None:
         """Cuts all that comes after ``global_step`` (the restored one) from the metrics, the samples and the events."""
         self._last_step, self._events = self._cut(global_step)
@@ -241,10 +241,15 @@ def _same_config(path: Path, there: Mapping[str, Any], here: Mapping[str, Any], 
 
 
 def _set_aside(path: Path) -> Path:
-    number = 1
+    return path.rename(_free(path))
+
+
+def _free(path: Path) -> Path:
+    """The next free name for what was in ``path``."""
+    path, number = path.absolute(), 1
     while (target := path.with_name(f"{path.name}.old-{number}")).exists():
         number += 1
-    return path.rename(target)
+    return target
 
 
 def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -6,13 +6,14 @@ import errno
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rlstab_jax import rundir
-from rlstab_jax.cli import main
+from rlstab_jax.cli import load_config, main
 from rlstab_jax.progress import progress
 from rlstab_jax.rundir import read_metrics
 from rlstab_jax.training import loop
@@ -37,7 +38,17 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
     assert "unknown command 'trian'" in capsys.readouterr().err
     assert command() == 2
-    assert "expected the path of a config file first" in capsys.readouterr().err
+    assert "expected the path of a config file: rlstab train configs" in capsys.readouterr().err
+    assert main(["diagnose", "runs/x"]) == 2
+    assert "rlstab diagnose CHECKPOINT configs/quickstart.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["train", "sft", "plan", "diagnose", "eval"])
+def test_help_without_a_config(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"usage: rlstab {name} CONFIG" in shown
+    assert "Fields and defaults are those of RunConfig" in shown
 
 
 def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,6 +146,18 @@ def test_bad_config_files(text: str | None, message: str, tmp_path: Path, capsys
     assert not (tmp_path / "run").exists()
 
 
+def test_a_config_may_import_what_lies_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the folder hides nothing: configs/math.py is a config, and jax needs Python's math."""
+    (tmp_path / "beside_a_config.py").write_text("STEPS = 7\n")
+    (tmp_path / "math.py").write_text("raise AssertionError\n")
+    (tmp_path / "mine.py").write_text(
+        "import math\nfrom beside_a_config import STEPS\nfrom rlstab_jax.training.config import RunConfig\n\n"
+        "def config():\n    return RunConfig(gradient_steps=STEPS + int(math.sqrt(1)))\n"
+    )
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert load_config(tmp_path / "mine.py").gradient_steps == 8
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 4 gradient steps, which is 2 global steps with a checkpoint each."""
@@ -217,6 +240,10 @@ def test_damaged_checkpoints(run: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert again(run) == 1
     assert "no good checkpoint among steps [2, 1]: start afresh elsewhere" in capsys.readouterr().err
     assert (run / "samples.jsonl").read_bytes() == before
+    # The damaged ones are moved aside: given again, the command begins anew, and nothing is lost.
+    assert again(run) == 0
+    assert f"begins anew; what it has logged is kept in {run}.old-1" in capsys.readouterr().out
+    assert Path(f"{run}.old-1", "samples.jsonl").read_bytes() == before
 
 
 def test_a_full_disk(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,11 +4,13 @@ import dataclasses
 import enum
 import errno
 import functools
+import importlib.util
 import json
 import linecache
 import math
 import os
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,8 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
 from rlstab_jax.metrics import METRICS, STEP, describe
-from rlstab_jax.rundir import RunDir, code_of, config_difference, open_run, plain, read_manifest, read_metrics
+from rlstab_jax.own_code import code_of
+from rlstab_jax.rundir import RunDir, config_difference, open_run, plain, read_manifest, read_metrics
 from rlstab_jax.types import UserError
 
 MANIFEST = {"config": {"seed": 0, "learner": {"learning_rate": 1e-3, "cap": math.inf}, "steps": 10}, "devices": "cpu"}
@@ -216,7 +219,8 @@ def test_an_edited_function_of_the_config_is_refused(tmp_path):
         scope = {"__name__": "mine"}
         exec(compile(text, str(file), "exec"), scope)
         config = {"recipe": functools.partial(scope["mine"], **numbers), "names": (plain,)}
-        return open_run(tmp_path / "run", {"config": config, "code": code_of(config)})
+        run = open_run(tmp_path / "run", {"config": config, "code": code_of(config)})
+        run.metrics_path.touch()  # it has begun
 
     opened("def mine(delta):\n    return 2 * delta\n", delta=1)
     assert read_manifest(tmp_path / "run")["code"].keys() == {"the code of mine.mine"}
@@ -225,6 +229,45 @@ def test_an_edited_function_of_the_config_is_refused(tmp_path):
         opened("def mine(delta):\n    return 3 * delta\n", delta=1)
     with pytest.raises(UserError, match=r"recipe\.delta is 1 there and 2 here"):
         opened("def mine(delta):\n    return 2 * delta\n", delta=2)
+
+
+def test_what_a_function_of_the_config_mentions_counts_too(tmp_path):
+    """A piece that a recipe uses, a verifier's own method; not what stands beside them in the file."""
+
+    def code(gate, method, beside):
+        file = tmp_path / "mine.py"
+        file.write_text(
+            f"import dataclasses\nimport math\n\ndef gate(x):\n    return math.exp({gate})\n\n"
+            "def recipe():\n    return [gate(x) for x in range(3)]\n\n"
+            "@dataclasses.dataclass(frozen=True)\nclass Verifier:\n    share: float = 1.0\n"
+            f"    def __call__(self, text):\n        return {method}\n\nBESIDE = {beside}\n"
+        )
+        linecache.checkcache(str(file))
+        spec = importlib.util.spec_from_file_location("mine_of_a_test", file)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        return code_of({"recipe": module.recipe, "verifier": module.Verifier()})
+
+    try:
+        first = code("x", "text == 'a'", 1)
+        names = ["the code of mine_of_a_test.Verifier", "the code of mine_of_a_test.recipe"]
+        assert sorted(first) == names
+        assert code("x", "text == 'a'", 2) == first
+        assert [name for name in names if code("-x", "text == 'a'", 1)[name] != first[name]] == names[1:]
+        assert [name for name in names if code("x", "text != 'a'", 1)[name] != first[name]] == names[:1]
+    finally:
+        del sys.modules["mine_of_a_test"]
+
+
+def test_a_run_without_a_step_takes_another_config(tmp_path):
+    """Its remedy, where it failed before its first step: the config is to be changed."""
+    for seed in (0, 1):
+        open_run(tmp_path / "run", {"config": {"seed": seed}})
+        assert read_manifest(tmp_path / "run")["config"] == {"seed": seed}
+    (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)
+    with pytest.raises(UserError, match="seed is 1 there and 2 here"):
+        open_run(tmp_path / "run", {"config": {"seed": 2}})
 
 
 def test_config_difference_sees_missing_fields_and_types():

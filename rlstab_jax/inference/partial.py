@@ -86,4 +86,5 @@ def with_room(rollout: Rollout, response_length: int, pad_id: int, vocab_size: i
         log_probs=pad(rollout.log_probs, 1, 0),
         routes=None if rollout.routes is None else pad(rollout.routes, 2, num_experts),
         support=None if rollout.support is None else pad(rollout.support, 1, vocab_size),
+        version=None if rollout.version is None else pad(rollout.version, 1, 0),
     )

@@ -42,11 +42,12 @@ def import_routes(
     if len(recorded) != len(fed):
         raise UserError(f"routes: {len(recorded)} rows, but the rollout has {len(fed)}: give one array for each row")
     order = _depth_order(moe_layers, config)
-    routes = np.full((config.num_moe_layers, *fed.shape, config.experts_per_token), config.num_experts)
+    shape = (config.num_moe_layers, *fed.shape, config.experts_per_token)
+    routes = np.full(shape, config.num_experts, route_dtype(config.num_experts))
     for row, of_row in enumerate(recorded):
         checked = _check_row(np.asarray(of_row), row, int(fed[row].sum()), config)
         routes[:, row, fed[row]] = checked.swapaxes(0, 1)[order]
-    return jnp.asarray(routes, route_dtype(config.num_experts))
+    return jnp.asarray(routes)
 
 
 def _check_row(routes: np.ndarray, row: int, fed: int, config: ModelConfig) -> Int[np.ndarray, "fed layer k"]:

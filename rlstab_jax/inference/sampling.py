@@ -34,7 +34,8 @@ class Sampling:
       min_new_tokens: no stop token is drawn before so many others. Log-probs are of the tokens that are left: to train
         on such responses, sample them with a support, which records these.
       max_new_tokens: at most the response buffer's length; 0 draws nothing.
-      stop_ids: [n] or [rows, n] tokens that end a response; the stop token belongs to the response.
+      stop_ids: [n] or [rows, n] tokens that end a response; the stop token belongs to the response. Where rows have
+        lists of unequal length, repeat an id.
       pad_id: what fills the tokens behind a response.
     """
 
@@ -73,6 +74,15 @@ class Sampling:
             wrong = value[~((value >= low) & (value <= high))]
             if wrong.size:
                 raise UserError(f"sampling.{name} = {wrong.flat[0]}: expected {expected}")
+        if isinstance(self.stop_ids, jax.core.Tracer):
+            return
+        stops = np.asarray(self.stop_ids)
+        if not (stops.ndim == 1 or (stops.ndim == 2 and len(stops) == rows)):
+            raise UserError(f"sampling.stop_ids: shape {stops.shape}, expected [n], or [{rows}, n] for each row")
+        if stops.size and stops.min() < 0:
+            raise UserError(
+                f"sampling.stop_ids = {stops.min()}: expected token ids; fill up short lists with an id twice"
+            )
 
 
 _DTYPES: dict[str, Any] = {
@@ -211,7 +221,8 @@ def check_prompts(
     prompt_mask: Bool[ArrayLike, "prompts prompt_length"],
     vocab_size: int,
 ) -> None:
-    """Raises UserError for an empty prompt, a token id outside the vocabulary, or shapes that differ; tracers pass."""
+    """Raises UserError for an empty prompt, one that is not right-aligned, a token id outside the vocabulary, or shapes
+    that differ; tracers pass."""
     if isinstance(prompts, jax.core.Tracer) or isinstance(prompt_mask, jax.core.Tracer):
         return
     tokens, mask = on_host((prompts, prompt_mask))
@@ -219,6 +230,12 @@ def check_prompts(
         raise UserError(f"prompts {tokens.shape} and prompt_mask {mask.shape}: expected both [prompts, prompt_length]")
     if not mask.any(1).all():
         raise UserError(f"prompt {int(np.argmin(mask.any(1)))} is empty: give each prompt at least one token")
+    gaps = ~mask[:, -1] | (mask[:, :-1] & ~mask[:, 1:]).any(1)
+    if gaps.any():
+        raise UserError(
+            f"prompt {int(np.argmax(gaps))}: its tokens are not right-aligned; pad on the left, and let the mask be "
+            "True from its first token to the end"
+        )
     outside = mask & ((tokens < 0) | (tokens >= vocab_size))
     if outside.any():
         row, column = np.argwhere(outside)[0]

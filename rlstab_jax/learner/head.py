@@ -21,6 +21,8 @@ from rlstab_jax.models.transformer import Transformer, head_of, logits_of
 
 # Rows of a tile, where there are so many: the head's weight is read once for each block of rows.
 ROWS = 1024
+# Rows of a quantised head's blocks at least, on each device.
+QUANTISED_ROWS = 128
 # Accelerators' units are so many columns wide.
 LANES = 128
 # Below every logit, and finite: what a running maximum begins from.
@@ -114,7 +116,8 @@ def head_log_probs(
     support: Int[Array, "rows kept"] | None,
     logits_per_chunk: int,
 ) -> tuple[Float[Array, "rows"], Float[Array, "rows"]]:
-    """Log-probs of ``targets`` and entropies over ``support``, in nats; ``logits_per_chunk`` logits exist at once.
+    """Log-probs of ``targets`` and entropies over ``support``, in nats; ``logits_per_chunk`` logits exist at once (of a
+    quantised head those of 128 rows a device at least).
 
     Differentiable in hidden states and the head's weight, unless the head is quantised. The weight's gradient is
     accumulated in float32.
@@ -122,18 +125,21 @@ def head_log_probs(
     vocab = model.config.vocab_size
     if support is not None:  # what lies outside a response has none: an arbitrary one keeps its numbers finite
         support = jnp.where((support < vocab).any(-1, keepdims=True), support, 0)
-    rows = Rows(targets, jax.lax.stop_gradient(temperature), support)
+    greedy = temperature == 0  # a point mass: log-prob and entropy are 0 whatever the logits are
+    rows = Rows(targets, jax.lax.stop_gradient(jnp.where(greedy, 1.0, temperature)), support)
     precision, weight = head_of(model, variables)
     if weight.scale is not None or precision.activations != "none":
-        height = max(1, min(hidden.shape[0], logits_per_chunk // vocab))
+        # Whole rows: a floor keeps the passes over the weight few where a chunk holds a handful of them.
+        height = max(1, min(hidden.shape[0], max(logits_per_chunk // vocab, QUANTISED_ROWS * model.layout.row_parts)))
         tiles = Tiles(height, -(-hidden.shape[0] // height), vocab, 1, vocab)
         running = _run(tiles, lambda h, start: logits_of(model, variables, h), hidden, rows)
-        return running.log_prob, running.entropy
+        return jnp.where(greedy, 0.0, running.log_prob), jnp.where(greedy, 0.0, running.entropy)
     tiles = Tiles.of(hidden.shape[0], vocab, logits_per_chunk)
     # The weight is gathered once. A product with parts of it would be a sum over devices of each tile of logits.
     tied = model.config.tie_embeddings
     values = model.layout.constrain(weight.values, *(("vocab", None) if tied else (None, "vocab")))
-    return _log_probs(tiles, precision, tied, values, hidden, rows)
+    log_probs, entropies = _log_probs(tiles, precision, tied, values, hidden, rows)
+    return jnp.where(greedy, 0.0, log_probs), jnp.where(greedy, 0.0, entropies)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -52,7 +52,10 @@ def has_tokamax() -> bool:
     return tuple(int(part) for part in re.findall(r"\d+", installed)[:3]) >= (0, 0, 17)
 
 
-def resolve_kernels(kernels: Kernels, platform: str) -> Kernels:
+LONG = 4096  # tokens: of one row the scores of 32 heads are 2 GB in float32, and grow with the square
+
+
+def resolve_kernels(kernels: Kernels, platform: str, length: int = 0) -> Kernels:
     """Replaces ``auto`` by what suits the hardware. Raises UserError where an explicit kernel does not exist there.
 
     ``auto`` is never a fused kernel of a library: their speed has not been measured.
@@ -60,9 +63,10 @@ def resolve_kernels(kernels: Kernels, platform: str) -> Kernels:
     Args:
       kernels: the configured ones.
       platform: "cpu", "gpu" or "tpu", as `jax.default_backend()` says.
+      length: tokens of the longest sequence; from `LONG` on, attention is chunked.
     """
     best: dict[str, Any] = {
-        "attention": "reference",
+        "attention": "chunked" if length >= LONG else "reference",
         "experts": "tiles" if platform == "cpu" else "ragged_dot",
         "decode_attention": "reference",
         "decode_experts": "ragged_dot" if platform == "tpu" else "grouped",

@@ -20,7 +20,7 @@ from rlstab_jax.models.layers import SCALE, Attention, Dense, KeyValues, Linear,
 from rlstab_jax.models.precision import Precision, Stored, matmul, saturating, take
 from rlstab_jax.models.remat import Remat, recomputed, residual
 from rlstab_jax.parallel.sharding import TRAINING, Layout, Rules
-from rlstab_jax.types import Routes
+from rlstab_jax.types import Routes, UserError
 
 
 @struct.dataclass
@@ -220,7 +220,14 @@ def forward(
     segments: Segments,
     routes: Routes | None = None,
 ) -> Output:
-    """`Transformer.__call__` on ``variables``."""
+    """`Transformer.__call__` on ``variables``. Raises UserError where the precision stores weights in another format
+    than theirs: they would be taken as they are, and no error of quantisation be seen.
+    """
+    if model.precision.weights != "none" and not variables.get(SCALE):
+        raise UserError(
+            f"the model's precision stores weights in {model.precision.weights}, but these are not quantised: pass "
+            "inference.prepare(params, precision)"
+        )
     return cast(Output, model.apply(variables, tokens, segments, routes))
 
 

@@ -5,6 +5,8 @@ import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from rlstab_jax.types import UserError
@@ -56,4 +58,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_shape(config, len(devices))
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    try:  # `jax.make_mesh` refuses sizes that are no products of whole sides of a TPU's torus
+        ordered = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except AssertionError:  # a part of the chips that is no cuboid, where some are set aside
+        ordered = np.array(devices).reshape(shape)
+    return Mesh(ordered, AXES, axis_types=(AxisType.Auto,) * len(AXES))

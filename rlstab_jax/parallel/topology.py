@@ -93,7 +93,8 @@ class Topology:
         """The next one of the same chips."""
         kind, _, shape = self.name.partition(":")
         if kind == "cuda":
-            return topology(f"cuda:{self.chip.name}:{self.chips * 2}")
+            more = self.chips * 2
+            return topology(f"cuda:{self.chip.name}:{more if more <= 8 else -(-more // 8) * 8}")
         shapes = TPUS[kind][1]
         following = shapes[shapes.index(shape) + 1 :]
         return topology(f"{kind}:{following[0]}") if following else None

@@ -20,7 +20,7 @@ from rlstab_jax.types import UserError
 INDIFFERENT = (
     "gradient_steps", "checkpoint_every", "keep_checkpoints", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor",
 )  # fmt: skip
-PROVENANCE = ("versions", "devices", "mesh", "rollout_mesh", "resolved")  # of a manifest, besides the config
+PROVENANCE = ("code", "versions", "devices", "mesh", "rollout_mesh", "resolved")  # of a manifest, besides the config
 
 
 class Run(NamedTuple):
@@ -131,7 +131,8 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def group_runs(runs: Sequence[Run], over: Sequence[str] = ("seed",)) -> list[Group]:
-    """Groups runs whose configs are equal but for the fields ``over`` and `INDIFFERENT`; both in the given order.
+    """Groups runs whose configs are equal but for the fields ``over`` and `INDIFFERENT`; both in the given order. Runs
+    that --fresh has moved aside are a group of their own, and so are those with another code of a function.
 
     A group is named by what its runs' names begin with, and by all these names where two groups' begin alike.
 
@@ -145,6 +146,8 @@ def group_runs(runs: Sequence[Run], over: Sequence[str] = ("seed",)) -> list[Gro
             raise UserError(f"--over {name}: no run's config has such a field; seed or cold_start.seed are some")
     for run, values in zip(runs, fields, strict=True):
         rest = {name: value for name, value in values.items() if name not in (*over, *INDIFFERENT)}
+        rest["code"] = run.manifest.get("code")
+        rest["aside"] = re.search(r"\.old-\d+$", run.path.name) is not None  # moved there by --fresh
         kept.setdefault(json.dumps(rest, sort_keys=True), []).append(run)
     labels = [common_name([run.name for run in group]) for group in kept.values()]
     # Names of runs differ, so that a list of them tells apart what begins alike.

@@ -83,7 +83,8 @@ class Dataset:
             heldout = {text: question for text, question in train.items() if _is_heldout(text, config.heldout_share)}
         train = {text: question for text, question in train.items() if text not in heldout}
         if config.train and not train:
-            raise UserError(f"{', '.join(config.train)}: all prompts are held out; lower task.heldout_share")
+            remedy = "give other task.heldout files" if config.heldout else "lower task.heldout_share"
+            raise UserError(f"{', '.join(config.train)}: all prompts are held out; {remedy}")
         ids = prompt_ids((*train, *heldout))
         self._splits = {"train": _prompts(train, ids), "heldout": _prompts(heldout, ids)}
         self._questions = {ids[text]: question for part in (train, heldout) for text, question in part.items()}

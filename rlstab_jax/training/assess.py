@@ -19,6 +19,7 @@ import numpy as np
 
 from rlstab_jax.inference import prepare, sample, sample_keys
 from rlstab_jax.models import Transformer
+from rlstab_jax.own_code import code_of
 from rlstab_jax.rundir import append, cut_lines, json_line, open_run, plain, write_aside
 from rlstab_jax.tasks import AnsweredTask, Dataset, Prompt, encode_prompts
 from rlstab_jax.tasks.dataset import numbered
@@ -90,7 +91,9 @@ def assess(
     step, params = load_parameters(engines, checkpoint)
     content = hashlib.sha256(repr([(p.id, p.text, p.answer) for p in prompts]).encode()).hexdigest()[:16]
     where = {"checkpoint": checkpoint.absolute(), "step": step, "content": content}
-    run = open_run(out, {"config": {**where, **plain(asked), "run": config}}, fresh=fresh, say=say)
+    run = open_run(
+        out, {"config": {**where, **plain(asked), "run": config}, "code": code_of(config)}, fresh=fresh, say=say
+    )
     path = run.path / "responses.jsonl"
     begin()
     done = _whole_batches(path, len(prompts), asked.batch)

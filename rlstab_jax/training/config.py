@@ -1,6 +1,7 @@
 """The configuration of a run: the rooms' own configs, composed, and what belongs to the run as a whole."""
 
 import dataclasses
+import math
 from dataclasses import field
 from typing import Literal, get_args
 
@@ -173,6 +174,21 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
+_TINY, _HUGE = 1e-30, 1e30
+LEARNER_RANGES = {
+    "learning_rate": (_TINY, 1e3, "above 0"),
+    "warmup_steps": (0, 2**31 - 1, "0 (none) or more"),
+    "adam_b1": (0, 1 - 1e-9, "from 0 to below 1"),
+    "adam_b2": (0, 1 - 1e-9, "from 0 to below 1"),
+    "adam_eps": (0, _HUGE, "0 or more"),
+    "weight_decay": (0, _HUGE, "0 (none) or more"),
+    "load_balance": (0, _HUGE, "0 (none) or more"),
+    "router_z": (0, _HUGE, "0 (none) or more"),
+    "logits_per_chunk": (1, 2**40, "at least 1"),
+    "max_grad_norm": (_TINY, math.inf, "above 0, or inf for no clipping"),
+}  # NaN is in none of them
+
+
 def truncates(sampling: RolloutConfig | EvaluationConfig) -> bool:
     """Whether tokens are drawn from a part of the vocabulary."""
     return sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
@@ -185,6 +201,10 @@ def validate(config: RunConfig) -> None:
         if not ok:
             raise UserError(f"{name} = {value!r}: expected {expected}")
 
+    if not isinstance(config.task, TaskConfig):
+        raise UserError(
+            f"task = {config.task!r}: expected a TaskConfig, a frozen dataclass whose build() returns the task"
+        )
     for name in ("gradient_steps", "prompts_per_minibatch", "samples_per_prompt", "minibatches", "checkpoint_every"):
         require(getattr(config, name) >= 1, name, getattr(config, name), "at least 1")
     require(config.keep_checkpoints >= 1, "keep_checkpoints", config.keep_checkpoints, "at least 1")
@@ -192,7 +212,10 @@ def validate(config: RunConfig) -> None:
     require(0 <= config.seed < 2**32, "seed", config.seed, "0 or more and below 2**32")
     rollout, learner, evaluation, cold_start = config.rollout, config.learner, config.evaluation, config.cold_start
     require(
-        rollout.temperature > 0, "rollout.temperature", rollout.temperature, "above 0: a greedy policy has no IS ratio"
+        0 < rollout.temperature < math.inf,
+        "rollout.temperature",
+        rollout.temperature,
+        "above 0 and finite: a greedy policy has no IS ratio",
     )
     for name, truncated in (("rollout", rollout), ("evaluation", evaluation)):
         require(0 < truncated.top_p <= 1, f"{name}.top_p", truncated.top_p, "in (0, 1]")
@@ -258,10 +281,9 @@ def validate(config: RunConfig) -> None:
             f"rollout.overlong_margin = {rollout.overlong_margin} and rollout.overlong = {rollout.overlong!r}: "
             "'penalise' needs a margin of at least 1 token, and nothing else takes one"
         )
-    require(learner.learning_rate > 0, "learner.learning_rate", learner.learning_rate, "above 0")
-    require(
-        learner.max_grad_norm > 0, "learner.max_grad_norm", learner.max_grad_norm, "above 0, or inf for no clipping"
-    )
+    for name, (low, high, expected) in LEARNER_RANGES.items():
+        value = getattr(learner, name)
+        require(low <= value <= high, f"learner.{name}", value, expected)
     require(evaluation.every >= 0, "evaluation.every", evaluation.every, "0 or more")
     require(evaluation.prompts >= 1, "evaluation.prompts", evaluation.prompts, "at least 1")
     require(evaluation.samples >= 1, "evaluation.samples", evaluation.samples, "at least 1")
@@ -270,7 +292,7 @@ def validate(config: RunConfig) -> None:
     require(0 <= cold_start.seed < 2**32 - 1, "cold_start.seed", cold_start.seed, "0 or more and below 2**32 - 1")
     require(cold_start.max_steps >= 0, "cold_start.max_steps", cold_start.max_steps, "0 or more")
     require(cold_start.batch_size >= 1, "cold_start.batch_size", cold_start.batch_size, "at least 1")
-    require(cold_start.learning_rate > 0, "cold_start.learning_rate", cold_start.learning_rate, "above 0")
+    require(0 < cold_start.learning_rate <= 1e3, "cold_start.learning_rate", cold_start.learning_rate, "above 0")
     require(cold_start.check_prompts >= 1, "cold_start.check_prompts", cold_start.check_prompts, "at least 1")
     require(cold_start.check_every >= 1, "cold_start.check_every", cold_start.check_every, "at least 1")
     formats = (learner.precision.weights, learner.precision.activations, learner.precision.kv_cache)
@@ -303,6 +325,7 @@ def validate(config: RunConfig) -> None:
     )
     for name, known in (
         ("remat", get_args(Remat)),
+        ("replay", ("live", "r2", "r3")),
         ("moments_dtype", ("float32", "bfloat16")),
         ("replay_of", ("recorded", "permuted", "initial")),
     ):

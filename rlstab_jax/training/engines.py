@@ -218,7 +218,8 @@ def build_pair(
     Raises:
       UserError: the mesh does not divide the model or the batch, or the objective does not fit the config.
     """
-    rollout, model, kernels = config.rollout, config.model, resolve_kernels(config.kernels, platform)
+    rollout, model = config.rollout, config.model
+    kernels = resolve_kernels(config.kernels, platform, rollout.prompt_length + rollout.response_length)
     if config.learner.packing and kernels.attention == "cudnn":
         raise UserError(
             "learner.packing = True with kernels.attention = 'cudnn', which takes one sequence a row: use "

@@ -21,7 +21,7 @@ def held(path: Path) -> Iterator[None]:
     Raises:
       UserError: another process holds it.
     """
-    file = path.with_name(f".{path.name}.lock")
+    file = path.absolute().with_name(f".{path.absolute().name}.lock")
     lock = together(lambda: _lock(file, path) if first() else None)
     try:
         yield

@@ -15,9 +15,10 @@ import jax
 import numpy as np
 
 from rlstab_jax.learner import init_state
+from rlstab_jax.own_code import code_of
 from rlstab_jax.parallel.distributed import by_first, first, of_first, together
 from rlstab_jax.report import draw_run
-from rlstab_jax.rundir import Bystander, RunDir, code_of, open_run, plain, read_manifest, read_metrics
+from rlstab_jax.rundir import Bystander, RunDir, open_run, plain, read_manifest, read_metrics
 from rlstab_jax.stability.monitor import Monitor
 from rlstab_jax.tasks import DescribedTask, prompt_iterator
 from rlstab_jax.training.checkpoint import Checkpoints
@@ -171,7 +172,7 @@ def resume_or_begin(
 ) -> tuple[RunState, Progress] | None:
     """The newest good checkpoint, or a cold start (see `cold_start` for its cache), or None if the latter was stopped.
 
-    Cuts metrics, samples and events after the restored step.
+    Cuts metrics, samples and events after the restored step. Where a run has lost its checkpoints, a copy is kept.
     """
     needs_reference = engines.config.needs_reference
 
@@ -188,6 +189,13 @@ def resume_or_begin(
         say(f"resuming after global step {step}")
         state, progress = engines.place(state), Progress(**saved)
         return dataclasses.replace(state, queue=annotated(state.queue, progress.queue)), progress
+    config = engines.config
+    due = min(config.checkpoint_every, config.gradient_steps)
+    if first() and run.last_step * config.minibatches >= due:
+        say(
+            f"{checkpoints.directory} holds no checkpoint of the run any more: it begins anew; what it has logged is "
+            f"kept in {run.keep_copy()}"
+        )
     run.truncate_after(-1)
     started = cold_start(engines, cache, say, stop)
     if started is None:

@@ -311,6 +311,8 @@ def test_under_truncation_equal_engines_have_equal_log_probs() -> None:
         ({"min_p": np.nan}, "sampling.min_p = nan"),
         ({"top_k": -2}, "sampling.top_k = -2"),
         ({"uniform": 1.5}, r"sampling.uniform = 1.5: expected from 0 \(no mixture\) to 1"),
+        ({"stop_ids": np.zeros((3, 2), np.int32)}, r"sampling.stop_ids: shape \(3, 2\), expected \[n\], or \[8, n\]"),
+        ({"stop_ids": np.int32([1, -1])}, "sampling.stop_ids = -1: expected token ids"),
         ({"min_new_tokens": np.int32([1, 2])}, r"sampling.min_new_tokens: shape \(2,\), expected .* each of 8 rows"),
     ],
 )
@@ -324,9 +326,13 @@ def test_prompts_that_no_model_can_read_are_refused() -> None:
     empty, outside = mask.copy(), prompts.copy()
     empty[2] = False
     outside[1, -1] = 17
+    left, holed = mask[:, ::-1], mask.copy()
+    holed[1, 2] = False
     for arrays, message in (
         ((prompts, empty), "prompt 2 is empty"),
         ((outside, mask), "prompt 1, column 5: token id 17, expected ids from 0 to 16"),
+        ((prompts, left), "prompt 0: its tokens are not right-aligned"),
+        ((prompts, holed), "prompt 1: its tokens are not right-aligned"),
         ((prompts, mask[:, 1:]), r"prompts \(4, 6\) and prompt_mask \(4, 5\)"),
     ):
         with pytest.raises(UserError, match=message):
@@ -398,3 +404,13 @@ def test_another_number_of_keys_than_of_responses_is_refused(sampler: Any) -> No
             tiny.model(), variables, *tiny.prompts(), tiny.keys(samples=1), tiny.sampling(),
             response_length=tiny.RESPONSE, samples_per_prompt=2,
         )  # fmt: skip
+
+
+def test_weights_that_were_not_prepared_are_refused() -> None:
+    """They would be taken as they are, and quantisation would seem to cost nothing."""
+    for precision in (fp8(), Precision(weights="int8")):
+        with pytest.raises(UserError, match=r"but these are not quantised: pass inference\.prepare"):
+            sample(
+                tiny.model(precision=precision), {"params": tiny.parameters()}, *tiny.prompts(), tiny.keys(),
+                tiny.sampling(), response_length=tiny.RESPONSE, samples_per_prompt=tiny.SAMPLES,
+            )  # fmt: skip

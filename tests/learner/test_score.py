@@ -138,3 +138,17 @@ def test_one_trace_per_shape() -> None:
         score(MODEL, variables(), rollout, logits_per_chunk=12345)
         score(MODEL, {"params": tiny.parameters(seed=1)}, rollout, logits_per_chunk=12345)
     assert score._cache_size() == before + 1
+
+
+def test_a_greedy_row_is_a_point_mass() -> None:
+    """As its sampler records it; at a temperature of 0 the logits would be divided by it."""
+    rollout = tiny.rollout()
+    temperature = jnp.asarray(rollout.temperature).at[::2].set(0.0)
+    greedy, statistics = score(
+        tiny.model(), {"params": tiny.parameters()}, dataclasses.replace(rollout, temperature=temperature)
+    )
+    plain, _ = score(tiny.model(), {"params": tiny.parameters()}, rollout)
+    for name in ("log_probs", "entropy"):
+        assert not np.asarray(getattr(greedy, name))[::2].any()
+        np.testing.assert_array_equal(np.asarray(getattr(greedy, name))[1::2], np.asarray(getattr(plain, name))[1::2])
+    assert np.isfinite(statistics["policy/entropy"].value())

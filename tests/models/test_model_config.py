@@ -42,6 +42,8 @@ def test_validate_accepts(changes: dict) -> None:
 def test_kernels_by_hardware() -> None:
     assert resolve_kernels(Kernels(), "cpu") == Kernels("reference", "tiles", "reference", "grouped")
     assert resolve_kernels(Kernels(), "tpu") == Kernels("reference", "ragged_dot", "reference", "ragged_dot")
+    assert resolve_kernels(Kernels(), "tpu", 32_768).attention == "chunked"
+    assert resolve_kernels(Kernels("reference"), "tpu", 32_768).attention == "reference"
     assert resolve_kernels(Kernels("cudnn", "dense"), "gpu") == Kernels("cudnn", "dense", "reference", "grouped")
     explicit = Kernels("splash", "megablox", "splash", "narrow")
     assert resolve_kernels(explicit, "tpu") == explicit

@@ -1,6 +1,8 @@
 """Chips and topologies by name, and what is said where a compiler is missing. Compiling itself: tests of plans."""
 
 import importlib.util
+import subprocess
+import sys
 
 import pytest
 from jax.experimental import topologies
@@ -43,7 +45,27 @@ def test_rates_are_in_order() -> None:
 def test_the_next_larger() -> None:
     assert topology("v5p:2x2x4").larger == topology("v5p:4x4x4")
     assert topology("v5p:8x8x8").larger is None
-    assert topology("cuda:h100:8").larger == topology("cuda:h100:16")
+    for few, more in ((1, 2), (3, 6), (4, 8), (5, 16), (7, 16), (8, 16), (24, 48)):
+        assert topology(f"cuda:h100:{few}").larger == topology(f"cuda:h100:{more}")
+
+
+TORUS = """
+from rlstab_jax.parallel.mesh import MeshConfig, make_mesh
+from rlstab_jax.parallel.topology import topology, topology_devices, without_accelerators
+without_accelerators()
+for name, *sizes in (("v6e:8x8", 1, 16, 4, 1), ("v5p:4x4x4", 1, 8, 8, 1), ("v5p:8x8x8", 8, 16, 4, 1)):
+    devices = topology_devices(topology(name))
+    assert make_mesh(MeshConfig(*sizes), devices).devices.shape == tuple(sizes)
+three = topology_devices(topology("v5e:2x2"))[:-1]
+assert list(make_mesh(MeshConfig(), three).devices.flat) == list(three)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_meshes_need_not_follow_the_torus() -> None:
+    """Sizes that are no products of whole sides of it, and what is left where some chips are set aside."""
+    done = subprocess.run([sys.executable, "-c", TORUS], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,18 @@ def test_runs_that_differ_in_seed_and_length_are_a_group(study):
     assert [run.steps for run in groups[0].runs] == [24, 6]
 
 
+def test_other_code_and_what_was_moved_aside_are_groups_of_their_own(tmp_path):
+    for name, seed in (("a-seed0", 0), ("a-seed1", 1), ("a-seed1.old-1", 2)):
+        write_run(tmp_path / name, seed=seed)
+    assert [len(group.runs) for group in group_runs(read_runs([tmp_path]))] == [2, 1]
+    manifest = tmp_path / "a-seed1" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"code": {"the code of mine.loss": "1"}}))
+    groups = group_runs(read_runs([tmp_path]))
+    assert [len(group.runs) for group in groups] == [1, 1, 1]
+    differ, _ = differences(groups)
+    assert "the code of mine.loss" in str(differ)
+
+
 def test_groups_may_differ_in_what_a_resumed_run_may_change():
     from rlstab_jax.training.config import MAY_CHANGE
 

@@ -346,10 +346,16 @@ def test_micro_batches_change_nothing() -> None:
         ({"moments_dtype": "float16"}, "learner.moments_dtype = 'float16': expected one of float32, bfloat16"),
         ({"replay_of": "old"}, "learner.replay_of = 'old': expected one of recorded, permuted, initial"),
         ({"replay_of": "initial", "replay": "r2"}, "learner.replay_of = 'initial' with learner.replay = 'r2'"),
+        ({"replay": "r4"}, "learner.replay = 'r4': expected one of live, r2, r3"),
+        ({"adam_b1": 1.0}, "learner.adam_b1 = 1.0: expected from 0 to below 1"),
+        ({"adam_eps": float("nan")}, "learner.adam_eps = nan: expected 0 or more"),
+        ({"weight_decay": -1.0}, "learner.weight_decay = -1.0: expected 0"),
+        ({"learning_rate": float("inf")}, "learner.learning_rate = inf: expected above 0"),
+        ({"logits_per_chunk": 0}, "learner.logits_per_chunk = 0: expected at least 1"),
         ({"freeze": ("rooter",)}, "learner.freeze: no parameter is named 'rooter'; there are .*router"),
     ],
 )
-def test_unknown_names_are_refused(change: dict[str, Any], message: str) -> None:
+def test_what_the_learner_cannot_be_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build(configured(learner=change))
 
