@@ -40,6 +40,17 @@ def test_the_loss_of_ones_own(tmp_path: Path) -> None:
     assert build(config).objective.advantage.func is objective.advantage.func
 
 
+def test_the_task_of_ones_own(tmp_path: Path) -> None:
+    """It builds, its field is an option, and its reward is the one that is judged by."""
+    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "ArithmeticConfig" in block)
+    (tmp_path / "mine.py").write_text(code)
+    task = build(load_config(tmp_path / "mine.py")).task
+    prompt = task.split("train")[0]
+    right = task.demonstration(prompt, 0)
+    assert task.reward(prompt, "no") == pytest.approx(-0.02)
+    assert task.reward(prompt, right) <= 1 - 0.01 * len(right)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
 def test_configs_build(path: Path) -> None:
     if "MODEL =" in path.read_text():  # an import, which whoever runs it makes first
