@@ -97,16 +97,15 @@ def open_run(
     if fresh and path.exists():
         say(f"{path} is kept as {_set_aside(path)}")
     manifest, file = plain(manifest), path / "manifest.json"
-    if file.exists() and _begun(path):
+    if file.exists():
         before = read_manifest(path)
-        code = manifest.get("code", {})  # a run of before it was kept is not asked for it
-        there = {**before.get("config", {}), **before.get("code", code)}
-        _same_config(path, there, {**manifest["config"], **code}, may_change)
-        manifest = {**before, **{name: manifest[name] for name in ("config", "code") if name in manifest}}
-    elif (
-        path.exists()
-        and not file.exists()
-        and (not path.is_dir() or any((path / name).exists() for name in ("metrics.jsonl", "checkpoints")))
+        if _begun(path):
+            code = manifest.get("code", {})  # a run of before it was kept is not asked for it
+            there = {**before.get("config", {}), **before.get("code", code)}
+            _same_config(path, there, {**manifest["config"], **code}, may_change)
+            manifest = {**before, **{name: manifest[name] for name in ("config", "code") if name in manifest}}
+    elif path.exists() and (
+        not path.is_dir() or any((path / name).exists() for name in ("metrics.jsonl", "checkpoints"))
     ):
         raise UserError(f"{path} is there but holds no manifest.json: give another --out, or --fresh to move it aside")
     with _disk(path):
