@@ -37,38 +37,46 @@ class ObjectiveConfig:
 
     >>> build(ObjectiveConfig("minirl", eps_high=0.3)).trust.keywords["eps_high"]
     0.3
-
-    Attributes:
-      name: one of `recipes`; ignored where ``recipe`` is given.
-      recipe: a function of one's own that returns an `Objective`, called with the numbers below that are set.
-      eps_low, eps_high: clip range. delta: DPPO's threshold (nats for its KL). dual_clip: ratio.
-      cap: truncation of the weight. cap_on: what it applies to. band_low, band_high: IcePop's band.
-      importance_sampling, length_normalise: MiniRL's ablations. baseline: REINFORCE's. length: Dr.GRPO's, in tokens.
-      floor: RSPO's smallest router-shift weight.
-      kl_coefficient: of a KL to the reference policy; 0 for none, and then no reference is scored.
-      kl_in: a penalty in the "loss" by ``kl_estimator`` (see `regularisers`), or in the "reward" of the sequence.
-      entropy_coefficient: of the entropy; positive keeps it up.
     """
 
     name: RecipeName = "minirl"
+    """A recipe; not read where a config gives a function of its own."""
     recipe: Annotated[Callable[..., Objective] | None, tyro.conf.Suppress] = None
+    """A function of one's own that returns an `Objective`, called with the numbers below that are set."""
     eps_low: float | None = None
+    """Clip range below 1; inf for none. None is the recipe's own number, here and below."""
     eps_high: float | None = None
+    """Clip range above 1; inf for none."""
     delta: float | None = None
+    """DPPO's threshold: a probability, or nats for its KL."""
     dual_clip: float | None = None
+    """Ratio above which tokens of negative advantage have no gradient; inf for none."""
     cap: float | None = None
+    """Truncation of the importance weight; inf for none."""
     cap_on: Literal["product", "discrepancy"] | None = None
+    """What MiniRL's cap applies to: pi_theta/mu_old, or its factor pi_old/mu_old."""
     band_low: float | None = None
+    """IcePop's band of pi_old/mu_old, from here."""
     band_high: float | None = None
+    """To here."""
     importance_sampling: bool | None = None
+    """MiniRL's: False leaves the training-inference correction out of the weight."""
     length_normalise: bool | None = None
+    """MiniRL's: True divides by the length of each response."""
     baseline: float | None = None
+    """REINFORCE's, in units of the reward."""
     length: float | None = None
+    """Dr.GRPO's constant length, in tokens."""
     floor: float | None = None
+    """RSPO's smallest router-shift weight."""
     kl_coefficient: float = 0.0
+    """Of a KL to the policy that RL began with; 0 for none, and then no reference is kept or scored."""
     kl_in: Literal["loss", "reward"] = "loss"
+    """Where the KL is: a penalty in the loss, or in the reward of the sequence."""
     kl_estimator: Estimator = "k2"
+    """Of the KL in the loss; see `regularisers`."""
     entropy_coefficient: float = 0.0
+    """Of the entropy; positive keeps it up."""
 
     @property
     def needs_reference(self) -> bool:
