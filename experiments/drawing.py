@@ -95,7 +95,11 @@ def panels(study: Study, runs: Runs, path: Path) -> None:
     for (above, below), panel in zip(grid.T, shown, strict=True):
         above.set_title(panel.title, fontsize=9, loc="left")
         for i, name in enumerate(name for name in panel.cells if runs[name]):
-            style = {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i % len(STYLES)], "linewidth": 1.4}
+            style = {
+                "color": COLOURS[i % len(COLOURS)],
+                "linestyle": STYLES[(i + i // len(COLOURS)) % len(STYLES)],
+                "linewidth": 1.4,
+            }
             _curve(above, runs[name], f"{study.cell(name).label or name} ({len(runs[name])})", style)
             _survival(below, runs[name], style)
         above.set_ylim(0, 1)

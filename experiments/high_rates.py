@@ -25,13 +25,20 @@ CELLS = {
     rate: tuple(cell(*method, f"-lr{rate:g}", **at_rate(rate)) for method in methods)
     for rate, methods in METHODS.items()
 }
-CELLS[BREAKS] += tuple(controls.cell(8, False, control, f"-lr{BREAKS:g}", **at_rate(BREAKS)) for control in HELD)
+CONTROLS = tuple(controls.cell(8, False, control, f"-lr{BREAKS:g}", **at_rate(BREAKS)) for control in HELD)
+UNCLIPPED = tuple(one for one in (*CELLS[BREAKS], *CONTROLS) if "noclip" in one.name)
 STUDY = Study(
     name="high_rates",
     question="Learning rates at which runs break",
     base=base(),
-    cells=tuple(one for cells in CELLS.values() for one in cells),
-    panels=tuple(Panel(f"learning rate {rate:g}", tuple(one.name for one in cells)) for rate, cells in CELLS.items()),
+    cells=(*CELLS[LEVEL], *CELLS[BREAKS], *CONTROLS),
+    panels=tuple(
+        Panel(title, tuple(one.name for one in cells))
+        for title, cells in (
+            *((f"learning rate {rate:g}", cells) for rate, cells in CELLS.items()),
+            (f"{BREAKS:g}, routing that cannot drift", UNCLIPPED),
+        )
+    ),
 )
 
 if __name__ == "__main__":

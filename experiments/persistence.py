@@ -1,7 +1,7 @@
 """How persistent the engines' gap is: delta_t = log mu(y_t) - log pi(y_t) of fixed sequences, along on-policy runs.
 
 The hypothesis: without the IS weight a run collapses if the gap pushes in one direction for long, not if it is large.
-Rounding errors are drawn anew as the weights move. So a fixed probe of sequences, sampled once at the first checkpoint, is
+Rounding errors are drawn anew as the weights move. So a fixed probe of sequences, sampled at the first checkpoint, is
 scored under both engines at every checkpoint, and delta_t of one checkpoint is correlated, over tokens, with that of a
 later one. The runs are those of `experiments.on_policy` with a checkpoint every 16 updates; those with mu mixed are the
 ones whose gap should persist, since training cannot remove it.
