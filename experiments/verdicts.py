@@ -25,6 +25,7 @@ from experiments import (
     off_policy,
     on_policy,
     persistence,
+    rates,
     regime,
     scale,
     staleness,
@@ -46,6 +47,7 @@ from experiments.claims import (
     Verdict,
     verdicts,
 )
+from experiments.setting import LEARNING_RATE, RATES
 from experiments.study import RESULTS, read, read_records, runs_of
 
 CONFIRMATORY = tuple(
@@ -101,6 +103,12 @@ def page(results: Path) -> str:
         "An earlier look saw N = 8 collapse at 2e-3 without clipping and replay, and recover the on-policy level with "
         "both at 1.5e-3, from one cold start. The same on fresh seeds and ten cold starts:",
         _table(LEADS, judged),
+        "## By learning rate",
+        "Final accuracy (95% interval) and collapses of the main methods on confirmatory seeds, where there are "
+        f"{ENOUGH} pairs or more. {LEARNING_RATE:g} is the common rate; *: the method's best rate in tuning, where all "
+        "four have tuning runs; ^: the largest rate at which at most a tenth of the runs collapsed "
+        "([more](rates/rates.csv), [picture](rates/by_rate.png)). No verdict.",
+        _rows(("method", *(f"{rate:g}" for rate in RATES)), rates.lines(records)),
         "## Whether the gap's persistence, rather than its size, makes IS matter",
         "delta = log mu - log pi of the tokens of a fixed probe, at every 16th update of on-policy runs: its size "
         "(root mean square, nats), and its correlation over tokens with itself after more updates. If persistence "
@@ -282,6 +290,7 @@ def main(protocol_only: bool = False) -> None:
     records = read_records(RESULTS)
     for study in STUDIES:
         drawing.draw(study, runs_of(study, records), RESULTS / study.name)
+    rates.draw(records)
     write(README, RESULTS)
 
 

@@ -17,12 +17,14 @@ from experiments import (
     monitor_study,
     off_policy,
     on_policy,
+    rates,
     statistics,
     study,
+    tuning,
     verdicts,
     workers,
 )
-from experiments.setting import NO_CLIP
+from experiments.setting import NO_CLIP, RATES
 from experiments.study import CONFIRMATORY, RESULTS, TUNING, Cell, Panel, Run, Study
 from rlstab_jax.objectives import build as build_objective
 from rlstab_jax.training.config import RunConfig, validate
@@ -373,3 +375,28 @@ def test_committed_verdicts_follow_from_the_committed_metrics() -> None:
 
 def test_the_protocol_holds_every_contrast_and_cell() -> None:
     assert verdicts.protocol() in (Path(study.__file__).parent / "PROTOCOL.md").read_text()
+
+
+def test_rates_are_compared_where_there_are_enough_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """R3 lasts up to the third rate, and tunes best at the second; live routing has too few runs, and no tuning."""
+    runs = {f"n8-clip-r3{suffix}": cell_of(FLAT, n) for suffix, n in (("", 0), ("-lr0.0015", 1), ("-lr0.002", 6))}
+    runs |= {f"n8-clip-r3-lr{rate:g}": cell_of([0.5 + 0.1 * (rate == RATES[1])] * 3) for rate in RATES[:2]}
+    runs |= {"n8-clip-live": cell_of(FLAT[:9])}
+    tuned = {cell.name: [] for cell in tuning.STUDY.cells}
+    tuned |= {f"n8-clip-r3-lr{rate:g}": cell_of([0.5 + 0.1 * (rate == RATES[2])] * 3) for rate in RATES}
+    monkeypatch.setattr(rates, "runs_of", lambda given, _: tuned if given is tuning.STUDY else runs)
+    rows = rates.table({})
+    assert [(row["learning_rate"], row["collapsed"], row["best"], row["lasts"]) for row in rows] == [
+        (RATES[0], 0, 0, 0),
+        (RATES[2], 1, 1, 1),
+        (RATES[3], 6, 0, 0),
+    ]
+    assert {row["method"] for row in rows} == {"N = 8, clip, R3"}
+    line = next(line for line in rates.lines({}) if line[0] == "N = 8, clip, R3")
+    assert line[3].endswith(", 1 of 12 *^")
+    assert line[2] == ""
+
+
+def test_the_committed_table_of_rates_follows_from_the_committed_metrics(tmp_path: Path) -> None:
+    drawing.write_csv(tmp_path / rates.FILE, rates.table(study.read_records(RESULTS)))
+    assert (tmp_path / rates.FILE).read_text() == (rates.FOLDER / rates.FILE).read_text()

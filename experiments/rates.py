@@ -1,0 +1,86 @@
+"""The main methods over the grid of learning rates: at the common rate, at each one's best, at the highest that lasts.
+
+Confirmatory runs of `off_policy` and `high_rates` together; a method's best rate is that of its tuning runs.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments import drawing, high_rates, off_policy, statistics, tuning
+from experiments.claims import ENOUGH
+from experiments.setting import LEARNING_RATE, RATES
+from experiments.study import RESULTS, Run, runs_of
+
+FOLDER = RESULTS / "rates"
+FILE = "rates.csv"
+LASTS = 0.1  # share of runs that may collapse
+METHODS = {off_policy.name(*method): off_policy.cell(*method).label for method in off_policy.METHODS}
+
+
+def cell_at(method: str, rate: float) -> str:
+    """The cell of a method at a rate; without a suffix at the common one."""
+    return method if rate == LEARNING_RATE else f"{method}-lr{rate:g}"
+
+
+def confirmatory(records: Mapping[str, dict[str, Any]]) -> dict[str, list[Run]]:
+    """The runs of each cell that has enough of them, of whichever study."""
+    runs = runs_of(off_policy.STUDY, records) | runs_of(high_rates.STUDY, records)
+    return {name: done for name, done in runs.items() if len(done) >= ENOUGH}
+
+
+def best(method: str, records: Mapping[str, dict[str, Any]]) -> float:
+    """The rate of the highest mean final accuracy in tuning; NaN before every rate of the grid has runs."""
+    short = "n1" if method.startswith("n1-") else method
+    runs = runs_of(tuning.STUDY, records)
+    ends = {rate: drawing.mean_of(runs[name], "final").mean for rate in RATES if runs[name := tuning.name(short, rate)]}
+    return max(ends, key=ends.__getitem__) if len(ends) == len(RATES) else math.nan
+
+
+def table(records: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each method and rate that has enough runs.
+
+    Among them ``best`` and ``lasts``, which are 1 at the method's best rate in tuning, and at the largest rate at which
+    at most a tenth of the runs collapsed; 0 elsewhere.
+    """
+    runs, rows = confirmatory(records), []
+    for method, label in METHODS.items():
+        of_method = []
+        for rate in RATES:
+            if (done := runs.get(cell_at(method, rate))) is None:
+                continue
+            collapsed = sum(run.outcome.kind == "collapsed" for run in done)
+            low, high = statistics.clopper_pearson(collapsed, len(done))
+            final = drawing.mean_of(done, "final")
+            row: dict[str, Any] = {"method": label, "learning_rate": rate, "runs": len(done), "collapsed": collapsed}
+            row |= {"collapsed_low": low, "collapsed_high": high}
+            of_method.append(row | {"final": final.mean, "final_low": final.low, "final_high": final.high})
+        lasting = [row["learning_rate"] for row in of_method if row["collapsed"] <= LASTS * row["runs"]]
+        largest, tuned = max(lasting, default=math.nan), best(method, records)
+        for row in of_method:
+            row |= {"best": int(row["learning_rate"] == tuned), "lasts": int(row["learning_rate"] == largest)}
+        rows += of_method
+    return rows
+
+
+def lines(records: Mapping[str, dict[str, Any]]) -> list[tuple[str, ...]]:
+    """The table for a page: a line for each method, its rates beside each other."""
+    rows = {(row["method"], row["learning_rate"]): row for row in table(records)}
+
+    def shown(label: str, rate: float) -> str:
+        if (row := rows.get((label, rate))) is None:
+            return ""
+        marks = "*" * row["best"] + "^" * row["lasts"]
+        interval = f"[{row['final_low']:.2f}, {row['final_high']:.2f}]"
+        return f"{row['final']:.2f} {interval}, {row['collapsed']} of {row['runs']}{' ' * bool(marks)}{marks}"
+
+    return [(label, *(shown(label, rate) for rate in RATES)) for label in METHODS.values()]
+
+
+def draw(records: Mapping[str, dict[str, Any]], out: Path = FOLDER) -> None:
+    """Writes the table and the picture: final accuracy and share of collapses by learning rate."""
+    out.mkdir(parents=True, exist_ok=True)
+    drawing.write_csv(out / FILE, table(records))
+    cells = {label: {rate: cell_at(method, rate) for rate in RATES} for method, label in METHODS.items()}
+    drawing.by_level(cells, confirmatory(records), "learning rate", out / "by_rate.png")
