@@ -9,37 +9,33 @@ learning rate: there the controls are cells of `high_rates`.
     python -m experiments.controls --seeds 10 [--hours 2] [--plan] [--draw]
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from experiments import drawing
-from experiments.off_policy import name
-from experiments.setting import base, clipping, replay, updates
-from experiments.study import Cell, Panel, Run, Study, main
+from experiments import drawing, off_policy
+from experiments.off_policy import REPLAYS, name
+from experiments.setting import base, replay
+from experiments.study import Panel, Run, Study, main
 
 _EXPERTS = base().model
 _DENSE = {"model.num_experts": 0, "model.mlp_dim": _EXPERTS.experts_per_token * _EXPERTS.expert_dim}
 # Live routing and R3 are runs of `off_policy`.
 CONTROLS: dict[str, tuple[str, dict[str, Any]]] = {
-    "live": ("live", replay("live")),
-    "r3": ("R3", replay("r3")),
+    "live": REPLAYS["live"],
+    "r3": REPLAYS["r3"],
     "permuted": ("another token's routes", replay("r3") | {"learner.replay_of": "permuted"}),
     "frozen_routes": ("the cold start's routes", replay("r3") | {"learner.replay_of": "initial"}),
     "frozen_router": ("live, router frozen", replay("live") | {"learner.freeze": ("router",)}),
     "dense": ("dense", replay("live") | _DENSE),
 }
+cell = functools.partial(off_policy.cell, modes=CONTROLS)
 MEASURED = (
     "trust/masked", "weight/ess", "weight/truncated", "staleness/k3", "discrepancy/k3", "discrepancy_live/k3",
     "routing/old_vs_target", "first_order/sequence_gap", "first_order/token_gap",
 )  # fmt: skip
-
-
-def cell(number: int, clip: bool, control: str, suffix: str = "", **changes: object) -> Cell:
-    label, routing = CONTROLS[control]
-    label = f"N = {number}, {'clip' if clip else 'no clip'}, {label}"
-    return Cell(name(number, clip, control) + suffix, updates(number) | clipping(clip) | routing | changes, label)
 
 
 def validity(runs: Mapping[str, list[Run]]) -> list[dict[str, Any]]:

@@ -9,13 +9,14 @@ rates, the size of the mini-batch and the cap of the weight at N = 8.
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from experiments import drawing
 from experiments.setting import HIGHER, HIGHER_RATE, at_rate, base, clipping, replay, updates
 from experiments.study import Cell, Panel, Run, Study, main
 
 UPDATES = (2, 4, 8, 16)
-REPLAYS = {"live": "live", "r2": "R2", "r3": "R3"}
+REPLAYS = {mode: (label, replay(mode)) for mode, label in (("live", "live"), ("r2", "R2"), ("r3", "R3"))}
 METHODS = ((1, True, "live"), *((8, clip, mode) for clip in (True, False) for mode in REPLAYS))
 AT_HIGHER = tuple(method for method in METHODS if method != (8, False, "r2"))  # which was dropped
 SIZES = {64: 8, 256: 32}  # mini-batch in responses, and its prompts; 128 is the base's
@@ -30,9 +31,18 @@ def methods(number: int) -> tuple[tuple[bool, str], ...]:
     return tuple((clip, mode) for clip in (True, False) if clip or number < 16 for mode in REPLAYS)
 
 
-def cell(number: int, clip: bool, mode: str, suffix: str = "", **changes: object) -> Cell:
-    label = f"N = {number}, {'clip' if clip else 'no clip'}, {REPLAYS[mode]}"
-    return Cell(name(number, clip, mode) + suffix, updates(number) | clipping(clip) | replay(mode) | changes, label)
+def cell(
+    number: int,
+    clip: bool,
+    mode: str,
+    suffix: str = "",
+    modes: Mapping[str, tuple[str, dict[str, Any]]] = REPLAYS,
+    **changes: object,
+) -> Cell:
+    """``modes`` says for each mode of routing its label and what it changes."""
+    label, routing = modes[mode]
+    label = f"N = {number}, {'clip' if clip else 'no clip'}, {label}"
+    return Cell(name(number, clip, mode) + suffix, updates(number) | clipping(clip) | routing | changes, label)
 
 
 def grid() -> tuple[Cell, ...]:
@@ -59,7 +69,7 @@ def picture(runs: Mapping[str, list[Run]], out: Path) -> None:
             for number in (1, *UPDATES)
         }
         for clip in (True, False)
-        for mode, label in REPLAYS.items()
+        for mode, (label, _) in REPLAYS.items()
     }
     drawing.by_level(lines, runs, "N, updates per rollout batch", out / "by_updates.png")
 

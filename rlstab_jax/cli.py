@@ -155,20 +155,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 HELP = ("-h", "--help")
-CHECKPOINT_FIRST = {"diagnose": "CHECKPOINT", "eval": "CHECKPOINT"}
+CHECKPOINT_FIRST = ("diagnose", "eval")
 
 
 def parse(
     command: str, arguments: Sequence[str], known: Any = TrainOptions(), default: Any = None
 ) -> tuple[Path, Any, Any]:
     """The config file, the options, and the config (``default``, or the file's) with the command line's overrides."""
+    usage = f"rlstab {command} CHECKPOINT" if command in CHECKPOINT_FIRST else f"rlstab {command}"
     if arguments and arguments[0] in HELP:
         from rlstab_jax.training.config import RunConfig
 
         arguments, default = ["CONFIG", *arguments], RunConfig()
     if not arguments or arguments[0].startswith("-"):
-        first = f"{CHECKPOINT_FIRST[command]} " if command in CHECKPOINT_FIRST else ""
-        raise UserError(f"expected the path of a config file: rlstab {command} {first}configs/quickstart.py")
+        raise UserError(f"expected the path of a config file: {usage} configs/quickstart.py")
     path = Path(arguments[0])
     default = default or load_config(path)
     config_type, options_type = type(default), type(known)
@@ -181,7 +181,7 @@ def parse(
     parsed = tyro.cli(
         Arguments,
         args=list(arguments[1:]),
-        prog=f"rlstab {command} {path}",
+        prog=f"{usage} {path}",
         description=f"Fields and defaults are those of {'RunConfig' if str(path) == 'CONFIG' else path}.",
         config=(tyro.conf.AvoidSubcommands,),
     )

@@ -47,7 +47,8 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_without_a_config(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert f"usage: rlstab {name} CONFIG" in shown
+    first = "CHECKPOINT " if name in ("diagnose", "eval") else ""
+    assert f"usage: rlstab {name} {first}CONFIG" in shown
     assert "Fields and defaults are those of RunConfig" in shown
 
 

@@ -13,8 +13,8 @@ from rlstab_jax.cli import COMMANDS, load_config
 from rlstab_jax.models import ModelConfig
 from rlstab_jax.objectives import build as build_objective
 from rlstab_jax.objectives import recipes
-from rlstab_jax.training.config import validate
 from rlstab_jax.training.engines import build
+from rlstab_jax.training.validate import validate
 from rlstab_jax.types import UserError
 from tests.objectives.ragged import ragged
 

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from rlstab_jax.parallel.distributed import on_host
+from rlstab_jax.ranges import HUGE, INT, TINY, check_range
 from rlstab_jax.types import UserError
 
 
@@ -62,7 +63,7 @@ class Sampling:
 
     def validate(self, rows: int) -> None:
         """Raises UserError for numbers outside their range or of another count than ``rows``; traced ones pass."""
-        for name, (low, high, expected) in _RANGES.items():
+        for name, allowed in RANGES.items():
             value = getattr(self, name)
             if value is None or isinstance(value, jax.core.Tracer):
                 continue
@@ -71,9 +72,7 @@ class Sampling:
                 raise UserError(
                     f"sampling.{name}: shape {value.shape}, expected a number, or one for each of {rows} rows"
                 )
-            wrong = value[~((value >= low) & (value <= high))]
-            if wrong.size:
-                raise UserError(f"sampling.{name} = {wrong.flat[0]}: expected {expected}")
+            check_range(f"sampling.{name}", value, allowed)
         if isinstance(self.stop_ids, jax.core.Tracer):
             return
         stops = np.asarray(self.stop_ids)
@@ -90,14 +89,14 @@ _DTYPES: dict[str, Any] = {
     "top_k": jnp.int32, "pad_id": jnp.int32,
     "min_new_tokens": jnp.int32, "max_new_tokens": jnp.int32, "stop_ids": jnp.int32,
 }  # fmt: skip
-_RANGES = {
-    "temperature": (0.0, np.finfo(np.float32).max, "0 (greedy) or more"),
-    "top_k": (0, 2**31 - 1, "0 (all) or more"),
-    "top_p": (np.finfo(np.float32).tiny, 1.0, "above 0, at most 1"),
+RANGES = {
+    "temperature": (0.0, HUGE, "0 (greedy) or more"),
+    "top_k": (0, INT, "0 (all) or more"),
+    "top_p": (TINY, 1.0, "above 0, at most 1"),
     "min_p": (0.0, 1.0, "from 0 (all) to 1"),
     "uniform": (0.0, 1.0, "from 0 (no mixture) to 1"),
-    "min_new_tokens": (0, 2**31 - 1, "0 or more"),
-    "max_new_tokens": (0, 2**31 - 1, "0 or more"),
+    "min_new_tokens": (0, INT, "0 or more"),
+    "max_new_tokens": (0, INT, "0 or more"),
 }
 
 

@@ -1,6 +1,7 @@
 """How a run's config names its objective: a recipe, the numbers that differ from its defaults, and regularisers."""
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal
@@ -9,6 +10,7 @@ import tyro
 
 from rlstab_jax.objectives import recipes, regularisers
 from rlstab_jax.objectives.core import Objective, Regulariser, piece
+from rlstab_jax.ranges import HUGE, TINY, check_ranges
 from rlstab_jax.types import UserError
 
 RecipeName = Literal[
@@ -87,22 +89,20 @@ class ObjectiveConfig:
         return self.entropy_coefficient != 0
 
 
-INFINITY = float("inf")
-TINY = 1e-12
-_RANGES = {
-    "eps_low": (0.0, INFINITY, "0 or more; inf clips nothing"),
-    "eps_high": (0.0, INFINITY, "0 or more; inf clips nothing"),
-    "delta": (0.0, INFINITY, "0 or more; inf stops nothing"),
-    "dual_clip": (1.0, INFINITY, "1 or more; inf stops nothing"),
-    "cap": (TINY, INFINITY, "above 0; inf truncates nothing"),
-    "band_low": (0.0, INFINITY, "0 or more"),
-    "band_high": (0.0, INFINITY, "0 or more"),
-    "baseline": (-1e30, 1e30, "a finite reward"),
-    "length": (TINY, 1e30, "above 0, in tokens"),
+RANGES = {
+    "eps_low": (0.0, math.inf, "0 or more; inf clips nothing"),
+    "eps_high": (0.0, math.inf, "0 or more; inf clips nothing"),
+    "delta": (0.0, math.inf, "0 or more; inf stops nothing"),
+    "dual_clip": (1.0, math.inf, "1 or more; inf stops nothing"),
+    "cap": (TINY, math.inf, "above 0; inf truncates nothing"),
+    "band_low": (0.0, math.inf, "0 or more"),
+    "band_high": (0.0, math.inf, "0 or more"),
+    "baseline": (-HUGE, HUGE, "a finite reward"),
+    "length": (TINY, HUGE, "above 0, in tokens"),
     "floor": (TINY, 1.0, "above 0, at most 1"),
-    "kl_coefficient": (0.0, 1e30, "0 (none) or more"),
-    "entropy_coefficient": (-1e30, 1e30, "a finite number"),
-}  # of what a config can set; NaN is in none of them
+    "kl_coefficient": (0.0, HUGE, "0 (none) or more"),
+    "entropy_coefficient": (-HUGE, HUGE, "a finite number"),
+}  # of what a config can set
 _NOT_OF_THE_RECIPE = ("name", "recipe", "kl_coefficient", "kl_in", "kl_estimator", "entropy_coefficient")
 
 
@@ -110,10 +110,7 @@ def build(config: ObjectiveConfig) -> Objective:
     """The objective that a config names. Raises UserError on a number that its recipe does not take, or that is outside
     its range.
     """
-    for name, (low, high, expected) in _RANGES.items():
-        value = getattr(config, name)
-        if value is not None and not low <= value <= high:
-            raise UserError(f"objective.{name} = {value}: expected {expected}")
+    check_ranges(config, RANGES, "objective")
     recipe = config.recipe or getattr(recipes, config.name)
     numbers = {field.name: getattr(config, field.name) for field in fields(config)}
     numbers = {name: value for name, value in numbers.items() if name not in _NOT_OF_THE_RECIPE and value is not None}

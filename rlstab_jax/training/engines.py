@@ -25,8 +25,9 @@ from rlstab_jax.parallel.host_memory import check_offload
 from rlstab_jax.parallel.mesh import make_mesh
 from rlstab_jax.parallel.sharding import INFERENCE, TRAINING, Layout, check_divides, shardings
 from rlstab_jax.tasks import BatchTask, Prompt, Rewards, Task, decode_responses
-from rlstab_jax.training.config import RunConfig, validate
+from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.pretrained import load_parameters, matched
+from rlstab_jax.training.validate import validate
 from rlstab_jax.types import Rollout, RoutingReplay, Scores, UserError, row_axis
 
 GROUP_RELATIVE = (

@@ -13,11 +13,12 @@ from typing import Any
 
 from rlstab_jax.parallel.mesh import make_mesh
 from rlstab_jax.parallel.topology import Topology, topology_devices
-from rlstab_jax.training.config import RunConfig, validate
+from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.engines import EnginePair, build_pair, resolved
 from rlstab_jax.training.plan_flops import products, scaled
 from rlstab_jax.training.plan_hlo import program_cost, round_cost
 from rlstab_jax.training.plan_programs import AFFECTED, Program, Programs, device_bytes
+from rlstab_jax.training.validate import validate
 from rlstab_jax.types import RoutingReplay, UserError
 
 PHASES = ("prepare", "prefill", "resize", "decode", "score", "split", "update")

@@ -27,7 +27,8 @@ from experiments import (
 from experiments.setting import NO_CLIP, RATES
 from experiments.study import CONFIRMATORY, RESULTS, TUNING, Cell, Panel, Run, Study
 from rlstab_jax.objectives import build as build_objective
-from rlstab_jax.training.config import RunConfig, validate
+from rlstab_jax.training.config import RunConfig
+from rlstab_jax.training.validate import validate
 from tests.training import tiny_run
 
 # The only cells whose gradients are clipped by global norm; they are of an exploration.

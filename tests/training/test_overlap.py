@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from rlstab_jax.rundir import read_metrics
-from rlstab_jax.training.config import validate
 from rlstab_jax.training.engines import build
 from rlstab_jax.training.run import train
+from rlstab_jax.training.validate import validate
 from rlstab_jax.types import UserError
 from tests.training.overlapping_run import config
 from tests.training.test_loop import configured

@@ -12,10 +12,10 @@ import pytest
 from rlstab_jax.learner import score
 from rlstab_jax.learner.score import replayed_routes
 from rlstab_jax.tasks import prompt_iterator
-from rlstab_jax.training.config import validate
 from rlstab_jax.training.engines import build, initial_params
 from rlstab_jax.training.partial import begin, go_on
 from rlstab_jax.training.run import train
+from rlstab_jax.training.validate import validate
 from rlstab_jax.types import RoutingReplay, UserError
 from tests.training.test_loop import FLOAT32, configured
 from tests.training.test_queue import columns

@@ -1,0 +1,225 @@
+"""What a run's config may be: ranges of its numbers, then what goes together. Said before any long work."""
+
+import math
+from typing import get_args
+
+from rlstab_jax.models.remat import Remat
+from rlstab_jax.ranges import HUGE, INT, TINY, Range, check_ranges
+from rlstab_jax.stability.monitor import validate as validate_monitor
+from rlstab_jax.tasks import TaskConfig
+from rlstab_jax.training.config import RunConfig, truncates
+from rlstab_jax.types import UserError
+
+_BELOW_1 = 1 - 1e-9
+_ONE, _ANY, _NONE = (1, INT, "at least 1"), (0, INT, "0 or more"), (0, INT, "0 (none) or more")
+_TRUNCATION = {
+    "top_p": (TINY, 1, "in (0, 1]"),
+    "min_p": (0, 1, "from 0 (all) to 1"),
+    "top_k": (0, INT, "0 (all) or more"),
+    "support": _ANY,
+}
+RANGES: dict[str, dict[str, Range]] = {
+    "": {
+        "gradient_steps": _ONE,
+        "prompts_per_minibatch": _ONE,
+        "samples_per_prompt": _ONE,
+        "minibatches": _ONE,
+        "checkpoint_every": _ONE,
+        "keep_checkpoints": _ONE,
+        "logged_samples": _ANY,
+        "seed": (0, 2**32 - 1, "0 or more and below 2**32"),
+    },
+    "rollout": {
+        "temperature": (TINY, HUGE, "above 0 and finite: a greedy policy has no IS ratio"),
+        **_TRUNCATION,
+        "uniform": (0, _BELOW_1, "from 0 (no mixture) to below 1"),
+        "lag": (0, INT, "0 (learn from what was just sampled) or more"),
+        "partial": _NONE,
+        "devices": (0, INT, "0 (none set aside) or more"),
+        "waves": _ONE,
+        "slots": (0, INT, "0 (all at once) or more"),
+        "response_length": _ANY,
+        "prompt_length": _ANY,
+        "attempts": _ONE,
+        "overlong_margin": _ANY,
+    },
+    "learner": {
+        "learning_rate": (TINY, 1e3, "above 0"),
+        "warmup_steps": _NONE,
+        "adam_b1": (0, _BELOW_1, "from 0 to below 1"),
+        "adam_b2": (0, _BELOW_1, "from 0 to below 1"),
+        "adam_eps": (0, HUGE, "0 or more"),
+        "weight_decay": (0, HUGE, "0 (none) or more"),
+        "load_balance": (0, HUGE, "0 (none) or more"),
+        "router_z": (0, HUGE, "0 (none) or more"),
+        "logits_per_chunk": (1, 2**40, "at least 1"),
+        "max_grad_norm": (TINY, math.inf, "above 0, or inf for no clipping"),
+        "unroll": _ONE,
+    },
+    "evaluation": {
+        "every": _ANY,
+        "prompts": _ONE,
+        "samples": _ONE,
+        "temperature": (0, HUGE, "0 (greedy) or more"),
+        **_TRUNCATION,
+    },
+    "cold_start": {
+        "target_accuracy": (0, 1, "in [0, 1]"),
+        "seed": (0, 2**32 - 2, "0 or more and below 2**32 - 1"),
+        "max_steps": _ANY,
+        "batch_size": _ONE,
+        "learning_rate": (TINY, 1e3, "above 0"),
+        "check_prompts": _ONE,
+        "check_every": _ONE,
+    },
+}
+
+
+def validate(config: RunConfig) -> None:
+    """Raises UserError on the first impossible or contradictory field, before any long work."""
+    if not isinstance(config.task, TaskConfig):
+        raise UserError(
+            f"task = {config.task!r}: expected a TaskConfig, a frozen dataclass whose build() returns the task"
+        )
+    for where, ranges in RANGES.items():
+        check_ranges(getattr(config, where) if where else config, ranges, where)
+    _precision(config)
+    config.model.validate()
+    config.learner.precision.validate(config.model, "learner.precision")
+    config.rollout.precision.validate(config.model, "rollout.precision")
+    validate_monitor(config.monitor)
+    _log_probs(config)
+    _asynchronous(config)
+    _rollout(config)
+    _learner(config)
+    _replay(config)
+
+
+def _require(ok: bool, name: str, value: object, expected: str) -> None:
+    if not ok:
+        raise UserError(f"{name} = {value!r}: expected {expected}")
+
+
+def _log_probs(config: RunConfig) -> None:
+    """That the ratios are of the distributions that tokens were drawn from."""
+    rollout, learner = config.rollout, config.learner
+    for name, truncated in (("rollout", rollout), ("evaluation", config.evaluation)):
+        least = max(truncated.top_k, 1)
+        _require(
+            not truncates(truncated) or truncated.support >= least,
+            f"{name}.support",
+            truncated.support,
+            f"at least {least}: top_k, top_p and min_p keep some tokens, which are recorded since an importance ratio "
+            "over other tokens is not the policies'",
+        )
+    if rollout.uniform and rollout.log_probs != "decode":
+        raise UserError(
+            f"rollout.uniform = {rollout.uniform} with rollout.log_probs = {rollout.log_probs!r}: a scoring pass knows "
+            "nothing of the mixture that tokens were drawn from; use 'decode'"
+        )
+    if rollout.log_probs == "matched" and (rollout.precision != learner.precision or rollout.slots):
+        raise UserError(
+            f"rollout.log_probs = 'matched' with rollout.precision = {rollout.precision}, learner.precision = "
+            f"{learner.precision} and rollout.slots = {rollout.slots}: give both engines one precision, and 0 slots"
+        )
+
+
+def _asynchronous(config: RunConfig) -> None:
+    """Lag, partial rollouts, devices set aside."""
+    rollout = config.rollout
+    if rollout.partial and rollout.lag < 2:
+        raise UserError(
+            f"rollout.partial = {rollout.partial} with rollout.lag = {rollout.lag}: responses are drawn over "
+            "lag global steps; give a lag of 2 or more, or use partial = 0"
+        )
+    if rollout.partial and (rollout.attempts > 1 or rollout.slots or rollout.log_probs != "decode"):
+        raise UserError(
+            f"rollout.partial = {rollout.partial} with rollout.attempts = {rollout.attempts}, rollout.slots = "
+            f"{rollout.slots} and rollout.log_probs = {rollout.log_probs!r}: rounds go with 1 attempt, 0 slots and "
+            "'decode'"
+        )
+    if rollout.devices and not rollout.lag:
+        raise UserError(
+            f"rollout.devices = {rollout.devices} with rollout.lag = 0: each step would wait for its own batch while "
+            "the other devices idle; give a lag of 1 or more, or set no devices aside"
+        )
+
+
+def _rollout(config: RunConfig) -> None:
+    """Waves and overlong responses."""
+    rollout = config.rollout
+    _require(
+        config.prompts_per_step % rollout.waves == 0,
+        "rollout.waves",
+        rollout.waves,
+        f"a divisor of the prompts of a global step, {config.prompts_per_step}",
+    )
+    if rollout.waves > 1 and (rollout.partial or rollout.slots):
+        raise UserError(
+            f"rollout.waves = {rollout.waves} with rollout.partial = {rollout.partial} and rollout.slots = "
+            f"{rollout.slots}: waves are of whole responses, and slots keep few in flight anyway; use 1 wave, or 0 of "
+            "both"
+        )
+    if (rollout.overlong == "penalise") != (rollout.overlong_margin > 0):
+        raise UserError(
+            f"rollout.overlong_margin = {rollout.overlong_margin} and rollout.overlong = {rollout.overlong!r}: "
+            "'penalise' needs a margin of at least 1 token, and nothing else takes one"
+        )
+
+
+def _precision(config: RunConfig) -> None:
+    """The training engine's, which is not quantised."""
+    precision = config.learner.precision
+    formats = (precision.weights, precision.activations, precision.kv_cache)
+    if formats != ("none",) * 3:
+        raise UserError(
+            f"learner.precision: the training engine is not quantised, but its formats are {', '.join(formats)}: "
+            "set them to none and choose learner.precision.dtype"
+        )
+    if precision.dtype == "float16":
+        raise UserError(
+            "learner.precision.dtype = 'float16': gradients below 6e-8 would vanish, since the loss is not scaled; "
+            "choose float32 or bfloat16 (float16 is for rollout.precision)"
+        )
+
+
+def _learner(config: RunConfig) -> None:
+    """Batches that are cut into equal parts, and what the learner computes with."""
+    learner = config.learner
+    minibatch = config.prompts_per_minibatch * config.samples_per_prompt
+    for name, whole, responses in (
+        ("micro_batches", "mini-batch", minibatch),
+        ("score_micro_batches", "global batch", config.responses_per_step),
+    ):
+        parts = getattr(learner, name)
+        divides = parts >= 1 and responses % parts == 0
+        _require(divides, f"learner.{name}", parts, f"a divisor of the {whole}, {responses} responses")
+    for name, known in (
+        ("remat", get_args(Remat)),
+        ("replay", ("live", "r2", "r3")),
+        ("moments_dtype", ("float32", "bfloat16")),
+        ("replay_of", ("recorded", "permuted", "initial")),
+    ):
+        value = getattr(learner, name)
+        _require(value in known, f"learner.{name}", value, f"one of {', '.join(known)}")
+    if learner.packing and config.kernels.attention == "cudnn":
+        raise UserError(
+            "learner.packing = True with kernels.attention = 'cudnn', which takes one sequence a row: use "
+            "packing = False, or 'reference'"
+        )
+
+
+def _replay(config: RunConfig) -> None:
+    """Routes to replay, and losses of a router, where there are any."""
+    learner = config.learner
+    if learner.replay != "live" and not config.model.num_moe_layers:
+        raise UserError(
+            f"learner.replay = {learner.replay!r}, but the model is dense: use replay = 'live', or give it experts"
+        )
+    if learner.replay_of != "recorded" and (learner.replay != "r3" or config.rollout.partial):
+        raise UserError(
+            f"learner.replay_of = {learner.replay_of!r} with learner.replay = {learner.replay!r} and rollout.partial = "
+            f"{config.rollout.partial}: it says what R3 replays of whole responses; use replay = 'r3' and partial = 0"
+        )
+    if (learner.load_balance or learner.router_z) and not config.model.num_moe_layers:
+        raise UserError("learner.load_balance, learner.router_z: the model is dense and has no router; set them to 0")
