@@ -12,8 +12,8 @@ from flax import struct
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
+from rlstab_jax.checks import HUGE, INT32_MAX, TINY, check_range
 from rlstab_jax.parallel.distributed import on_host
-from rlstab_jax.ranges import HUGE, INT, TINY, check_range
 from rlstab_jax.types import UserError
 
 
@@ -91,12 +91,12 @@ _DTYPES: dict[str, Any] = {
 }  # fmt: skip
 RANGES = {
     "temperature": (0.0, HUGE, "0 (greedy) or more"),
-    "top_k": (0, INT, "0 (all) or more"),
+    "top_k": (0, INT32_MAX, "0 (all) or more"),
     "top_p": (TINY, 1.0, "above 0, at most 1"),
     "min_p": (0.0, 1.0, "from 0 (all) to 1"),
     "uniform": (0.0, 1.0, "from 0 (no mixture) to 1"),
-    "min_new_tokens": (0, INT, "0 or more"),
-    "max_new_tokens": (0, INT, "0 or more"),
+    "min_new_tokens": (0, INT32_MAX, "0 or more"),
+    "max_new_tokens": (0, INT32_MAX, "0 or more"),
 }
 
 

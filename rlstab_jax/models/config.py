@@ -3,11 +3,19 @@
 import dataclasses
 import importlib.metadata
 import re
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+from rlstab_jax.checks import HUGE, INT32_MAX, TINY, check_fields, check_ranges
 from rlstab_jax.types import UserError
 
 QKNorm = Literal["head", "projection", "none"]
+_POSITIVE = (1, INT32_MAX, "at least 1")
+RANGES = {
+    **dict.fromkeys(("num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim"), _POSITIVE),
+    "num_experts": (0, 65_534, "0 (dense) or more, and at most 65534: routes are stored in 16 bits"),
+    "rope_theta": (TINY, HUGE, "above 0"),
+    "norm_eps": (0, 1, "from 0 to 1"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,16 +136,11 @@ class ModelConfig:
 
     def validate(self) -> None:
         """Raises UserError on impossible sizes, naming the field."""
-        positive = ["num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim"]
-        positive += ["expert_dim", "experts_per_token"] if self.num_experts else []
+        check_fields(self, "model")
+        check_ranges(self, RANGES, "model")
+        positive = ["expert_dim", "experts_per_token"] if self.num_experts else []
         positive += ["mlp_dim"] if not all(self.kinds) else []
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name} = {getattr(self, name)}: expected at least 1")
-        if self.qk_norm not in get_args(QKNorm):
-            raise UserError(f"model.qk_norm = {self.qk_norm!r}: expected one of {', '.join(get_args(QKNorm))}")
-        if self.num_experts < 0:
-            raise UserError(f"model.num_experts = {self.num_experts}: expected 0 (dense) or more")
+        check_ranges(self, dict.fromkeys(positive, _POSITIVE), "model")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"model.num_kv_heads = {self.num_kv_heads} does not divide model.num_heads = {self.num_heads}: "
@@ -150,8 +153,6 @@ class ModelConfig:
                 f"model.experts_per_token = {self.experts_per_token} exceeds model.num_experts = {self.num_experts}: "
                 "choose at most as many"
             )
-        if self.num_experts > 65_534:
-            raise UserError(f"model.num_experts = {self.num_experts}: routes are stored in 16 bits, at most 65534")
         outside = [i for i in self.dense_layers if not 0 <= i < self.num_layers]
         if outside:
             raise UserError(f"model.dense_layers holds {outside}: expected indices from 0 to {self.num_layers - 1}")

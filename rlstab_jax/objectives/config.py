@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from rlstab_jax.checks import HUGE, TINY, check_fields, check_ranges
 from rlstab_jax.objectives import recipes, regularisers
 from rlstab_jax.objectives.core import Objective, Regulariser, piece
-from rlstab_jax.ranges import HUGE, TINY, check_ranges
 from rlstab_jax.types import UserError
 
 RecipeName = Literal[
@@ -110,6 +110,7 @@ def build(config: ObjectiveConfig) -> Objective:
     """The objective that a config names. Raises UserError on a number that its recipe does not take, or that is outside
     its range.
     """
+    check_fields(config, "objective")
     check_ranges(config, RANGES, "objective")
     recipe = config.recipe or getattr(recipes, config.name)
     numbers = {field.name: getattr(config, field.name) for field in fields(config)}

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from rlstab_jax.checks import ABOVE_1, BELOW_1, HUGE, INT32_MAX, TINY, check_fields, check_ranges
 from rlstab_jax.types import UserError
 
 Row = Mapping[str, float]  # metrics of one global step by name, as in metrics.METRICS; absent or NaN: not measured
@@ -153,25 +154,26 @@ ADVICE = {
     "(minibatches) or clipping, if it does not come back by itself.",
 }
 CHECKS = tuple(ADVICE)
+RANGES = {
+    "baseline_steps": (1, INT32_MAX, "at least 1"),
+    "patience": (1, INT32_MAX, "at least 1"),
+    "spreads": (0, HUGE, "0 or more"),
+    "lower_by": (TINY, BELOW_1, "between 0 and 1"),
+}
+THRESHOLD = {
+    Check: {"factor": (ABOVE_1, math.inf, "above 1, or inf to switch it off")},
+    GapCheck: {"gap": (TINY, math.inf, "above 0, or inf to switch it off")},
+}
 
 
 def validate(config: MonitorConfig) -> None:
     """Raises UserError for a config that cannot be meant: a factor of at most 1, a skip that would cure nothing."""
 
-    def require(ok: bool, name: str, value: object, expected: str) -> None:
-        if not ok:
-            raise UserError(f"monitor.{name} = {value!r}: expected {expected}")
-
-    require(config.baseline_steps >= 1, "baseline_steps", config.baseline_steps, "at least 1")
-    require(config.patience >= 1, "patience", config.patience, "at least 1")
-    require(config.spreads >= 0, "spreads", config.spreads, "0 or more")
-    require(0 < config.lower_by < 1, "lower_by", config.lower_by, "between 0 and 1")
+    check_fields(config, "monitor")
+    check_ranges(config, RANGES, "monitor")
     for name in CHECKS:
         check = getattr(config, name)
-        if isinstance(check, Check):
-            require(check.factor > 1, f"{name}.factor", check.factor, "above 1, or inf to switch it off")
-        else:
-            require(check.gap > 0, f"{name}.gap", check.gap, "above 0, or inf to switch it off")
+        check_ranges(check, THRESHOLD[type(check)], f"monitor.{name}")
         if check.policy == "skip" and name not in SKIPPABLE:
             raise UserError(
                 f"monitor.{name}.policy = 'skip', but discarding one step's updates does not undo what this check "

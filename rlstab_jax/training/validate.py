@@ -1,23 +1,16 @@
 """What a run's config may be: ranges of its numbers, then what goes together. Said before any long work."""
 
 import math
-from typing import get_args
 
-from rlstab_jax.models.remat import Remat
-from rlstab_jax.ranges import HUGE, INT, TINY, Range, check_ranges
+from rlstab_jax.checks import BELOW_1, HUGE, INT32_MAX, TINY, Range, check_fields, check_ranges
+from rlstab_jax.inference import sampling
 from rlstab_jax.stability.monitor import validate as validate_monitor
 from rlstab_jax.tasks import TaskConfig
 from rlstab_jax.training.config import RunConfig, truncates
 from rlstab_jax.types import UserError
 
-_BELOW_1 = 1 - 1e-9
-_ONE, _ANY, _NONE = (1, INT, "at least 1"), (0, INT, "0 or more"), (0, INT, "0 (none) or more")
-_TRUNCATION = {
-    "top_p": (TINY, 1, "in (0, 1]"),
-    "min_p": (0, 1, "from 0 (all) to 1"),
-    "top_k": (0, INT, "0 (all) or more"),
-    "support": _ANY,
-}
+_ONE, _ANY, _NONE = (1, INT32_MAX, "at least 1"), (0, INT32_MAX, "0 or more"), (0, INT32_MAX, "0 (none) or more")
+_TRUNCATION = {name: sampling.RANGES[name] for name in ("top_k", "top_p", "min_p")} | {"support": _ANY}
 RANGES: dict[str, dict[str, Range]] = {
     "": {
         "gradient_steps": _ONE,
@@ -32,12 +25,12 @@ RANGES: dict[str, dict[str, Range]] = {
     "rollout": {
         "temperature": (TINY, HUGE, "above 0 and finite: a greedy policy has no IS ratio"),
         **_TRUNCATION,
-        "uniform": (0, _BELOW_1, "from 0 (no mixture) to below 1"),
-        "lag": (0, INT, "0 (learn from what was just sampled) or more"),
+        "uniform": (0, BELOW_1, "from 0 (no mixture) to below 1"),
+        "lag": (0, INT32_MAX, "0 (learn from what was just sampled) or more"),
         "partial": _NONE,
-        "devices": (0, INT, "0 (none set aside) or more"),
+        "devices": (0, INT32_MAX, "0 (none set aside) or more"),
         "waves": _ONE,
-        "slots": (0, INT, "0 (all at once) or more"),
+        "slots": (0, INT32_MAX, "0 (all at once) or more"),
         "response_length": _ANY,
         "prompt_length": _ANY,
         "attempts": _ONE,
@@ -46,8 +39,8 @@ RANGES: dict[str, dict[str, Range]] = {
     "learner": {
         "learning_rate": (TINY, 1e3, "above 0"),
         "warmup_steps": _NONE,
-        "adam_b1": (0, _BELOW_1, "from 0 to below 1"),
-        "adam_b2": (0, _BELOW_1, "from 0 to below 1"),
+        "adam_b1": (0, BELOW_1, "from 0 to below 1"),
+        "adam_b2": (0, BELOW_1, "from 0 to below 1"),
         "adam_eps": (0, HUGE, "0 or more"),
         "weight_decay": (0, HUGE, "0 (none) or more"),
         "load_balance": (0, HUGE, "0 (none) or more"),
@@ -81,6 +74,7 @@ def validate(config: RunConfig) -> None:
         raise UserError(
             f"task = {config.task!r}: expected a TaskConfig, a frozen dataclass whose build() returns the task"
         )
+    check_fields(config)
     for where, ranges in RANGES.items():
         check_ranges(getattr(config, where) if where else config, ranges, where)
     _precision(config)
@@ -194,14 +188,6 @@ def _learner(config: RunConfig) -> None:
         parts = getattr(learner, name)
         divides = parts >= 1 and responses % parts == 0
         _require(divides, f"learner.{name}", parts, f"a divisor of the {whole}, {responses} responses")
-    for name, known in (
-        ("remat", get_args(Remat)),
-        ("replay", ("live", "r2", "r3")),
-        ("moments_dtype", ("float32", "bfloat16")),
-        ("replay_of", ("recorded", "permuted", "initial")),
-    ):
-        value = getattr(learner, name)
-        _require(value in known, f"learner.{name}", value, f"one of {', '.join(known)}")
     if learner.packing and config.kernels.attention == "cudnn":
         raise UserError(
             "learner.packing = True with kernels.attention = 'cudnn', which takes one sequence a row: use "

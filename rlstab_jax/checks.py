@@ -1,0 +1,73 @@
+"""Checks of a config: its fields are of their declared types, its numbers inside ranges that a table gives."""
+
+import dataclasses
+import numbers
+import types
+from collections.abc import Mapping
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+from rlstab_jax.types import UserError
+
+# Beyond what any number is meant to be, so that inclusive bounds say "above 0" and "finite".
+TINY, HUGE = 1e-30, 1e30
+BELOW_1, ABOVE_1 = 1 - 1e-9, 1 + 1e-9
+INT32_MAX = 2**31 - 1
+
+Range = tuple[float, float, str]  # inclusive bounds, and what is expected in words
+
+
+def check_range(name: str, value: Any, allowed: Range) -> None:
+    """Raises UserError if a number, or one of an array's, is outside its range. NaN is outside of all."""
+    low, high, expected = allowed
+    values = np.atleast_1d(value)
+    wrong = values[~((values >= low) & (values <= high))]
+    if wrong.size:
+        raise UserError(f"{name} = {wrong[0]}: expected {expected}")
+
+
+def check_ranges(owner: object, ranges: Mapping[str, Range], where: str = "") -> None:
+    """`check_range` of the attributes of ``owner`` that a table names; one that is None is not set, and passes."""
+    for name, allowed in ranges.items():
+        if (value := getattr(owner, name)) is not None:
+            check_range(_path(where, name), value, allowed)
+
+
+def check_fields(config: Any, where: str = "") -> None:
+    """Raises UserError on the first field of a dataclass, or of one inside it, that is not of its declared type.
+
+    That is a word that is none of a Literal's, or what is no number, whole number, bool, text or None where one is
+    declared. The command line's parser holds to the types; a config file may say anything.
+    """
+    hints = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), _path(where, field.name)
+        if dataclasses.is_dataclass(value):
+            check_fields(value, name)
+        elif not _fits(value, hints[field.name]):
+            raise UserError(f"{name} = {value!r}: expected {_expected(hints[field.name])}")
+
+
+def _path(where: str, name: str) -> str:
+    return f"{where}.{name}" if where else name
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if hint in (int, float):
+        number = numbers.Integral if hint is int else numbers.Real
+        return isinstance(value, number) and not isinstance(value, bool)
+    return isinstance(value, hint) if hint in (bool, str, types.NoneType) else True
+
+
+def _expected(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, get_args(hint)))
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(map(_expected, get_args(hint)))
+    words = {int: "a whole number", float: "a number", bool: "True or False", str: "text", types.NoneType: "None"}
+    return words.get(hint, str(hint))
