@@ -74,7 +74,6 @@ def test_log_mu_is_that_of_the_mixture() -> None:
 def test_committed_table_is_that_of_the_committed_measurements(tmp_path: Path) -> None:
     rows = read(persistence.FOLDER / persistence.FILE)
     committed = persistence.FOLDER / "persistence.csv"
-    assert committed.exists() == bool(rows)
-    if rows:
-        drawing.write_csv(tmp_path / "persistence.csv", persistence.table(rows))
-        assert (tmp_path / "persistence.csv").read_text() == committed.read_text()
+    assert rows
+    drawing.write_csv(tmp_path / "persistence.csv", persistence.table(rows))
+    assert (tmp_path / "persistence.csv").read_text() == committed.read_text()

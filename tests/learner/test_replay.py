@@ -21,12 +21,12 @@ EXPERTS = tiny.MIXED.num_experts
 LIVE, R2, R3 = RoutingReplay.LIVE, RoutingReplay.R2, RoutingReplay.R3
 
 
-@jax.jit
-def scores_and_gradient(params: dict, rollout: Rollout, routes: Routes) -> tuple[PolicyScores, dict]:
+@partial(jax.jit, static_argnames="unroll")
+def scores_and_gradient(params: dict, rollout: Rollout, routes: Routes, unroll: int = 1) -> tuple[PolicyScores, dict]:
     """Scores under ``routes``, and the gradient of a fixed weighted sum of their log-probs and entropies."""
 
     def loss(params: dict) -> tuple[jax.Array, PolicyScores]:
-        scores, _ = policy_scores(MODEL, {"params": params}, rollout, routes, 2**24)
+        scores, _ = policy_scores(MODEL.clone(unroll=unroll), {"params": params}, rollout, routes, 2**24)
         weight = jnp.cos(jnp.arange(scores.log_probs.size, dtype=jnp.float32)).reshape(scores.log_probs.shape)
         return jnp.sum(weight * scores.log_probs) + 0.1 * jnp.sum(scores.entropy), scores
 
@@ -58,6 +58,18 @@ def test_own_routes_replayed_are_live_routing_bit_for_bit() -> None:
     half = np.asarray(live.routes).copy()
     half[:, ::2, ::3] = EXPERTS  # recorded for some tokens only
     assert_equal((live, live_gradient), scores_and_gradient(params, rollout, half))
+
+
+def test_layers_that_are_written_out_replay_the_same_routes() -> None:
+    """MoE and dense layers alternate: both repetitions of the pair at once, in the place of a scan."""
+    rollout, params = tiny.rollout(), tiny.parameters()
+    routes = random_routes(rollout)
+    (scanned, wanted), (written, gradient) = (scores_and_gradient(params, rollout, routes, n) for n in (1, 2))
+    for name in ("routes", "live"):
+        np.testing.assert_array_equal(getattr(written, name), getattr(scanned, name))
+    np.testing.assert_allclose(written.log_probs, scanned.log_probs, atol=1e-5)
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(wanted))
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5 * scale), gradient, wanted)
 
 
 def test_other_routes_are_obeyed_and_live_choices_still_seen() -> None:

@@ -247,4 +247,4 @@ def test_on_meshes_and_in_little_memory() -> None:
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("equal on") == 2
-    assert "memory" in done.stdout
+    assert "memory beyond" in done.stdout or not Path("/proc/self/clear_refs").exists()

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from ragged import gradient, ragged
 
 from rlstab_jax import objectives as o
+from rlstab_jax.objectives.config import Estimator, RecipeName
 from rlstab_jax.types import Scores
 
 MANY = settings(max_examples=12, deadline=None)
@@ -190,6 +193,39 @@ def published_rspo(s: Scores, rewards: np.ndarray) -> Published:
     return j
 
 
+def penalised(recipe: Callable[[Scores, np.ndarray], Published], penalty: Callable[..., np.ndarray], mean: str):
+    """J less 0.3 times a KL: mean over the tokens of a row and over groups (GRPO), or their sum over rows (MiniRL)."""
+
+    def published(s: Scores, rewards: np.ndarray) -> Published:
+        j = recipe(s, rewards)
+
+        def less(target: np.ndarray) -> float:
+            rows = [penalty(s, target, i, t) for i, t in rows_of(s)]
+            kl = group_mean(s, [row.mean() for row in rows]) if mean == "groups" else sum(r.sum() for r in rows) / 6
+            return j(target) - 0.3 * kl
+
+        return less
+
+    return published
+
+
+def k2(s: Scores, target: np.ndarray, i: int, t: np.ndarray) -> np.ndarray:
+    return (target[i, t] - s.reference[i, t]) ** 2 / 2
+
+
+def k3(s: Scores, target: np.ndarray, i: int, t: np.ndarray) -> np.ndarray:
+    d = target[i, t] - s.reference[i, t]
+    return np.exp(-d) - 1 + d
+
+
+def corrected_k3(s: Scores, target: np.ndarray, i: int, t: np.ndarray) -> np.ndarray:
+    return np.exp(target[i, t] - s.rollout[i, t]) * k3(s, target, i, t)
+
+
+def with_kl(name: RecipeName, estimator: Estimator, **numbers: float) -> o.Objective:
+    return o.build(o.ObjectiveConfig(name, kl_coefficient=0.3, kl_estimator=estimator, **numbers))
+
+
 CASES = {
     "minirl": (o.minirl(cap=1.5), published_minirl),
     "minirl_discrepancy": (
@@ -209,6 +245,9 @@ CASES = {
     "dppo_tv": (o.dppo_tv(delta=0.05, cap=1.5), lambda s, r: published_dppo(s, r, kl=False)),
     "dppo_kl": (o.dppo_kl(delta=0.05, cap=1.5), lambda s, r: published_dppo(s, r, kl=True)),
     "rspo": (o.rspo(floor=0.9), published_rspo),
+    "minirl, k2": (with_kl("minirl", "k2", cap=1.5), penalised(published_minirl, k2, "rows")),
+    "minirl, k3": (with_kl("minirl", "corrected_k3", cap=1.5), penalised(published_minirl, corrected_k3, "rows")),
+    "grpo, k3": (with_kl("grpo", "k3", dual_clip=1.4), penalised(published_grpo, k3, "groups")),
 }
 
 
@@ -247,3 +286,22 @@ def test_infinite_eps_and_cap_switch_clipping_and_truncation_off() -> None:
     a, ratio = advantage(rewards, scores.groups, std=False), np.exp(scores.target - scores.rollout)
     expected = np.where(scores.mask, -ratio * a[:, None] / len(a), 0.0)
     np.testing.assert_allclose(gradient(off, scores, rewards), expected, rtol=1e-12)
+
+
+def slope_of_entropy(objective: o.Objective, scores: Scores, rewards: np.ndarray) -> np.ndarray:
+    with jax.enable_x64(True):
+        advantage, c = o.advantages_of(objective, scores, jnp.asarray(rewards)), o.coefficients(objective, scores)
+
+        def loss(entropy: jax.Array) -> jax.Array:
+            return o.surrogate(objective, scores.replace(entropy=entropy), advantage, c)[0]
+
+        return np.asarray(jax.grad(loss)(jnp.asarray(scores.entropy)))
+
+
+def test_an_entropy_bonus_lowers_the_loss_by_each_token_s_share() -> None:
+    """The loss falls with a token's entropy as with its coefficient c, of which a response has 1/n or 1/(n |y|)."""
+    scores, rewards = ragged(2)
+    for divide in (False, True):
+        objective = o.build(o.ObjectiveConfig("minirl", entropy_coefficient=0.7, length_normalise=divide))
+        share = scores.mask / len(rewards) / (scores.mask.sum(1, keepdims=True) if divide else 1)
+        np.testing.assert_allclose(slope_of_entropy(objective, scores, rewards), -0.7 * share, rtol=1e-9)

@@ -77,6 +77,13 @@ def test_a_share_is_held_out(sums):
         assert not set(texts(task, "heldout")) & set(texts(task, "train"))
 
 
+def test_a_held_out_file_has_a_layout_of_its_own(sums, tmp_path):
+    heldout = written(tmp_path / "heldout.jsonl", [{"question": "Two and two?", "answer": "It is #### 4"}])
+    task = config(sums, heldout=(str(heldout),), heldout_layout="gsm8k").build()
+    assert texts(task, "heldout") == ["Two and two?"]
+    assert len(task.split("train")) == 100
+
+
 def test_what_is_held_out_in_a_file_is_not_trained_on(sums, tmp_path):
     heldout = written(tmp_path / "heldout.jsonl", [SUMS[3], SUMS[3], {"prompt": "new", "answer": 1}])
     task = config(sums, heldout=(str(heldout),)).build()
