@@ -85,11 +85,13 @@ class Scores:
     """What an objective sees of a mini-batch: arrays of log-probs, never a model. ``R`` is the response length.
 
     Log-probs are those of the sampled tokens, at the sampling temperature. The three policies are PAPER section 1's:
-    ``rollout`` mu_old, ``old`` pi_old, ``target`` pi_theta. Only ``target`` and ``entropy`` carry gradients.
+    ``rollout`` mu_old, ``old`` pi_old, ``target`` pi_theta. Only ``target``, ``entropy``
+    and ``router_target`` carry gradients.
 
     Attributes:
       mask: True on response tokens up to and including the stop token.
-      groups: equal numbers in [0, batch) for the responses of one prompt.
+      groups: equal numbers in [0, batch) for the responses of one prompt; None where only a part of a mini-batch is
+        seen, which may hold some of them alone.
       reference: log-probs of a frozen reference policy, for KL regularisers.
       entropy: entropy of pi_theta on each prefix, in nats, for an entropy regulariser: over the tokens that sampling
         kept, if it was truncated, else over the vocabulary.
@@ -101,7 +103,7 @@ class Scores:
     old: Float[Array, "batch R"]
     rollout: Float[Array, "batch R"]
     mask: Bool[Array, "batch R"]
-    groups: Int[Array, "batch"]
+    groups: Int[Array, "batch"] | None
     reference: Float[Array, "batch R"] | None = None
     entropy: Float[Array, "batch R"] | None = None
     router_old: Float[Array, "batch R slot"] | None = None

@@ -95,12 +95,12 @@ class Running:
 
     @property
     def found(self) -> Bool[Array, "rows"]:
-        """Whether the target lies in the support. Where it does not, no draw was made."""
+        """Whether the target lies in the support, as each token that was drawn does."""
         return ~(self.chosen <= LOW)  # NaN is to show
 
     @property
     def log_prob(self) -> Float[Array, "rows"]:
-        return jnp.where(self.found, self.chosen - self.normaliser, 0.0)
+        return jnp.where(self.found, self.chosen - self.normaliser, -jnp.inf)
 
     @property
     def entropy(self) -> Float[Array, "rows"]:

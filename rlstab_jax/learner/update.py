@@ -183,7 +183,9 @@ def update(
         router_old=old.router,
     )
     rollout = dataclasses.replace(rollout, routes=None)
-    part = _Part(rollout, routes, packing, scores, old.live, minibatch.advantage, coefficients(objective, scores))
+    c = coefficients(objective, scores)
+    scores = dataclasses.replace(scores, groups=None)  # a micro-batch may hold a part of a group
+    part = _Part(rollout, routes, packing, scores, old.live, minibatch.advantage, c)
     if use_router_losses:
         load, tokens = _whole_load(model, state.params, part, micro_batches, logits_per_chunk)
 

@@ -14,7 +14,7 @@ from flax import struct
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from rlstab_jax.models import expert_parallel
+from rlstab_jax.models import expert_parallel, remat
 from rlstab_jax.models.attention import ATTENTION, DECODE_ATTENTION
 from rlstab_jax.models.attention_parallel import over_devices
 from rlstab_jax.models.attention_tpu import Segments
@@ -209,7 +209,7 @@ def route(
     """
     num_experts = log_probs.shape[-1]
     top, order = _top_k(jax.lax.stop_gradient(log_probs), min(k + 1, num_experts), layout)
-    live = order[:, :k]
+    live = remat.order(order)[:, :k]
     margin = jnp.exp(top[:, k - 1]) - jnp.exp(top[:, k]) if k < num_experts else jnp.zeros_like(top[:, 0])
     used = live
     if recorded is not None:

@@ -139,6 +139,6 @@ def _regularised(objective: Objective, config: ObjectiveConfig) -> Objective:
         added.append(Regulariser(piece(regularisers.negative_entropy), config.entropy_coefficient))
     objective = replace(objective, regularisers=(*objective.regularisers, *added))
     if config.needs_reference and config.kl_in == "reward":
-        penalty = piece(regularisers.kl_in_reward, coefficient=config.kl_coefficient)
+        penalty = piece(regularisers.kl_in_reward, coefficient=config.kl_coefficient, before=objective.reward)
         objective = replace(objective, reward=penalty)
     return objective

@@ -63,6 +63,10 @@ class Regulariser:
 class Objective:
     """The pieces of an objective. All see arrays only; none sees a model.
 
+    ``weight``, ``truncate``, ``trust`` and the regularisers see micro-batches, which may hold a part of a group:
+    ``scores.groups`` is None there. What depends on a whole group belongs into ``advantage``, ``normalise`` or
+    ``reward``.
+
     Attributes:
       advantage: ``(rewards[batch], groups[batch]) -> [batch] or [batch, R]``, over the whole rollout batch, before it
         is split.
@@ -127,8 +131,9 @@ def surrogate(
 ) -> tuple[Float[Array, ""], SurrogateParts]:
     """The loss of (part of) a mini-batch: a plain sum, so that sums over micro-batches and shards are exact.
 
-    A token of which a log-prob or the advantage is NaN or infinite adds exactly 0 to the loss and to the gradient, its
-    ratios count as 1 in those of its sequence, and ``parts.broken`` shows it.
+    A token of which a log-prob or the advantage is NaN or infinite adds exactly 0 to the loss and to its gradient with
+    respect to the log-probs, its ratios count as 1 in those of its sequence, and ``parts.broken`` shows it. A model
+    whose own numbers are NaN has a gradient of NaN all the same, and the update is skipped.
 
     Args:
       objective: the composition.

@@ -1,4 +1,5 @@
-"""Published objectives, each a composition of pieces. Their gradients are those of the papers; loss values need not be.
+"""Published objectives, each a composition of pieces. Their gradients are those of the papers, but for what `rspo` says
+of its own; loss values need not be.
 
 Symbols as in PAPER section 1: ``rollout`` mu_old, ``old`` pi_old, ``target`` pi_theta; r = pi_theta/pi_old, A the
 advantage, c the normalisation. Numbers are traced: two objectives of one recipe that differ in numbers alone share one
@@ -12,6 +13,7 @@ from jax.tree_util import Partial
 from rlstab_jax.objectives import advantages, normalise, ratios, truncation, trust, weights
 from rlstab_jax.objectives.core import Objective, piece
 from rlstab_jax.objectives.ratios import old_over_rollout, target_over_old, target_over_rollout
+from rlstab_jax.types import UserError
 
 INFINITY = float("inf")
 
@@ -159,7 +161,12 @@ def tis(eps_low: float = 0.2, eps_high: float = 0.28, cap: float = 2.0) -> Objec
 
 
 def icepop(eps_low: float = 0.2, eps_high: float = 0.2, band_low: float = 0.5, band_high: float = 5.0) -> Objective:
-    """IcePop (Ling team, 2025): GRPO's loss times pi_old/mu_old where that lies in [band_low, band_high], else 0."""
+    """IcePop (Ling team, 2025): GRPO's loss times pi_old/mu_old where that lies in [band_low, band_high], else 0.
+
+    Raises UserError for a band that is empty.
+    """
+    if band_low > band_high:
+        raise UserError(f"band_low = {band_low}, band_high = {band_high}: an empty band stops every token; swap them")
     clip = piece(trust.ppo_clip, of=target_over_old, eps_low=eps_low, eps_high=eps_high)
     band = piece(trust.band, of=old_over_rollout, low=band_low, high=band_high)
     return Objective(

@@ -19,6 +19,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from rlstab_jax.objectives.core import plain_reward
 from rlstab_jax.objectives.ratios import LOG_RATIO_LIMIT, bounded_exp, target_over_rollout
 from rlstab_jax.types import Scores, UserError, masked
 
@@ -57,10 +58,15 @@ def negative_entropy(scores: Scores) -> Float[Array, "batch R"]:
     return -scores.entropy
 
 
-def kl_in_reward(scores: Scores, rewards: Float[Array, "batch"], coefficient: float) -> Float[Array, "batch"]:
-    """R - coefficient * sum_t (log pi_old - log pi_ref): the sequence's reverse KL as a part of the reward."""
-    drift = masked(scores.old - _reference(scores), scores.mask & jnp.isfinite(scores.old))
-    return rewards - coefficient * drift.sum(1)
+def kl_in_reward(
+    scores: Scores, rewards: Float[Array, "batch"], coefficient: float, before: Callable = plain_reward
+) -> Float[Array, "batch"]:
+    """R - coefficient * sum_t (log pi_old - log pi_ref): the sequence's reverse KL as a part of the reward.
+
+    R is what ``before`` makes of the rewards. A token of which either log-prob is no finite number adds nothing.
+    """
+    drift = scores.old - _reference(scores)
+    return before(scores, rewards) - coefficient * masked(drift, scores.mask & jnp.isfinite(drift)).sum(1)
 
 
 def _reference(scores: Scores) -> Float[Array, "batch R"]:

@@ -89,7 +89,9 @@ def both(scores: Scores, advantage: Advantage, first: Trust, second: Trust) -> G
 
 
 def passing(scores: Scores, gate: Trust) -> Bool[Array, "batch R"]:
-    """A ``select`` that rejects what a gate stops. The gate sees A = 0 and pi_theta = pi_old."""
+    """A ``select`` that rejects what a gate stops. The gate sees A = 0 and pi_theta = pi_old, so it is one that stops
+    tokens whatever their advantage, such as `band` or `largest_token_kl`; clips by the advantage's sign reject none.
+    """
     return scores.mask & (gate(scores, jnp.zeros_like(scores.old)) > 0)
 
 

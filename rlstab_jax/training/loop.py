@@ -167,7 +167,9 @@ def conclude(engines: Engines, reference: dict | None, batch: Batch, old: Policy
     of_reference = None
     if reference is not None and config.objective.needs_reference:
         with timed("score") as scoring_time:
-            of_reference = score_old(engines, reference, rollout, RoutingReplay.LIVE)[0].log_probs
+            # Under R3 every pass replays the sampler's routes: at equal weights the KL is 0.
+            replay = RoutingReplay.R3 if engines.replay is RoutingReplay.R3 else RoutingReplay.LIVE
+            of_reference = score_old(engines, reference, rollout, replay)[0].log_probs
             jax.block_until_ready(of_reference)
         metrics["time/score"] += scoring_time["time/score"]
     sampled = metrics["response/length"] * metrics["response/count"]

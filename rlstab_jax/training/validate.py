@@ -41,7 +41,7 @@ RANGES: dict[str, dict[str, Range]] = {
         "warmup_steps": _NONE,
         "adam_b1": (0, BELOW_1, "from 0 to below 1"),
         "adam_b2": (0, BELOW_1, "from 0 to below 1"),
-        "adam_eps": (0, HUGE, "0 or more"),
+        "adam_eps": (1e-18, HUGE, "at least 1e-18: a parameter without gradient would be divided by 0"),
         "weight_decay": (0, HUGE, "0 (none) or more"),
         "load_balance": (0, HUGE, "0 (none) or more"),
         "router_z": (0, HUGE, "0 (none) or more"),

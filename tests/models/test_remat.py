@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import tiny
 
-from rlstab_jax.models import ModelConfig
+from rlstab_jax.models import ModelConfig, Precision
 from rlstab_jax.models.remat import Remat
 from rlstab_jax.models.transformer import forward
 
@@ -44,6 +44,30 @@ def test_layers_that_are_written_out_give_the_same_gradients() -> None:
     scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(wanted))
     for unroll in (4, 10):
         jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5 * scale), results("none", unroll)[0], wanted)
+
+
+def test_the_backward_pass_goes_through_the_experts_that_were_used() -> None:
+    """In bfloat16 ties are near: live routing has the gradient of its own routes, replayed, bit for bit."""
+    config = ModelConfig(
+        vocab_size=17, num_layers=3, embed_dim=16, num_heads=1, num_kv_heads=1,
+        num_experts=32, experts_per_token=4, expert_dim=8,
+    )  # fmt: skip
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 17, (64, 64)))
+    model, fed = tiny.model(config, Precision("bfloat16"), remat="full"), jnp.ones(tokens.shape, bool)
+
+    @jax.jit
+    def gradient(params: dict, routes: jax.Array) -> tuple[dict, jax.Array]:
+        def loss(params: dict) -> tuple[jax.Array, jax.Array]:
+            output = forward(model, {"params": params}, tokens, fed, routes)
+            return jnp.sin(3 * output.hidden.astype(jnp.float32)).sum(), output.routing.used
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    params = tiny.parameters(config)
+    live, routes = gradient(params, jnp.full((3, *tokens.shape, 4), 32, jnp.uint8))
+    replayed, again = gradient(params, routes)
+    np.testing.assert_array_equal(again, routes)
+    jax.tree.map(np.testing.assert_array_equal, replayed, live)
 
 
 def test_policies_keep_less_and_less() -> None:
