@@ -91,7 +91,8 @@ def page(results: Path) -> str:
         _table(CAUSES, judged),
         "And the gradients themselves: how much of Eq. 2's gradient the token-level one holds, as its projection on it "
         "(1: all, 0: nothing; 95% intervals), at the weights that sampled and seven updates later, at the cold start "
-        "and at the end of on-policy runs ([more](gradients/gradients.csv)). No verdict.",
+        "and at the end of on-policy runs ([more](gradients/gradients.csv)). Products and lengths are estimated by "
+        "halves of the samples, so that noise may put a cosine or a projection beyond 1. No verdict.",
         _projections(results),
         "## Claims of later work (section 7)",
         _table(LATER, judged),

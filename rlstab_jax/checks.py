@@ -37,16 +37,16 @@ def check_ranges(owner: object, ranges: Mapping[str, Range], where: str = "") ->
 def check_fields(config: Any, where: str = "") -> None:
     """Raises UserError on the first field of a dataclass, or of one inside it, that is not of its declared type.
 
-    That is a word that is none of a Literal's, or what is no number, whole number, bool, text or None where one is
-    declared. The command line's parser holds to the types; a config file may say anything.
+    That is a word that is none of a Literal's, or what is no number, whole number, bool, text, None, tuple of these or
+    dataclass where one is declared. The command line's parser holds to the types; a config file may say anything.
     """
     hints = get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), _path(where, field.name)
+        if not _fits(value, hints[field.name]):
+            raise UserError(f"{name} = {value!r}: expected {_expected(hints[field.name])}")
         if dataclasses.is_dataclass(value):
             check_fields(value, name)
-        elif not _fits(value, hints[field.name]):
-            raise UserError(f"{name} = {value!r}: expected {_expected(hints[field.name])}")
 
 
 def _path(where: str, name: str) -> str:
@@ -58,6 +58,14 @@ def _fits(value: Any, hint: Any) -> bool:
         return value in get_args(hint)
     if get_origin(hint) in (Union, types.UnionType):
         return any(_fits(value, part) for part in get_args(hint))
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return isinstance(value, hint)
+    if get_origin(hint) is tuple:
+        if not isinstance(value, tuple | list):
+            return False
+        parts = get_args(hint)
+        parts = parts[:1] * len(value) if parts[1:] == (...,) else parts
+        return len(parts) == len(value) and all(map(_fits, value, parts))
     if hint in (int, float):
         number = numbers.Integral if hint is int else numbers.Real
         return isinstance(value, number) and not isinstance(value, bool)
@@ -69,5 +77,12 @@ def _expected(hint: Any) -> str:
         return "one of " + ", ".join(map(str, get_args(hint)))
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(map(_expected, get_args(hint)))
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return f"a value of {hint.__name__}"
+    if get_origin(hint) is tuple:
+        parts = get_args(hint)
+        if parts[1:] == (...,):
+            return f"a tuple, each {_expected(parts[0])}"
+        return f"a tuple, {len(parts)}: {', '.join(map(_expected, parts))}"
     words = {int: "a whole number", float: "a number", bool: "True or False", str: "text", types.NoneType: "None"}
     return words.get(hint, str(hint))

@@ -318,8 +318,8 @@ def config_of_run(checkpoint: Path) -> tuple[Path, Any]:
     run = checkpoint.parent if checkpoint.name == "checkpoints" else checkpoint
     help_ = f"name the config: rlstab eval {checkpoint} CONFIG ..."
     manifest = read_manifest(run) if (run / "manifest.json").exists() else {}
-    command = manifest.get("command", [])
-    if "train" not in command:
+    command = manifest.get("command", []) if isinstance(manifest, dict) else []
+    if "train" not in command or not isinstance(manifest.get("config"), dict):
         raise UserError(f"{checkpoint}: no manifest there says which config it was made with; {help_}")
     try:
         path, _, config = parse("train", command[command.index("train") + 1 :])

@@ -29,6 +29,7 @@ def _f2(prefix: str) -> dict[str, Metric]:
     return {f"{prefix}/f2": Metric("tokens with max(pi_old/mu_old, mu_old/pi_old) > 2", "share of tokens", "1")}
 
 
+# Under replay a layer's live choice is made on what the replayed experts of the layers below it have left.
 _DIFFER = "top-k expert sets that differ between the live choices of "
 _ROUTING = {
     "rollout_vs_old": Metric(_DIFFER + "mu_old and pi_old", "share of fed tokens x MoE layers", "1"),

@@ -6,8 +6,11 @@ import inspect
 import sys
 import zlib
 from collections.abc import Mapping
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
+
+# Values whose text is all that there is to them.
+_PLAIN = (bool, int, float, complex, str, bytes, tuple, frozenset, type(None))
 
 
 def code_of(config: Any) -> dict[str, str]:
@@ -44,12 +47,31 @@ def _gather(code: Any, sources: dict[str, bytes]) -> None:
     members = [code] if isinstance(code, FunctionType) else [getattr(x, "__func__", x) for x in vars(code).values()]
     for function in members:
         if isinstance(function, FunctionType):
-            enclosed = [cell.cell_contents for cell in function.__closure__ or ()]
-            for mentioned in [*(function.__globals__.get(name) for name in _names(function.__code__)), *enclosed]:
+            for name, mentioned in _mentioned(function).items():
                 if callable(mentioned):
                     _gather(mentioned, sources)
+                elif isinstance(mentioned, _PLAIN):
+                    sources[f"{_name(function)}: {name}"] = repr(mentioned).encode()
     for base in code.__bases__ if isinstance(code, type) else ():
         _gather(base, sources)
+
+
+def _mentioned(function: FunctionType) -> dict[str, Any]:
+    """What a function may read, by name: globals, what lies in a user's own modules among these, what it encloses."""
+    names = {name for name in _names(function.__code__) if not name.startswith("__")}
+    known = {name: function.__globals__[name] for name in names if name in function.__globals__}
+    for value in list(known.values()):
+        if isinstance(value, ModuleType) and _is_own_module(value):
+            known |= {f"{value.__name__}.{name}": vars(value)[name] for name in names if name in vars(value)}
+    enclosed = [_content(cell) for cell in function.__closure__ or ()]
+    return known | dict(zip(function.__code__.co_freevars, enclosed, strict=True))
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
 
 
 def _names(code: CodeType) -> set[str]:
@@ -58,9 +80,13 @@ def _names(code: CodeType) -> set[str]:
 
 
 def _is_own(code: FunctionType | type) -> bool:
-    """Whether it is neither this package's, nor Python's, nor an installed package's."""
-    root = code.__module__.partition(".")[0]
-    file = getattr(sys.modules.get(code.__module__), "__file__", None) or ""
+    return _is_own_module(sys.modules.get(code.__module__), code.__module__)
+
+
+def _is_own_module(module: ModuleType | None, name: str = "") -> bool:
+    """Whether it is neither this package, nor Python's, nor an installed package."""
+    root = (name or (module.__name__ if module else "")).partition(".")[0]
+    file = getattr(module, "__file__", None) or ""
     return root not in (__package__, *(sys.stdlib_module_names - {"__main__"})) and "-packages" not in file
 
 

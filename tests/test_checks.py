@@ -56,6 +56,7 @@ class Outer:
     on: bool = True
     name: str = ""
     sizes: tuple[int, ...] = ()
+    pair: tuple[int, float] = (1, 2.0)
     inner: Inner = Inner()
 
 
@@ -75,6 +76,10 @@ def test_fields_of_their_types(given: Outer) -> None:
         ({"count": None}, "count = None: expected a whole number"),
         ({"on": 1}, "on = 1: expected True or False"),
         ({"name": None}, "name = None: expected text"),
+        ({"sizes": "12"}, "sizes = '12': expected a tuple, each a whole number"),
+        ({"sizes": (1, 2.5)}, "sizes = (1, 2.5): expected a tuple, each a whole number"),
+        ({"pair": (1, 2, 3)}, "pair = (1, 2, 3): expected a tuple, 2: a whole number, a number"),
+        ({"inner": "one"}, "inner = 'one': expected a value of Inner"),
         ({"inner": Inner(share="0.5")}, "inner.share = '0.5': expected a number"),
         ({"inner": Inner("three")}, "inner.word = 'three': expected one of one, two or None"),
     ],

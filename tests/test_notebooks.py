@@ -58,6 +58,20 @@ def test_badge_links_and_installation(name: str) -> None:
         assert (ROOT / "colab" / target).exists(), target
 
 
+@pytest.mark.parametrize("start", ["a clone's colab/", "beside a clone", "in a clone"])
+def test_the_first_cell_goes_to_the_root(start: str, tmp_path: Path) -> None:
+    """From wherever a kernel starts: Colab puts a restarted one beside the clone."""
+    (tmp_path / "rlstab_jax").symlink_to(ROOT)
+    place = {"a clone's colab/": ROOT / "colab", "beside a clone": tmp_path, "in a clone": ROOT}[start]
+    first = sources(read(NAMES[0]), "code")[0]
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(first), nbformat.v4.new_code_cell("print(os.path.realpath('.'))")]
+    )
+    NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(place)}}).execute()
+    assert notebook.cells[1].outputs[0].text.strip() == str(ROOT.resolve())
+    assert notebook.cells[0].outputs == []  # nothing is installed twice
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a clone, with the smaller numbers of its parameter cell. Programs that notebooks share compile once, into

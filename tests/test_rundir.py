@@ -234,11 +234,11 @@ def test_an_edited_function_of_the_config_is_refused(tmp_path):
 def test_what_a_function_of_the_config_mentions_counts_too(tmp_path):
     """A piece that a recipe uses, a verifier's own method; not what stands beside them in the file."""
 
-    def code(gate, method, beside):
+    def code(gate, method, beside, price=1):
         file = tmp_path / "mine.py"
         file.write_text(
             f"import dataclasses\nimport math\n\ndef gate(x):\n    return math.exp({gate})\n\n"
-            "def recipe():\n    return [gate(x) for x in range(3)]\n\n"
+            f"PRICE = {price}\n\ndef recipe():\n    return [PRICE * gate(x) for x in range(3)]\n\n"
             "@dataclasses.dataclass(frozen=True)\nclass Verifier:\n    share: float = 1.0\n"
             f"    def __call__(self, text):\n        return {method}\n\nBESIDE = {beside}\n"
         )
@@ -254,10 +254,34 @@ def test_what_a_function_of_the_config_mentions_counts_too(tmp_path):
         names = ["the code of mine_of_a_test.Verifier", "the code of mine_of_a_test.recipe"]
         assert sorted(first) == names
         assert code("x", "text == 'a'", 2) == first
+        assert [name for name in names if code("x", "text == 'a'", 1, 2)[name] != first[name]] == names[1:]
         assert [name for name in names if code("-x", "text == 'a'", 1)[name] != first[name]] == names[1:]
         assert [name for name in names if code("x", "text != 'a'", 1)[name] != first[name]] == names[:1]
     finally:
         del sys.modules["mine_of_a_test"]
+
+
+def test_what_lies_in_a_module_that_a_function_mentions_counts_too(tmp_path, monkeypatch):
+    """``helpers.grade`` is read through its module."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def code(sign):
+        (tmp_path / "helpers_of_a_test.py").write_text(f"def grade(text):\n    return {sign}len(text)\n")
+        (tmp_path / "mine_of_a_test.py").write_text(
+            "import helpers_of_a_test as helpers\n\ndef verifier(text):\n    return helpers.grade(text)\n"
+        )
+        for name in ("helpers_of_a_test", "mine_of_a_test"):
+            sys.modules.pop(name, None)
+        linecache.checkcache()
+        importlib.invalidate_caches()
+        return code_of({"verifier": importlib.import_module("mine_of_a_test").verifier})
+
+    try:
+        assert code("+") == code("+") != code("-")
+    finally:
+        for name in ("helpers_of_a_test", "mine_of_a_test"):
+            sys.modules.pop(name, None)
 
 
 def test_a_run_without_a_step_takes_another_config(tmp_path):

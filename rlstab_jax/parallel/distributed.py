@@ -110,7 +110,7 @@ def agree_on(facts: Mapping[str, Any]) -> None:
             if (one := everywhere[0].get(name, "absent")) != (other := there.get(name, "absent")):
                 raise UserError(
                     f"the processes differ: {name} is {one!r} on process 0 and {other!r} on process {number}: "
-                    "start all with one command, one config and one installation"
+                    "start all with one command, one config, one installation and the same files"
                 )
 
 

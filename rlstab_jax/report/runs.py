@@ -66,7 +66,10 @@ def read_runs(paths: Sequence[Path], say: Callable[[str], None] = print) -> list
       UserError: no such directory, a directory that is no run's, files that cannot be read, no run with a step.
     """
     if not paths:
-        raise UserError("expected the directory of a run: rlstab report runs/quickstart-seed0")
+        raise UserError(
+            "expected the directory of a run: rlstab report runs/quickstart-seed0 (before --over, which takes all the "
+            "words that follow it)"
+        )
     found = list(dict.fromkeys(run for path in paths for run in _expand(path)))
     runs = []
     for path, name in zip(found, _names(found), strict=True):

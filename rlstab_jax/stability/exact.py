@@ -1,7 +1,7 @@
 """Divergences over the full vocabulary: exact on each prefix, where `gaps` estimates them from the sampled token alone.
 
 Logits are [batch, R, vocab] at the sampling temperature, computed in float32. They exist only where a caller can afford
-them: in a notebook, in `diagnose`, or chunk by chunk, for the statistics merge.
+them: in a notebook, or chunk by chunk, for the statistics merge. No run of ours keeps them.
 """
 
 import jax

@@ -78,9 +78,20 @@ class MonitorConfig:
     """The reward is so far below the best of an earlier step."""
 
 
-# What a run listens to unless told otherwise: the checks that spoke for nothing on more than two of the eight good runs
-# of the study that judged them (experiments/results/monitor) are off. `review` has them all.
-LIVE = MonitorConfig(largest_ratio=Check(math.inf), routing=Check(math.inf), reward=GapCheck(math.inf))
+# What a run listens to unless told otherwise: checks and thresholds that speak on hardly any run that learns, whatever
+# its updates per rollout batch, as counted on the studies' runs (experiments/results/monitor/live.csv). The others are
+# off. `review` has them all, at the thresholds above.
+LIVE = MonitorConfig(
+    ratios=Check(12.0),
+    largest_ratio=Check(math.inf),
+    routing=Check(math.inf),
+    gradient=Check(8.0),
+    length=Check(math.inf),
+    entropy=Check(100.0),
+    healthy_kl=Check(math.inf),
+    held_out=GapCheck(0.1),
+    reward=GapCheck(math.inf),
+)
 
 
 class Remark(NamedTuple):
@@ -219,6 +230,7 @@ class Monitor:
         validate(config)
         self.config = config
         self.state = MonitorState(**(saved or {}))
+        self._baseline: dict[Quantity, tuple[float, float, int] | None] = {}  # once it is complete
 
     def saved(self) -> dict[str, Any]:
         """The state as JSON."""
@@ -303,23 +315,31 @@ class Monitor:
     def _compare(self, quantity: Quantity, row: Row, factor: float) -> Iterator["Finding"]:
         """A quantity against its baseline: score 0 at the median, 1 at the threshold."""
         value = row.get(quantity.metric, math.nan)
+        if math.isinf(factor):
+            return
         if not math.isfinite(value):
             if quantity.metric == "learner/grad_norm" and quantity.metric in row:
                 yield Finding(math.inf, f"{quantity.label} is not finite")
             return
-        logs = [
-            math.log(x + quantity.offset) for x in self.state.early.get(quantity.metric, ()) if x + quantity.offset > 0
-        ]
-        if not logs:
+        if (known := self._usual(quantity)) is None:
             return
-        middle = float(np.median(logs))
-        spread = 1.4826 * float(np.median(np.abs(np.array(logs) - middle)))
+        middle, spread, count = known
         usual = math.exp(middle) - quantity.offset
         moved = (math.log(value + quantity.offset) if value + quantity.offset > 0 else -math.inf) - middle
         score = (-moved if quantity.falls else moved) / max(math.log(factor), self.config.spreads * spread)
         shown, before = quantity.form.format(value), quantity.form.format(usual)
         times = f"{value / usual:.3g} times" if usual > quantity.offset / 10 else "after"
-        yield Finding(score, f"{quantity.label} is {shown}, {times} the {before} of the first {len(logs)} global steps")
+        yield Finding(score, f"{quantity.label} is {shown}, {times} the {before} of the first {count} global steps")
+
+    def _usual(self, quantity: Quantity) -> tuple[float, float, int] | None:
+        """Median and robust standard deviation of a quantity's logarithm over the baseline, and how many there are."""
+        if quantity not in self._baseline:
+            early = np.array(self.state.early.get(quantity.metric, ())) + quantity.offset
+            logs = np.log(early[early > 0])
+            middle = float(np.median(logs)) if len(logs) else math.nan
+            spread = 1.4826 * float(np.median(np.abs(logs - middle))) if len(logs) else math.nan
+            self._baseline[quantity] = (middle, spread, len(logs)) if len(logs) else None
+        return self._baseline[quantity]
 
     def _healthy_kl(self, row: Row) -> Iterator["Finding"]:
         """The paper's R3 without importance weights: entropy and reward fall, the train-inference KL does not grow."""

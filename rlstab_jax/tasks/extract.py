@@ -6,7 +6,9 @@ from typing import Literal
 
 Extract = Literal["any", "boxed", "hashes", "phrase", "whole"]
 
-_PHRASE = re.compile(r"(?:final|the) answer(?:\s+is\b\s*:?|\s*:)|^\W*answer\s*:", re.IGNORECASE | re.MULTILINE)
+_PHRASE = re.compile(r"(?:final|the) answer(?:\s+is\b\s*:?|\s*:)|^[^\w\n]*answer\s*:", re.IGNORECASE | re.MULTILINE)
+
+_BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)  # an escaped brace is no brace
 
 
 def last_boxed(text: str) -> str | None:
@@ -15,13 +17,16 @@ def last_boxed(text: str) -> str | None:
     >>> last_boxed(r"\boxed{1}, no: \boxed{\frac{1}{2}}")
     '\\frac{1}{2}'
     """
-    for start in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", text)]):
-        depth = 1
-        for brace in re.finditer(r"\\.|[{}]", text[start:]):  # an escaped brace is no brace
-            depth += {"{": 1, "}": -1}.get(brace[0], 0)
-            if depth == 0:
-                return text[start : start + brace.start()].strip()
-    return None
+    opened: list[tuple[bool, int]] = []  # braces that are open: whether it is a box's, and where its inside begins
+    last = None
+    for brace in _BRACES.finditer(text):
+        if brace[0] == "}" and opened:
+            boxed, start = opened.pop()
+            if boxed and (last is None or start > last[0]):
+                last = start, brace.start()
+        elif brace[0].endswith("{") and brace[0] != r"\{":
+            opened.append((brace[0] != "{", brace.end()))
+    return None if last is None else text[slice(*last)].strip()
 
 
 def after_hashes(text: str) -> str | None:

@@ -1,5 +1,6 @@
 """math-verify in processes of their own: an answer that explodes costs a worker, not the run."""
 
+import contextlib
 import json
 import queue
 import signal
@@ -49,6 +50,7 @@ class _Worker:
         # -P: the script's own folder holds modules of common names.
         self._command = [sys.executable, "-P", str(_SCRIPT), str(seconds), str(memory)]
         self._process: subprocess.Popen[str] | None = None
+        self._finalizer: weakref.finalize | None = None
 
     def ask(self, pair: tuple[str, str]) -> dict[str, Any]:
         process = self._process = self._process or self._start()
@@ -64,6 +66,11 @@ class _Worker:
         if reply.endswith("\n"):
             return json.loads(reply)
         self._process = None
+        if self._finalizer is not None:  # it would hold the dead process, and so its pipes
+            self._finalizer.detach()
+        for pipe in (process.stdin, process.stdout):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
         code = process.wait()
         if code < 0:  # killed: by its own timers, or by a system that is short of memory
             return {"gave_up": signal.Signals(-code).name}
@@ -78,5 +85,5 @@ class _Worker:
             text=True,
             start_new_session=True,  # a signal for the whole foreground group is the run's to handle
         )
-        weakref.finalize(self, process.kill)
+        self._finalizer = weakref.finalize(self, process.kill)
         return process

@@ -38,5 +38,6 @@ class CharTokenizer:
             raise UserError(f"text {text!r}: no token for {error}; use only the characters {alphabet!r}") from None
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ``ids``. Padding and stop stay visible: a response that holds one never passes for another."""
-        return "".join(self._pieces[i] for i in ids)
+        """Text of ``ids``. Padding and stop stay visible: a response that holds one never passes for another. So do ids
+        beyond the alphabet, of a model whose vocabulary was made larger than it."""
+        return "".join(self._pieces[i] if i < len(self._pieces) else f"<unknown token {i}>" for i in ids)

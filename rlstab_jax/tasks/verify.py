@@ -85,7 +85,7 @@ class Numeric:
     extract: Extract = "any"
     """Where the answer is; see `ExactMatch`."""
     tolerance: float = 1e-6
-    """Largest difference, relative to the reference; integers must be equal."""
+    """Largest difference, relative to the reference; one that is written as an integer must be met exactly."""
 
     def __call__(self, prompt: Prompt, response: str) -> float:
         reference = number(prompt.answer)
@@ -94,9 +94,12 @@ class Numeric:
         answer = number(EXTRACTORS[self.extract](response) or "")
         if answer is None:
             return 0.0
-        if isinstance(answer, int) and isinstance(reference, int):
+        if isinstance(reference, int):  # whatever the answer is written like: 72.0 is 72, 72.00005 is not
             return float(answer == reference)
-        return float(math.isclose(answer, reference, rel_tol=0, abs_tol=self.tolerance * abs(reference)))
+        try:
+            return float(math.isclose(answer, reference, rel_tol=0, abs_tol=self.tolerance * abs(reference)))
+        except OverflowError:  # an integer beyond all floats
+            return 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +157,7 @@ def _verdict(reply: dict[str, Any]) -> Verdict:
 _NUMBER = re.compile(
     r"([+-]?)\s*\$?\s*([+-]?)(\d{1,3}(?:,\d{3})+|\d+)?(\.\d+)?(?:e([+-]?\d{1,3}))?\s*\\?%?", re.IGNORECASE
 )
-_FRACTION = re.compile(r"(\S+)\s*/\s*(\S+)")
+_FRACTION = re.compile(r"([^\s/]+)\s*/\s*([^\s/]+)")
 
 
 def number(text: str) -> int | float | None:

@@ -28,6 +28,7 @@ from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.diagnose import load_parameters
 from rlstab_jax.training.engines import Engines, build, judge
 from rlstab_jax.training.evaluate import evaluation_sampling
+from rlstab_jax.training.lock import held
 from rlstab_jax.training.statistics import bootstrap, ladder, majority, pass_at_k
 from rlstab_jax.types import UserError, take_rows
 
@@ -50,6 +51,9 @@ class Assessment:
     """Prompts answered at a time, each with all of its samples."""
     engine: Engine = "inference"
     """Which engine answers: at the precision of rollouts, or of training. Sampling is as in the config's evaluation."""
+    newest: bool = False
+    """Take a run's newest checkpoint; its best one, by held-out accuracy, otherwise. Prompts that chose the best one
+    flatter it."""
     right_from: float = 1.0
     """A response is right from this reward on; of several rewards, the first one counts."""
 
@@ -68,7 +72,7 @@ def assess(
 
     Args:
       config: of the run: task, model, engines, ``evaluation``'s temperature, top-k and top-p.
-      checkpoint: a run's directory (its best checkpoint), or a cold start's.
+      checkpoint: a run's directory (its best checkpoint, or the newest, as ``asked``), or a cold start's.
       fresh: begin anew; what is in ``out`` is moved aside.
       begin: is called when the input has been checked.
 
@@ -77,7 +81,8 @@ def assess(
       interval over prompts, and counts.
 
     Raises:
-      UserError: a mistake in the data or the numbers, no checkpoint there, or another evaluation in ``out``.
+      UserError: a mistake in the data or the numbers, no checkpoint there, another evaluation in ``out``, or a process
+        that is at work there.
     """
     engines = build(_without_training(config))
     prompts = _prompts(engines, asked)
@@ -88,28 +93,29 @@ def assess(
     if asked.batch % rows:
         raise UserError(f"batch = {asked.batch}: expected a multiple of {rows}, the data-parallel devices")
     tokens, mask = encode_prompts(prompts, engines.task.tokenizer, _longest(engines, prompts))
-    step, params = load_parameters(engines, checkpoint)
+    step, params = load_parameters(engines, checkpoint, best=not asked.newest)
     content = hashlib.sha256(repr([(p.id, p.text, p.answer) for p in prompts]).encode()).hexdigest()[:16]
     where = {"checkpoint": checkpoint.absolute(), "step": step, "content": content}
-    run = open_run(
-        out, {"config": {**where, **plain(asked), "run": config}, "code": code_of(config)}, fresh=fresh, say=say
-    )
-    path = run.path / "responses.jsonl"
-    begin()
-    done = _whole_batches(path, len(prompts), asked.batch)
-    if done:
-        say(f"going on after {done} prompts")
-    model = engines.inference if asked.engine == "inference" else engines.training_sampler
-    prepared = engines.settle(prepare(params, model.precision, engines.mesh))
-    for start in range(done, len(prompts), asked.batch):
-        part = slice(start, start + asked.batch)
-        answered = _answers(engines, model, prepared, prompts[part], tokens[part], mask[part], asked)
-        lines = [json_line({"batch": start // asked.batch, **row}) for row in answered]
-        append(path, b"".join(lines))
-        say(f"{min(start + asked.batch, len(prompts))}/{len(prompts)} prompts")
-    measured = summary(cut_lines(path, "batch", math.inf))
-    result = {**where, "data": asked.data, "engine": asked.engine, **measured}
-    write_aside(out / "eval.json", (json.dumps(plain(result), indent=2, allow_nan=False) + "\n").encode())
+    with held(out):
+        run = open_run(
+            out, {"config": {**where, **plain(asked), "run": config}, "code": code_of(config)}, fresh=fresh, say=say
+        )
+        path = run.path / "responses.jsonl"
+        begin()
+        done = _whole_batches(path, len(prompts), asked.batch)
+        if done:
+            say(f"going on after {done} prompts")
+        model = engines.inference if asked.engine == "inference" else engines.training_sampler
+        prepared = engines.settle(prepare(params, model.precision, engines.mesh))
+        for start in range(done, len(prompts), asked.batch):
+            part = slice(start, start + asked.batch)
+            answered = _answers(engines, model, prepared, prompts[part], tokens[part], mask[part], asked)
+            lines = [json_line({"batch": start // asked.batch, **row}) for row in answered]
+            append(path, b"".join(lines))
+            say(f"{min(start + asked.batch, len(prompts))}/{len(prompts)} prompts")
+        measured = summary(cut_lines(path, "batch", math.inf))
+        result = {**where, "data": asked.data, "engine": asked.engine, **measured}
+        write_aside(out / "eval.json", (json.dumps(plain(result), indent=2, allow_nan=False) + "\n").encode())
     return result
 
 
@@ -226,11 +232,13 @@ def _answers(
     values = next(iter(rewards.components.values()), rewards.total)
     failures = {failure.row: f"{failure.reward}: {failure.message}" for failure in rewards.failures}
     lengths, truncated = np.asarray(rollout.response_mask).sum(1), np.asarray(rollout.truncated)
+    unjudged = isinstance(engines.task, Dataset) and not engines.task.config.judge_truncated
     answer_of = engines.task.answer_of if isinstance(engines.task, AnsweredTask) else lambda text: text
     responses = [
         {
             "text": texts[row],
-            "answer": answer_of(texts[row]),
+            # One that was cut off and not judged has no vote either.
+            "answer": None if truncated[row] and unjudged else answer_of(texts[row]),
             "right": bool(values[row] >= asked.right_from),
             "length": int(lengths[row]),
             "truncated": bool(truncated[row]),

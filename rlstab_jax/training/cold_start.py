@@ -20,6 +20,7 @@ from rlstab_jax.learner import TrainState, init_state
 from rlstab_jax.learner.score import policy_scores
 from rlstab_jax.learner.update import LearnerConfig, LearnerNumbers, accumulate, apply_gradient
 from rlstab_jax.models import Transformer
+from rlstab_jax.own_code import code_of
 from rlstab_jax.parallel.distributed import by_first
 from rlstab_jax.rundir import plain
 from rlstab_jax.tasks import DemonstratedTask, DescribedTask, Prompt, encode_prompts, prompt_iterator
@@ -120,6 +121,8 @@ def _fingerprint(engines: Engines, initial: dict[str, int] | None = None) -> str
         "jax": jax.__version__,
         "platform": jax.default_backend(),
     }
+    if code := code_of(config.task):  # a task of one's own is known by its source, not by its fields alone
+        determines["code"] = code
     if initial is not None:
         determines["initial"] = initial
     return hashlib.sha256(json.dumps(plain(determines), sort_keys=True).encode()).hexdigest()[:16]

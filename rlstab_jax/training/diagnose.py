@@ -25,7 +25,7 @@ from rlstab_jax.stability.reduce import Statistics, mean_of, merge
 from rlstab_jax.stability.routing import disagreement, flips, margin_statistics
 from rlstab_jax.tasks import Prompt, encode_prompts
 from rlstab_jax.training import pretrained
-from rlstab_jax.training.config import RunConfig
+from rlstab_jax.training.config import RunConfig, truncates
 from rlstab_jax.training.engines import Engines, build, initial_params, judge
 from rlstab_jax.types import Rollout, UserError, take_rows
 
@@ -175,9 +175,10 @@ def write_json(path: Path, checkpoint: Path, step: int, gaps: Sequence[Gaps]) ->
     os.replace(aside, path)
 
 
-def load_parameters(engines: Engines, path: Path) -> tuple[int, dict]:
-    """Parameters of a run's best checkpoint, of an import or of a cold start; see `pretrained.load_parameters`."""
-    return pretrained.load_parameters(path, engines.placed_like(lambda: initial_params(engines.training, 0)))
+def load_parameters(engines: Engines, path: Path, *, best: bool = True) -> tuple[int, dict]:
+    """Parameters of a run's best checkpoint (or its newest), of an import or of a cold start; see
+    `pretrained.load_parameters`."""
+    return pretrained.load_parameters(path, engines.placed_like(lambda: initial_params(engines.training, 0)), best=best)
 
 
 def _gaps_of(engines: Engines, params: dict, asked: list[Prompt], name: str) -> Gaps:
@@ -223,6 +224,7 @@ def _responses(engines: Engines, params: dict, asked: list[Prompt], precision: P
         dataclasses.replace(engines.sampling, uniform=None),  # the precisions' gaps alone
         response_length=config.rollout.response_length,
         samples_per_prompt=config.samples_per_prompt,
+        support=config.rollout.support if truncates(config.rollout) else 0,
     )
 
 

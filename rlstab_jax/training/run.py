@@ -16,7 +16,7 @@ import numpy as np
 
 from rlstab_jax.learner import init_state
 from rlstab_jax.own_code import code_of
-from rlstab_jax.parallel.distributed import by_first, first, of_first, together
+from rlstab_jax.parallel.distributed import agree_on, by_first, first, of_first, together
 from rlstab_jax.report import draw_run
 from rlstab_jax.rundir import Bystander, RunDir, open_run, plain, read_manifest, read_metrics
 from rlstab_jax.stability.monitor import Monitor
@@ -91,6 +91,8 @@ def train(
         the directory.
     """
     engines = together(lambda: build(config))
+    if isinstance(engines.task, DescribedTask):  # each process reads its own files
+        agree_on({f"the task's {name}": value for name, value in engines.task.description.items()})
     with held(home_of(str(out)).path):
         home, run = open_home(engines, config, str(out), fresh, say)
         begin()

@@ -1,14 +1,17 @@
 """What a collapse is, how leads are counted, and that defaults and tables are what the committed metrics give."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from experiments import monitor_live
 from experiments import monitor_study as study
 from experiments.statistics import Outcome
-from rlstab_jax.rundir import read_metrics
+from rlstab_jax.rundir import open_run, read_metrics
 from rlstab_jax.stability.monitor import BASELINE, CHECKS, MonitorConfig, review
+from rlstab_jax.types import UserError
 
 
 def run(accuracy: list[float], **columns: list[float]) -> study.Metrics:
@@ -89,3 +92,24 @@ def test_committed_tables_are_drawn_from_the_committed_metrics(name, tmp_path, m
     assert (tmp_path / name).read_text() == (study.RESULTS / name).read_text()
     printed = capsys.readouterr().out
     assert all(check in printed for check in CHECKS)
+
+
+def test_what_a_run_listens_to_is_counted(tmp_path: Path) -> None:
+    """One run that learns in peace, one that collapses after its gradient has broken."""
+    for name, accuracy, norm in (("good", [0.2, 0.5, 0.8, 0.8, 0.8], 1.0), ("bad", [0.2, 0.5, 0.8, 0.1, 0.1], 100.0)):
+        run = open_run(tmp_path / name, {"config": {"gradient_steps": 64, "minibatches": 8}})
+        for step in range(9):
+            row = {"progress/global_steps": step, "progress/gradient_steps": 8 * step}
+            if step % 2 == 0:
+                row["eval/accuracy_training"] = accuracy[step // 2]
+            if step:
+                row |= {"reward/mean": 0.5, "learner/grad_norm": 1.0 if step < 4 else norm}
+            run.append_metrics(row)
+    rows = monitor_live.table(list(monitor_live.judged(tmp_path)))
+    of = {(row["check"], row["end"]): row for row in rows}
+    assert of["gradient", "collapsed"] == {
+        "check": "gradient", "threshold": 8.0, "updates": 8, "end": "collapsed", "runs": 1, "spoke": 1, "ahead": 0,
+    }  # fmt: skip
+    assert of["gradient", "learnt"]["spoke"] == of["entropy", "collapsed"]["spoke"] == 0
+    with pytest.raises(UserError, match="holds no finished run"):
+        monitor_live.main(tmp_path / "good", tmp_path / "out.csv")

@@ -62,7 +62,7 @@ def test_processes_of_different_configs(tmp_path: Path) -> None:
     at, out = address(), ["--out", str(tmp_path / "run")]
     line = (
         "rlstab train: the processes differ: seed is 0 on process 0 and 1 on process 1: start all with one command, "
-        "one config and one installation\n"
+        "one config, one installation and the same files\n"
     )
     assert ends(train(at, 0, *out), train(at, 1, *out, "--seed", "1")) == [(2, line)] * 2
     assert not (tmp_path / "run").exists()

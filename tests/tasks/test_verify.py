@@ -33,6 +33,8 @@ def prompt(answer, number=0):
         ("boxed", "\\boxed{1} and, cut off, \\boxed{2", "1"),
         ("boxed", "\\boxed{2", None),
         ("boxed", "72", None),
+        ("boxed", "} \\boxed{2} \\boxed{ {3}", "2"),
+        ("boxed", "\\boxed{ {2} \\} }", "{2} \\}"),
         ("hashes", "#### 1\n#### 72\nbye", "72"),
         ("hashes", "####", None),
         ("hashes", "72", None),
@@ -103,6 +105,10 @@ def test_numbers(text, value):
         (Numeric(tolerance=1e-2), "0.333", BOX % "1/3", 1),
         (Numeric(), "10000000000000001", BOX % "10000000000000000", 0),
         (Numeric(), "72", BOX % "many", 0),
+        (Numeric(), "1234567", BOX % "1234568.0", 0),
+        (Numeric(), "72", BOX % "72.00005", 0),
+        (Numeric(), "0.5", BOX % ("9" * 400), 0),
+        (Numeric(), "1", BOX % ("1" + "/1" * 3000), 0),
         (Numeric(), "72", "72", 0),
         (MATH, "72", BOX % "72.0", 1),
         (MATH, "\\frac{1}{2}", BOX % "0.5", 1),
@@ -130,6 +136,18 @@ def test_explosive_answers_cost_their_own_reward():
     assert verdicts == [gave_up] * 4 + [Verdict(1.0)] + [gave_up] * 4 + [Verdict(0.0)]
     assert time.monotonic() - started < 30  # equal ones are tried once: 4 of 1 s on 2 processes
     assert MATH.judge([prompt("72")], [BOX % "144/2"]) == [Verdict(1.0)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts descriptors in /proc")
+def test_workers_that_die_leave_no_descriptors():
+    verifier = MathVerify(workers=1, seconds=0.5)
+
+    def after_one_more(answer):
+        assert verifier.judge([prompt("72")], [BOX % answer]) == [Verdict(0.0, gave_up=True)]
+        gc.collect()
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    assert after_one_more(EXPLOSIVE[0]) == after_one_more(EXPLOSIVE[1])
 
 
 def test_memory_is_bounded():

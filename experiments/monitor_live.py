@@ -1,0 +1,94 @@
+"""What a run listens to by default (`monitor.LIVE`), judged on the runs of the studies: N = 1, 2 and 8, all objectives.
+
+The study that chose the monitor's thresholds has N = 8 alone. This counts, from the run directories of any studies, on
+how many runs each check of LIVE speaks, and on how many collapses ahead of the last evaluation that was still good.
+
+    python -m experiments.monitor_live [--runs runs/studies]
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from experiments import statistics
+from experiments.drawing import write_csv
+from experiments.study import ACCURACY, RESULTS, X
+from rlstab_jax.rundir import read_manifest, read_metrics
+from rlstab_jax.stability.monitor import CHECKS, LIVE, Check, MonitorConfig, review
+from rlstab_jax.types import UserError
+
+FILE = RESULTS / "monitor" / "live.csv"
+LEARNT = 0.05  # gain of held-out accuracy, below which a run that did not collapse is flat
+
+
+def threshold(config: MonitorConfig, check: str) -> float:
+    given = getattr(config, check)
+    return given.factor if isinstance(given, Check) else given.gap
+
+
+def kind_of(metrics: Mapping[str, np.ndarray], horizon: int) -> tuple[str, float]:
+    """How a run ended (collapsed, degraded, learnt or flat), and the last evaluation before its collapse, or NaN."""
+    evaluated = np.isfinite(metrics[ACCURACY])
+    steps, accuracy = metrics[X][evaluated], metrics[ACCURACY][evaluated]
+    outcome = statistics.outcome(steps, accuracy, horizon)
+    if outcome.kind == "collapsed":
+        return outcome.kind, float(max(steps[steps < outcome.onset], default=0.0))
+    flat = outcome.kind == "learnt" and accuracy[-3:].mean() < accuracy[0] + LEARNT
+    return "flat" if flat else outcome.kind, math.nan
+
+
+def judged(runs: Path) -> Iterator[dict[str, Any]]:
+    """For each finished run its N, its end, and for each check whether it spoke, and whether ahead of a collapse."""
+    for path in sorted(path.parent for path in runs.glob("*/metrics.jsonl")):
+        config, metrics = read_manifest(path)["config"], read_metrics(path)
+        if metrics[X][-1] < config["gradient_steps"]:
+            continue
+        kind, good_until = kind_of(metrics, config["gradient_steps"])
+        first: dict[str, float] = {}
+        for remark in review({name: column for name, column in metrics.items() if name.count("/") == 1}, LIVE):
+            first.setdefault(remark.check, remark.step)
+        for check in CHECKS:
+            step = first.get(check, math.inf)
+            yield {"updates": config["minibatches"], "end": kind, "check": check, "spoke": math.isfinite(step),
+                   "ahead": step <= good_until}  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Counts of runs by check, N and end."""
+    found: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["check"], row["updates"], row["end"]), []).append(row)
+    return [
+        {
+            "check": check,
+            "threshold": threshold(LIVE, check),
+            "updates": updates,
+            "end": end,
+            "runs": len(of),
+            "spoke": sum(row["spoke"] for row in of),
+            "ahead": sum(row["ahead"] for row in of) if end == "collapsed" else "",
+        }
+        for (check, updates, end), of in sorted(found.items())
+        if math.isfinite(threshold(LIVE, check))
+    ]
+
+
+def main(runs: Path = Path("runs/studies"), out: Path = FILE) -> None:
+    """Writes the table.
+
+    Args:
+      runs: directory that holds the run directories of studies.
+      out: the table.
+    """
+    if not (rows := list(judged(runs))):
+        raise UserError(f"{runs} holds no finished run: run a study first, e.g. python -m experiments.off_policy")
+    write_csv(out, table(rows))
+    print(f"{len(rows) // len(CHECKS)} runs counted in {out}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

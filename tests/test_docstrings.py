@@ -1,0 +1,62 @@
+"""Examples in docstrings are what the code prints, and a room of the code imports no room above it."""
+
+import ast
+import doctest
+import importlib
+from pathlib import Path
+
+import pytest
+
+import rlstab_jax
+
+ROOT = Path(rlstab_jax.__file__).parent
+FILES = sorted(path for path in ROOT.rglob("*.py") if path.name != "math_worker.py")  # that one is a script
+# From the arrays at the bottom to the command line; a room may import those before it.
+LAYERS = (
+    ("types",),
+    ("checks", "progress", "config_file", "own_code"),
+    ("parallel",),
+    ("rundir",),
+    ("stability", "objectives"),
+    ("metrics",),
+    ("models",),
+    ("inference", "tasks"),
+    ("learner",),
+    ("training", "report"),
+    ("cli",),
+)
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if ">>> " in path.read_text()], ids=module_of)
+def test_examples(path: Path) -> None:
+    found = doctest.testmod(importlib.import_module(module_of(path)))
+    assert found.attempted > 0
+    assert found.failed == 0
+
+
+def rooms_of(path: Path) -> set[str]:
+    """The rooms that a file imports when it is imported itself."""
+    tree, names = ast.parse(path.read_text()), []
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names += (
+                [node.module] if node.module != "rlstab_jax" else [f"rlstab_jax.{alias.name}" for alias in node.names]
+            )
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    return {name.split(".")[1] for name in names if name.startswith("rlstab_jax.")}
+
+
+def test_imports_go_down() -> None:
+    place = {room: number for number, layer in enumerate(LAYERS) for room in layer}
+    upward = []
+    for path in FILES:
+        room = path.relative_to(ROOT).with_suffix("").parts[0]
+        if room != "__init__":
+            assert room in place, f"{room} has no place in LAYERS"
+            upward += [(module_of(path), other) for other in rooms_of(path) if place[other] > place[room]]
+    assert upward == []
