@@ -14,11 +14,10 @@ FILES = sorted(path for path in ROOT.rglob("*.py") if path.name != "math_worker.
 # From the arrays at the bottom to the command line; a room may import those before it.
 LAYERS = (
     ("types",),
-    ("checks", "progress", "config_file", "own_code"),
+    ("checks", "metrics", "progress", "config_file", "own_code"),
     ("parallel",),
     ("rundir",),
     ("stability", "objectives"),
-    ("metrics",),
     ("models",),
     ("inference", "tasks"),
     ("learner",),
@@ -43,9 +42,8 @@ def rooms_of(path: Path) -> set[str]:
     tree, names = ast.parse(path.read_text()), []
     for node in tree.body:
         if isinstance(node, ast.ImportFrom) and node.module:
-            names += (
-                [node.module] if node.module != "rlstab_jax" else [f"rlstab_jax.{alias.name}" for alias in node.names]
-            )
+            within = [f"rlstab_jax.{alias.name}" for alias in node.names]
+            names += within if node.module == "rlstab_jax" else [node.module]
         elif isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
     return {name.split(".")[1] for name in names if name.startswith("rlstab_jax.")}

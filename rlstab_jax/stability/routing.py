@@ -47,8 +47,8 @@ def flips(
     num_experts: int,
 ) -> Statistics:
     """Disagreement split by cause. A flip at (layer l, token t) is *downstream* if its row has a flip at a layer below
-    l, at t or at an earlier token: those are what the router's input depends on, through the residual stream and attention.
-    The others are *first* flips, which the arithmetic of the two passes alone can have caused.
+    l, at t or at an earlier token: those are what the router's input depends on, through the residual stream and
+    attention. The others are *first* flips, which the arithmetic of the two passes alone can have caused.
 
     Args:
       margin: k-th minus (k+1)-th router probability of one of the passes.
