@@ -117,15 +117,18 @@ def head_log_probs(
     logits_per_chunk: int,
 ) -> tuple[Float[Array, "rows"], Float[Array, "rows"]]:
     """Log-probs of ``targets`` and entropies over ``support``, in nats; ``logits_per_chunk`` logits exist at once (of a
-    quantised head those of 128 rows a device at least).
+    quantised head those of 128 rows a device at least). A target outside its support has -inf, which the loss counts as
+    broken; a row without any support, 0.
 
     Differentiable in hidden states and the head's weight, unless the head is quantised. The weight's gradient is
     accumulated in float32.
     """
     vocab = model.config.vocab_size
-    if support is not None:  # what lies outside a response has none: an arbitrary one keeps its numbers finite
-        support = jnp.where((support < vocab).any(-1, keepdims=True), support, 0)
     greedy = temperature == 0  # a point mass: log-prob and entropy are 0 whatever the logits are
+    certain = greedy
+    if support is not None:  # what lies outside a response has none: an arbitrary one keeps its numbers finite
+        drawn = (support < vocab).any(-1)
+        support, certain = jnp.where(drawn[:, None], support, 0), greedy | ~drawn
     rows = Rows(targets, jax.lax.stop_gradient(jnp.where(greedy, 1.0, temperature)), support)
     precision, weight = head_of(model, variables)
     if weight.scale is not None or precision.activations != "none":
@@ -133,13 +136,13 @@ def head_log_probs(
         height = max(1, min(hidden.shape[0], max(logits_per_chunk // vocab, QUANTISED_ROWS * model.layout.row_parts)))
         tiles = Tiles(height, -(-hidden.shape[0] // height), vocab, 1, vocab)
         running = _run(tiles, lambda h, start: logits_of(model, variables, h), hidden, rows)
-        return jnp.where(greedy, 0.0, running.log_prob), jnp.where(greedy, 0.0, running.entropy)
+        return jnp.where(certain, 0.0, running.log_prob), jnp.where(greedy, 0.0, running.entropy)
     tiles = Tiles.of(hidden.shape[0], vocab, logits_per_chunk)
     # The weight is gathered once. A product with parts of it would be a sum over devices of each tile of logits.
     tied = model.config.tie_embeddings
     values = model.layout.constrain(weight.values, *(("vocab", None) if tied else (None, "vocab")))
     log_probs, entropies = _log_probs(tiles, precision, tied, values, hidden, rows)
-    return jnp.where(greedy, 0.0, log_probs), jnp.where(greedy, 0.0, entropies)
+    return jnp.where(certain, 0.0, log_probs), jnp.where(greedy, 0.0, entropies)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -68,6 +68,17 @@ def run(hidden: Any, weight: Any, tied: bool, truncated: bool, logits: int, prec
     return *outputs, *gradient
 
 
+def test_a_target_outside_its_support_is_seen() -> None:
+    """It is not taken for a certain one: no draw can have made it. A row without support was not drawn."""
+    hidden, weight = (jnp.asarray(x) for x in arrays())
+    support = jnp.asarray([[7, 4, 300], *SUPPORT[1:].tolist()])
+    rows = jnp.asarray(TARGETS), jnp.asarray(TEMPERATURE), support
+    found, _ = head_log_probs(tiny.model(CONFIG), {"params": {"lm_head": {"kernel": weight}}}, hidden, *rows, 900)
+    assert found[0] == -np.inf
+    assert np.isfinite(found[1:]).all()
+    assert found[6] == 0
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("truncated", [True, False])
 @pytest.mark.parametrize("logits", [2**20, 900, 260 * 7, 7])

@@ -281,6 +281,18 @@ def test_replay_alters_the_policy_that_is_measured() -> None:
     assert live["routing/rollout_vs_old"] == pytest.approx(np.mean(layers))
 
 
+def test_a_reference_replays_what_pi_old_replays() -> None:
+    """At equal weights R3's KL to the reference is 0: it holds no discrepancy of the engines."""
+    config = configured(objective={"kl_coefficient": 0.1}, learner={"replay": "r3"})
+    engines = build(config)
+    state = fresh_state(engines)
+    prompts = next(prompt_iterator(engines.task.split("train"), config.prompts_per_step, seed=5))
+    rows = loop.produce(engines, state.train.params, state.reference, prompts, step=1).rows
+    np.testing.assert_array_equal(rows.reference, rows.old.log_probs)
+    live = loop.score_old(engines, state.reference, rows.rollout, RoutingReplay.LIVE)[0].log_probs
+    assert np.abs(live - rows.reference).max() > 1e-3
+
+
 def test_r3_can_replay_what_was_not_recorded() -> None:
     """The same programs with other routes. Those of the initial weights are pi_old's own choice as long as they are its
     weights, and no other one's afterwards; the sampler's choices are still what diagnostics compare."""
