@@ -259,7 +259,7 @@ def test_truncated_sampling_is_scored_over_what_could_be_drawn() -> None:
     [
         ({"top_p": 0.9}, "rollout.support = 0: expected at least 1: top_k, top_p and min_p keep some tokens"),
         ({"top_k": 9, "support": 8}, "rollout.support = 8: expected at least 9"),
-        ({"top_p": 0.0}, r"rollout.top_p = 0.0: expected in \(0, 1\]"),
+        ({"top_p": 0.0}, r"rollout.top_p = 0.0: expected above 0, at most 1"),
         ({"min_p": 2.0}, "rollout.min_p = 2.0"),
         ({"log_probs": "matched"}, "rollout.log_probs = 'matched' with rollout.precision = .* give both engines one"),
         ({"slots": -1}, "rollout.slots = -1"),
@@ -376,7 +376,8 @@ def test_micro_batches_change_nothing() -> None:
         ({"replay_of": "initial", "replay": "r2"}, "learner.replay_of = 'initial' with learner.replay = 'r2'"),
         ({"replay": "r4"}, "learner.replay = 'r4': expected one of live, r2, r3"),
         ({"adam_b1": 1.0}, "learner.adam_b1 = 1.0: expected from 0 to below 1"),
-        ({"adam_eps": float("nan")}, "learner.adam_eps = nan: expected 0 or more"),
+        ({"adam_eps": float("nan")}, "learner.adam_eps = nan: expected at least 1e-18"),
+        ({"adam_eps": 0.0}, "learner.adam_eps = 0.0: expected at least 1e-18"),
         ({"weight_decay": -1.0}, "learner.weight_decay = -1.0: expected 0"),
         ({"learning_rate": float("inf")}, "learner.learning_rate = inf: expected above 0"),
         ({"logits_per_chunk": 0}, "learner.logits_per_chunk = 0: expected at least 1"),
