@@ -14,7 +14,7 @@ from rlstab_jax.tasks.extract import EXTRACTORS, Extract
 from rlstab_jax.tasks.protocol import ChatTokenizer, Prompt, PromptSource, Rewards, Split, TaskConfig, Tokenizer
 from rlstab_jax.tasks.records import Fields, Layout, Question, read_questions
 from rlstab_jax.tasks.tokenizer import CharTokenizer
-from rlstab_jax.tasks.verify import MathVerify, Reward, check_rewards_config, judge
+from rlstab_jax.tasks.verify import MathVerify, Reward, check_failures, check_rewards_config, judge
 from rlstab_jax.types import UserError
 
 
@@ -128,7 +128,6 @@ class Dataset:
             config.rewards,
             [prompts[row] for row in shown],
             [responses[row][0] for row in shown],
-            config.max_verifier_failures * len(responses),
         )
 
         def spread(values: np.ndarray) -> np.ndarray:
@@ -142,6 +141,10 @@ class Dataset:
             tuple(dataclasses.replace(failure, row=shown[failure.row]) for failure in judged.failures),
             judged.gave_up,
         )
+
+    def check(self, judged: Rewards, prompts: Sequence[Prompt]) -> None:
+        """Raises UserError where a verifier failed on too many of a whole batch; ``prompts`` has one each response."""
+        check_failures(judged, prompts, self.config.max_verifier_failures)
 
     def reward(self, prompt: Prompt, response: str, *, stopped: bool = True) -> float:
         return float(self.rewards([prompt], [(response, stopped)]).total[0])

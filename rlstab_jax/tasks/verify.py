@@ -223,31 +223,31 @@ def _check_math_verify(name: str, verifier: MathVerify) -> None:
         raise UserError("task.rewards: MathVerify needs math-verify: pip install 'rlstab_jax[data]'")
 
 
-def judge(
-    rewards: Sequence[Reward], prompts: Sequence[Prompt], responses: Sequence[str], max_failures: float
-) -> Rewards:
-    """Each response's weighted sum of rewards, and each reward by itself.
-
-    Raises UserError where a verifier failed on more than ``max_failures`` responses: a broken verifier must not train
-    silently. It names the first prompt and what happened.
-    """
+def judge(rewards: Sequence[Reward], prompts: Sequence[Prompt], responses: Sequence[str]) -> Rewards:
+    """Each response's weighted sum of rewards, and each reward by itself. A verifier that fails gives 0."""
     total, components, failures, gave_up = np.zeros(len(responses)), {}, [], 0
     for reward in rewards:
         verdicts = _verdicts(reward.verifier, prompts, responses)
         values = np.array([verdict.value for verdict in verdicts])
-        failed = [Failure(reward.name, row, v.failure) for row, v in enumerate(verdicts) if v.failure]
-        if len(failed) > max_failures:
-            first = prompts[failed[0].row]
-            raise UserError(
-                f"reward {reward.name!r}: its verifier failed on {len(failed)} of {len(responses)} responses, more "
-                f"than task.max_verifier_failures allows; first on prompt {first.id} ({first.text[:60]!r}): "
-                f"{failed[0].message}. Mend the verifier or the data"
-            )
-        failures += failed
+        failures += [Failure(reward.name, row, v.failure) for row, v in enumerate(verdicts) if v.failure]
         gave_up += sum(verdict.gave_up for verdict in verdicts)
         components[reward.name] = values
         total += reward.weight * values
     return Rewards(total, components, tuple(failures), gave_up)
+
+
+def check_failures(judged: Rewards, prompts: Sequence[Prompt], most: float) -> None:
+    """Raises UserError where a verifier failed on more than a share ``most`` of a whole batch's responses: a broken
+    verifier must not train silently. It names the first prompt, of one for each response, and what happened."""
+    for name in dict.fromkeys(failure.reward for failure in judged.failures):
+        failed = [failure for failure in judged.failures if failure.reward == name]
+        if len(failed) > most * len(prompts):
+            first = prompts[failed[0].row]
+            raise UserError(
+                f"reward {name!r}: its verifier failed on {len(failed)} of {len(prompts)} responses, more than "
+                f"task.max_verifier_failures allows; first on prompt {first.id} ({first.text[:60]!r}): "
+                f"{failed[0].message}. Mend the verifier or the data"
+            )
 
 
 def _verdicts(verifier: Any, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Verdict]:

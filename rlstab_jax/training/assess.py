@@ -113,10 +113,23 @@ def assess(
             lines = [json_line({"batch": start // asked.batch, **row}) for row in answered]
             append(path, b"".join(lines))
             say(f"{min(start + asked.batch, len(prompts))}/{len(prompts)} prompts")
-        measured = summary(cut_lines(path, "batch", math.inf))
+        answers = cut_lines(path, "batch", math.inf)
+        measured = summary(answers)
+        _check_failures(engines.task, answers, measured, path)
         result = {**where, "data": asked.data, "engine": asked.engine, **measured}
         write_aside(out / "eval.json", (json.dumps(plain(result), indent=2, allow_nan=False) + "\n").encode())
     return result
+
+
+def _check_failures(task: Any, rows: Sequence[dict[str, Any]], measured: dict[str, Any], path: Path) -> None:
+    """Raises UserError where a verifier failed on more of all responses than the task allows."""
+    failures, of = measured["verifier_failures"], measured["prompts"] * measured["samples"]
+    if isinstance(task, Dataset) and failures > task.config.max_verifier_failures * of:
+        first = next(response["failure"] for row in rows for response in row["responses"] if "failure" in response)
+        raise UserError(
+            f"verifiers failed on {failures} of {of} responses, more than task.max_verifier_failures allows; first: "
+            f"{first}. {path} has them all. Mend the verifier or the data"
+        )
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -228,7 +241,7 @@ def _answers(
     )
     count = len(prompts) * asked.samples
     rollout = take_rows(rollout, jnp.arange(count))
-    texts, rewards = judge(engines.task, prompts, rollout)
+    texts, rewards = judge(engines.task, prompts, rollout, whole=False)
     values = next(iter(rewards.components.values()), rewards.total)
     failures = {failure.row: f"{failure.reward}: {failure.message}" for failure in rewards.failures}
     lengths, truncated = np.asarray(rollout.response_mask).sum(1), np.asarray(rollout.truncated)

@@ -24,7 +24,7 @@ from rlstab_jax.parallel.distributed import exchange, on_host, put, share, toget
 from rlstab_jax.parallel.host_memory import check_offload
 from rlstab_jax.parallel.mesh import make_mesh
 from rlstab_jax.parallel.sharding import INFERENCE, TRAINING, Layout, check_divides, shardings
-from rlstab_jax.tasks import BatchTask, Prompt, Rewards, Task, decode_responses
+from rlstab_jax.tasks import BatchTask, Dataset, Prompt, Rewards, Task, decode_responses
 from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.pretrained import load_parameters, matched
 from rlstab_jax.training.validate import validate
@@ -370,15 +370,17 @@ def beginning(engines: Engines, seed: int, say: Callable[[str], None] = print) -
     return engines.place(params)
 
 
-def judge(task: Task, prompts: Sequence[Prompt], rollout: Rollout) -> tuple[list[str], Rewards]:
+def judge(task: Task, prompts: Sequence[Prompt], rollout: Rollout, *, whole: bool = True) -> tuple[list[str], Rewards]:
     """Texts and rewards of a rollout's responses; rows of one prompt are adjacent. Each process judges its share of
     them, and all return all.
 
-    Raises UserError for a reward that is no finite number, and for a verifier that fails too often.
+    Raises UserError for a reward that is no finite number, and for a verifier that fails too often, unless the rollout
+    is no ``whole`` batch, so that a single prompt may be too many.
     """
     tokens, mask = on_host((rollout.tokens, rollout.response_mask))
     rows, samples = share(len(tokens)), len(tokens) // len(prompts)
-    of_row = [prompts[row // samples] for row in range(len(tokens))[rows]]
+    every = [prompts[row // samples] for row in range(len(tokens))]
+    of_row = every[rows]
     responses = decode_responses(tokens[rows, rollout.prompt_length :], mask[rows], task.tokenizer)
 
     def verdicts() -> Rewards:
@@ -389,6 +391,8 @@ def judge(task: Task, prompts: Sequence[Prompt], rollout: Rollout) -> tuple[list
 
     judged = exchange(([text for text, _ in responses], together(verdicts)))
     rewards = Rewards.joined([rewards for _, rewards in judged])
+    if whole and isinstance(task, Dataset):
+        task.check(rewards, every)
     rewards = dataclasses.replace(rewards, total=rewards.total.astype(np.float32))
     check_rewards(rewards.total)
     return [text for texts, _ in judged for text in texts], rewards

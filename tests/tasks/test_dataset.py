@@ -196,10 +196,9 @@ def test_a_failure_is_of_its_own_row(sums):
     rewards = task.rewards([prompt] * 3, [("a", True), ("b", False), ("c", True)])
     assert [(f.row, f.message) for f in rewards.failures] == [(0, "RuntimeError: a"), (2, "RuntimeError: c")]
     strict = config(sums, rewards=(Reward("fails", fails),), max_verifier_failures=0.5).build()
-    responses = [("a", True), *[("b", False)] * 3]
-    assert len(strict.rewards([prompt] * 4, [*responses[:3], ("c", True)]).failures) == 2  # a share of the whole batch
-    with pytest.raises(UserError, match="its verifier failed on 2 of 2 responses, more than"):
-        strict.rewards([prompt] * 3, [("a", True), ("b", False), ("c", True)])
+    strict.check(rewards, [prompt] * 4)  # a share of the whole batch, whoever judged which part of it
+    with pytest.raises(UserError, match="its verifier failed on 2 of 3 responses, more than"):
+        strict.check(rewards, [prompt] * 3)
 
 
 def test_what_is_demonstrated_has_a_fingerprint_of_its_own(sums, tmp_path):

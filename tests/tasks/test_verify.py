@@ -11,7 +11,7 @@ import pytest
 
 from rlstab_jax.tasks import ExactMatch, MathVerify, Numeric, Prompt, Reward
 from rlstab_jax.tasks.extract import EXTRACTORS
-from rlstab_jax.tasks.verify import Verdict, check_rewards_config, judge, number
+from rlstab_jax.tasks.verify import Verdict, check_failures, check_rewards_config, judge, number
 from rlstab_jax.types import UserError
 
 BOX = "\\boxed{%s}"
@@ -197,7 +197,7 @@ def fragile(prompt, response):
 
 def test_several_rewards_are_weighted_and_kept_apart():
     rewards = (Reward("right", ExactMatch("whole")), Reward("length", length, weight=-0.1))
-    judged = judge(rewards, [prompt("ab")] * 2, ["ab", "abc"], 0.0)
+    judged = judge(rewards, [prompt("ab")] * 2, ["ab", "abc"])
     np.testing.assert_allclose(judged.total, [0.8, -0.3])
     np.testing.assert_array_equal(judged.components["right"], [1, 0])
     np.testing.assert_array_equal(judged.components["length"], [2, 3])
@@ -208,12 +208,13 @@ def test_a_verifier_that_raises():
     """A failure costs its own reward and is counted; too many of them stop the run, naming the first prompt."""
     prompts, responses = [prompt("a", i) for i in range(4)], ["a", "a!", "a", "a"]
     rewards = (Reward("one", fragile, 2.0), Reward("right", ExactMatch("whole")))
-    judged = judge(rewards, prompts, responses, max_failures=1)
+    judged = judge(rewards, prompts, responses)
+    check_failures(judged, prompts, 0.25)
     np.testing.assert_array_equal(judged.total, [3, 0, 3, 3])
     assert [(f.reward, f.row, f.message) for f in judged.failures] == [("one", 1, "KeyError: \"no '!'\"")]
     responses[3] = "?"
     with pytest.raises(UserError) as error:
-        judge(rewards, prompts, responses, max_failures=1)
+        check_failures(judge(rewards, prompts, responses), prompts, 0.25)
     assert str(error.value) == (
         "reward 'one': its verifier failed on 2 of 4 responses, more than task.max_verifier_failures allows; first on "
         "prompt 1 ('question 1'): KeyError: \"no '!'\". Mend the verifier or the data"
@@ -222,10 +223,10 @@ def test_a_verifier_that_raises():
 
 def test_what_is_no_number_is_a_failure():
     for value in (float("nan"), float("inf"), "many", None):
-        judged = judge((Reward("x", lambda prompt, response, value=value: value),), [prompt("a")], ["a"], 1.0)
+        judged = judge((Reward("x", lambda prompt, response, value=value: value),), [prompt("a")], ["a"])
         assert judged.total.tolist() == [0]
         assert len(judged.failures) == 1
-    judged = judge((Reward("x", Numeric("whole")),), [prompt("no number")], ["1"], 1.0)
+    judged = judge((Reward("x", Numeric("whole")),), [prompt("no number")], ["1"])
     assert judged.failures[0].message == "ValueError: the reference answer 'no number' is no number"
 
 
