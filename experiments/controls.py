@@ -48,9 +48,7 @@ def validity(runs: Mapping[str, list[Run]]) -> list[dict[str, Any]]:
         if not done:
             continue
         collapsed = sum(run.outcome.kind == "collapsed" for run in done)
-        final = drawing.mean_of(done, "final")
-        row = {"cell": of_cell, "runs": len(done), "collapsed": collapsed, "final": final.mean}
-        row |= {"final_low": final.low, "final_high": final.high}
+        row = {"cell": of_cell, "runs": len(done), "collapsed": collapsed} | drawing.interval(done, "final")
         rows.append(row | {measure: float(np.mean([run.median(measure) for run in done])) for measure in MEASURED})
     return rows
 

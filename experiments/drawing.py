@@ -52,17 +52,26 @@ def cell_table(study: Study, runs: Runs) -> list[dict[str, Any]]:
     for cell in study.cells:
         if not (done := runs[cell.name]):
             continue
-        kinds = [run.outcome.kind for run in done]
-        low, high = statistics.clopper_pearson(kinds.count("collapsed"), len(done))
-        row: dict[str, Any] = {"cell": cell.name, "runs": len(done), "collapsed": kinds.count("collapsed")}
-        row |= {"collapsed_low": low, "collapsed_high": high, "degraded": kinds.count("degraded")}
+        row = {"cell": cell.name} | ended(done) | {"degraded": sum(run.outcome.kind == "degraded" for run in done)}
         for endpoint in ("final", "peak", "speed"):
-            found = mean_of(done, endpoint)
-            row |= {endpoint: found.mean, f"{endpoint}_low": found.low, f"{endpoint}_high": found.high}
+            row |= interval(done, endpoint)
         row |= {name: float(np.mean([run.mean(name) for run in done])) for name in MEASURED}
         known = [run.seconds for run in done if math.isfinite(run.seconds)]
         rows.append(row | {"seconds": float(np.median(known)) if known else math.nan})
     return rows
+
+
+def ended(runs: Sequence[Run]) -> dict[str, Any]:
+    """How many runs there are and how many of them collapsed, with the exact interval of the share, for a table."""
+    collapsed = sum(run.outcome.kind == "collapsed" for run in runs)
+    low, high = statistics.clopper_pearson(collapsed, len(runs))
+    return {"runs": len(runs), "collapsed": collapsed, "collapsed_low": low, "collapsed_high": high}
+
+
+def interval(runs: Sequence[Run], endpoint: str) -> dict[str, Any]:
+    """An endpoint's mean and its interval, for a table."""
+    found = mean_of(runs, endpoint)
+    return {endpoint: found.mean, f"{endpoint}_low": found.low, f"{endpoint}_high": found.high}
 
 
 def mean_of(runs: Sequence[Run], endpoint: str) -> statistics.Estimate:

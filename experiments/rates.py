@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments import drawing, high_rates, off_policy, statistics, tuning
+from experiments import drawing, high_rates, off_policy, tuning
 from experiments.claims import ENOUGH
 from experiments.setting import LEARNING_RATE, RATES
 from experiments.study import RESULTS, Run, runs_of
@@ -50,12 +50,8 @@ def table(records: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
         for rate in RATES:
             if (done := runs.get(cell_at(method, rate))) is None:
                 continue
-            collapsed = sum(run.outcome.kind == "collapsed" for run in done)
-            low, high = statistics.clopper_pearson(collapsed, len(done))
-            final = drawing.mean_of(done, "final")
-            row: dict[str, Any] = {"method": label, "learning_rate": rate, "runs": len(done), "collapsed": collapsed}
-            row |= {"collapsed_low": low, "collapsed_high": high}
-            of_method.append(row | {"final": final.mean, "final_low": final.low, "final_high": final.high})
+            row = {"method": label, "learning_rate": rate}
+            of_method.append(row | drawing.ended(done) | drawing.interval(done, "final"))
         lasting = [row["learning_rate"] for row in of_method if row["collapsed"] <= LASTS * row["runs"]]
         largest, tuned = max(lasting, default=math.nan), best(method, records)
         for row in of_method:

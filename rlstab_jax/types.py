@@ -85,8 +85,8 @@ class Scores:
     """What an objective sees of a mini-batch: arrays of log-probs, never a model. ``R`` is the response length.
 
     Log-probs are those of the sampled tokens, at the sampling temperature. The three policies are PAPER section 1's:
-    ``rollout`` mu_old, ``old`` pi_old, ``target`` pi_theta. Only ``target``, ``entropy``
-    and ``router_target`` carry gradients.
+    ``rollout`` mu_old, ``old`` pi_old, ``target`` pi_theta. Only ``target``, ``entropy`` and ``router_target`` carry
+    gradients.
 
     Attributes:
       mask: True on response tokens up to and including the stop token.

@@ -106,10 +106,12 @@ def test_what_a_run_listens_to_is_counted(tmp_path: Path) -> None:
                 row |= {"reward/mean": 0.5, "learner/grad_norm": 1.0 if step < 4 else norm}
             run.append_metrics(row)
     rows = monitor_live.table(list(monitor_live.judged(tmp_path)))
-    of = {(row["check"], row["end"]): row for row in rows}
+    of = {(row["check"], row["end"]): row for row in rows if row["config"] == "LIVE"}
     assert of["gradient", "collapsed"] == {
-        "check": "gradient", "threshold": 8.0, "updates": 8, "end": "collapsed", "runs": 1, "spoke": 1, "ahead": 0,
+        "config": "LIVE", "check": "gradient", "threshold": 8.0,
+        "updates": 8, "end": "collapsed", "runs": 1, "spoke": 1, "ahead": 0,
     }  # fmt: skip
     assert of["gradient", "learnt"]["spoke"] == of["entropy", "collapsed"]["spoke"] == 0
+    assert {row["check"] for row in rows if row["config"] == "MonitorConfig"} == set(CHECKS)
     with pytest.raises(UserError, match="holds no finished run"):
         monitor_live.main(tmp_path / "good", tmp_path / "out.csv")
