@@ -177,6 +177,8 @@ LATER = (
              ("n8-trm",), ("n8-minirl",), primary=False),
     Contrast("MinPRO", "the prefix's smallest ratio in the weight is better than none, N = 8", "objectives", "higher",
              ("n8-minpro",), ("n8-minirl",), primary=False),
+    Contrast("PR2", "routes that a predictor foretells are better than R2's, N = 8", _CONTROLS, "higher",
+             ("n8-clip-pr2",), ("n8-clip-r2",), primary=False),
     Contrast("FP16", "rollouts in fp16 are better than in bf16", "discrepancy", "higher", ("fp16",), ("bf16",)),
 )  # fmt: skip
 LEADS = (

@@ -1,5 +1,6 @@
 """What replay's benefit comes from: R3 against replay of the wrong routes, against a router that stands still, and
-against a dense model of equal active parameters, where there is nothing to replay.
+against a dense model of equal active parameters, where there is nothing to replay; and R2 against PR2, whose routes are
+foretold.
 
 If it comes from a restored first-order approximation, routes that are merely held fixed do not do: neither another
 token's, which keep each expert's load, nor those that the training engine chose at the cold start. Both are replayed as
@@ -10,6 +11,7 @@ learning rate: there the controls are cells of `high_rates`.
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,19 +24,23 @@ from experiments.study import Panel, Run, Study, main
 
 _EXPERTS = base().model
 _DENSE = {"model.num_experts": 0, "model.mlp_dim": _EXPERTS.experts_per_token * _EXPERTS.expert_dim}
-# Live routing and R3 are runs of `off_policy`.
+# Live routing, R3 and R2 are runs of `off_policy`.
 CONTROLS: dict[str, tuple[str, dict[str, Any]]] = {
     "live": REPLAYS["live"],
     "r3": REPLAYS["r3"],
+    "r2": REPLAYS["r2"],
+    "pr2": ("PR2", replay("pr2")),
     "permuted": ("another token's routes", replay("r3") | {"learner.replay_of": "permuted"}),
     "frozen_routes": ("the cold start's routes", replay("r3") | {"learner.replay_of": "initial"}),
     "frozen_router": ("live, router frozen", replay("live") | {"learner.freeze": ("router",)}),
     "dense": ("dense", replay("live") | _DENSE),
 }
+FORETOLD = ("r2", "pr2")
 cell = functools.partial(off_policy.cell, modes=CONTROLS)
 MEASURED = (
     "trust/masked", "weight/ess", "weight/truncated", "staleness/k3", "discrepancy/k3", "discrepancy_live/k3",
     "routing/old_vs_target", "first_order/sequence_gap", "first_order/token_gap",
+    "predictor/missed", "predictor/kl", "predictor/kl_unpredicted",
 )  # fmt: skip
 
 
@@ -49,7 +55,8 @@ def validity(runs: Mapping[str, list[Run]]) -> list[dict[str, Any]]:
             continue
         collapsed = sum(run.outcome.kind == "collapsed" for run in done)
         row = {"cell": of_cell, "runs": len(done), "collapsed": collapsed} | drawing.interval(done, "final")
-        rows.append(row | {measure: float(np.mean([run.median(measure) for run in done])) for measure in MEASURED})
+        means = {measure: float(np.mean([run.median(measure) for run in done])) for measure in MEASURED}
+        rows.append(row | {measure: "" if math.isnan(mean) else mean for measure, mean in means.items()})
     return rows
 
 
@@ -63,7 +70,8 @@ STUDY = Study(
         cell(1, True, "dense"),
     ),
     panels=(
-        Panel("N = 8, clip", tuple(name(8, True, control) for control in CONTROLS)),
+        Panel("N = 8, clip", tuple(name(8, True, control) for control in CONTROLS if control not in FORETOLD)),
+        Panel("N = 8, clip, routes foretold", tuple(name(8, True, control) for control in ("live", *FORETOLD, "r3"))),
         Panel("N = 8, no clip", tuple(name(8, False, control) for control in ("live", "r3"))),
         Panel("dense", tuple(name(number, True, "dense") for number in (8, 1))),
     ),

@@ -57,9 +57,6 @@ CONFIRMATORY = tuple(
 STUDIES = (tuning.STUDY, regime.STUDY, *CONFIRMATORY)
 README = RESULTS / "README.md"
 
-# What has no cells yet, and what it waits for.
-WAITING = (("PR2", "a predictor of routes after the update", "the predictor"),)
-
 
 def write(path: Path, results: Path) -> None:
     """Writes the page of verdicts."""
@@ -124,8 +121,6 @@ def page(results: Path) -> str:
         _engines(results),
         "## What has been run",
         _progress(records, results),
-        "## What waits for something to be built",
-        _rows(("claim", "what", "waits for"), WAITING),
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -82,6 +82,17 @@ METRICS: dict[str, Metric] = {
     **{f"routing/{name}": metric for name, metric in _ROUTING.items()},
     **{f"routing/layer_NN/{name}": metric for name, metric in _ROUTING.items()},
     "routing/minibatch_NN/old_vs_target": _ROUTING["old_vs_target"],
+    "predictor/kl": Metric(
+        "KL(router of pi_theta || what the old pass foretold of it)", "mean, observed tokens x MoE layers", "nats"
+    ),
+    "predictor/kl_unpredicted": Metric(
+        "KL(router of pi_theta || router of pi_old), on the same tokens", "mean, observed tokens x MoE layers", "nats"
+    ),
+    "predictor/missed": Metric(
+        "top-k expert sets that differ between what the old pass foretold and pi_theta's live choices",
+        "share of fed tokens x MoE layers",
+        "1",
+    ),
     "first_order/sequence_gap": Metric(
         "|prod_t r_t - 1 - sum_t (r_t - 1)|, r = pi_theta / mu_old", "mean, responses", "1"
     ),
@@ -120,7 +131,7 @@ METRICS: dict[str, Metric] = {
     "progress/tokens": Metric("response tokens sampled so far for training", "count", "tokens"),
 }
 
-# Those that only some runs have: with verifiers of their own, a punishment for length, dynamic sampling, packing.
+# Those that only some runs have: with verifiers of their own, a punishment for length, dynamic sampling, packing, PR2.
 _OF_SOME_RUNS = (
     "discrepancy/decode_vs_score/",
     "reward/component/",
@@ -128,6 +139,7 @@ _OF_SOME_RUNS = (
     "reward/overlong",
     "dynamic/",
     "learner/packed_rows",
+    "predictor/",
 )
 OPTIONAL = frozenset(name for name in METRICS if name.startswith(_OF_SOME_RUNS))
 

@@ -29,6 +29,12 @@ class RoutingReplay(enum.Enum):
     LIVE = "live"  # none: each pass routes by its own scores
     R2 = "r2"  # e^pi_old: recorded by the training engine's `old` pass, replayed in the updates
     R3 = "r3"  # e^mu_old: recorded by the inference engine, replayed in the `old` pass and in the updates
+    PR2 = "pr2"  # foretold in the `old` pass by a predictor of each router, replayed in the updates (arXiv 2606.00395)
+
+    @property
+    def alters_old(self) -> bool:
+        """Whether the `old` pass does not use its own live choice either, so that pi_old is another policy."""
+        return self in (RoutingReplay.R3, RoutingReplay.PR2)
 
 
 @struct.dataclass

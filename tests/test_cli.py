@@ -91,6 +91,11 @@ def test_sft_puts_the_cold_start_where_train_looks(tmp_path: Path, monkeypatch: 
         ("--rollout.prompt-length 3", "rollout.prompt_length = 3, but the task's prompts have up to 6 tokens"),
         ("--rollout.temperature 0", "rollout.temperature = 0.0: expected above 0"),
         ("--model.num-experts 0", "learner.replay = 'r3', but the model is dense: use replay = 'live'"),
+        ("--learner.replay pr2 --minibatches 1", "there is nothing to foretell; use 'r2', which is the same then"),
+        (
+            "--learner.replay pr2 --rollout.lag 2 --rollout.partial 2",
+            "learner.replay = 'pr2' with rollout.partial = 2 and rollout.log_probs = 'decode': routes are foretold",
+        ),
         (
             "--model.num-experts 0 --learner.replay live --learner.router-z 1",
             "learner.router_z: the model is dense and has no router",

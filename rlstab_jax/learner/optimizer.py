@@ -11,6 +11,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
+from rlstab_jax.learner.predictor import Predictor, init_predictor
 from rlstab_jax.models.sharding import logical_axes
 from rlstab_jax.parallel.host_memory import HOST, kept_like, on_device
 from rlstab_jax.parallel.sharding import Rules, shardings
@@ -30,15 +31,17 @@ class LearnerNumbers:
     max_grad_norm: Any
     load_balance: Any
     router_z: Any
+    predictor_rate: Any
 
 
 @struct.dataclass
 class TrainState:
-    """What an update changes: float32 parameters, the optimiser's state, gradient steps taken."""
+    """What an update changes: float32 parameters, the optimiser's state, gradient steps taken, PR2's predictors."""
 
     params: dict
     opt_state: Any
     step: Int[Array, ""]
+    predictor: Predictor | None = None
 
 
 def optimizer(numbers: LearnerNumbers, step: Int[Array, ""] | int) -> optax.GradientTransformation:
@@ -60,13 +63,16 @@ def learning_rate(numbers: LearnerNumbers, step: Int[Array, ""] | int) -> Float[
     return numbers.learning_rate * jnp.minimum(1.0, (step + 1) / jnp.maximum(numbers.warmup_steps, 1.0))
 
 
-def init_state(params: dict, numbers: LearnerNumbers, moments_dtype: str = "float32") -> TrainState:
-    """A state at gradient step 0, with Adam's moments in ``moments_dtype``."""
+def init_state(
+    params: dict, numbers: LearnerNumbers, moments_dtype: str = "float32", predictor: bool = False
+) -> TrainState:
+    """A state at gradient step 0, with Adam's moments in ``moments_dtype``, and if PR2 needs it a ``predictor``."""
 
     def typed(leaf: Array) -> Array:
         return leaf.astype(moments_dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
-    return TrainState(params, jax.tree.map(typed, optimizer(numbers, 0).init(params)), jnp.int32(0))
+    opt_state = jax.tree.map(typed, optimizer(numbers, 0).init(params))
+    return TrainState(params, opt_state, jnp.int32(0), init_predictor(params) if predictor else None)
 
 
 def state_shardings(mesh: Mesh, state: TrainState, rules: Rules) -> TrainState:
@@ -75,18 +81,21 @@ def state_shardings(mesh: Mesh, state: TrainState, rules: Rules) -> TrainState:
     Args:
       state: arrays or ``ShapeDtypeStruct``.
     """
-    axes = logical_axes(state.params)
-    like_params: Any = jax.tree.structure(state.params)
 
-    def is_params(node: Any) -> bool:
-        return isinstance(node, dict) and jax.tree.structure(node) == like_params
+    def axes_of(tree: Any, params: dict) -> Any:
+        """Of a tree that holds trees like ``params``."""
+        axes = logical_axes(params)
+        like_params: Any = jax.tree.structure(params)
 
-    def of(node: Any) -> Any:
-        return axes if is_params(node) else (None,) * node.ndim
+        def is_params(node: Any) -> bool:
+            return isinstance(node, dict) and jax.tree.structure(node) == like_params
 
-    opt_state = jax.tree.map(of, state.opt_state, is_leaf=is_params)
-    scalar: Any = ()
-    return shardings(mesh, TrainState(axes, opt_state, scalar), rules)
+        return jax.tree.map(lambda node: axes if is_params(node) else (None,) * node.ndim, tree, is_leaf=is_params)
+
+    places = axes_of(dataclasses.replace(state, predictor=None), state.params)
+    if state.predictor is not None:
+        places = dataclasses.replace(places, predictor=axes_of(state.predictor, state.predictor.weights))
+    return shardings(mesh, places, rules)
 
 
 def offloaded(places: TrainState, state: TrainState) -> TrainState:
@@ -135,7 +144,7 @@ def apply_gradient(
     )
     opt_state = jax.tree.map(kept_like, opt_state, state.opt_state)
     measures = {"learner/grad_norm": norm, "learner/learning_rate": learning_rate(numbers, state.step)}
-    return TrainState(params, opt_state, state.step + 1), measures
+    return dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1), measures
 
 
 def stochastically_rounded(x: Float[Array, "..."], key: Array) -> Array:

@@ -114,6 +114,8 @@ def packed_forward(
             live=jax.vmap(lambda x: back(x, nobody))(routing.live),
             margin=jax.vmap(back)(routing.margin),
             log_probs=jax.vmap(back)(routing.log_probs),
+            inputs=jax.vmap(back)(routing.inputs),
+            scores=jax.vmap(back)(routing.scores),
         )
     return Output(back(output.hidden), routing, ())
 

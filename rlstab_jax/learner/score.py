@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from rlstab_jax.learner.head import head_log_probs
 from rlstab_jax.learner.packing import Packing, packed_forward
+from rlstab_jax.learner.predictor import Observed, observe
 from rlstab_jax.models.layers import Routing
 from rlstab_jax.models.sharding import laid_out
 from rlstab_jax.models.transformer import Transformer, forward
@@ -29,6 +30,7 @@ class PolicyScores:
       routes: experts in use, None for a dense model. ``live`` are the live choices, also under replay.
       router: log router probability of the experts in use (those watched, by a model that does not replay) at each
         response token's prefix, [batch, R, layer * k]; None for a dense model, and where it was not asked for.
+      observed: what the routers' predictors learn from, under PR2.
     """
 
     log_probs: Float[Array, "batch R"]
@@ -36,6 +38,7 @@ class PolicyScores:
     routes: Routes | None
     live: Routes | None
     router: Float[Array, "batch R slot"] | None
+    observed: Observed | None = None
 
 
 def replayed_routes(replay: RoutingReplay, rollout: Rollout, old: Routes | None) -> Routes | None:
@@ -111,7 +114,7 @@ def score_statistics(
     return statistics
 
 
-@partial(jax.jit, static_argnames=("model", "replay", "micro_batches", "logits_per_chunk", "router"))
+@partial(jax.jit, static_argnames=("model", "replay", "micro_batches", "logits_per_chunk", "router", "observed_tokens"))
 def score(
     model: Transformer,
     variables: dict,
@@ -122,12 +125,14 @@ def score(
     logits_per_chunk: int = 2**20,
     packing: Packing | None = None,
     router: bool = True,
+    observed_tokens: int = 0,
 ) -> tuple[PolicyScores, Statistics]:
-    """The `old` pass: pi_old on a rollout. Under R3 it replays the rollout's routes; R2 records, so it routes live.
+    """The `old` pass: pi_old on a rollout. Under R3 it replays the rollout's routes; R2 records, so it routes live; so
+    does PR2, but by what the predictors foretell.
 
     Args:
       model: the architecture, with the training engine's precision and kernels.
-      variables: {"params": ...}.
+      variables: {"params": ...}, and under PR2 the predictors' weights as `PREDICTOR`.
       rollout: from the inference engine; its rows divide by ``micro_batches``.
       replay: static; it decides whether the rollout's routes are passed in.
       micro_batches: the rows are scored in that many parts, one after another.
@@ -135,6 +140,7 @@ def score(
       packing: a `plan` of the rollout's rows for these ``micro_batches``, or None to run the rows as they are.
       router: static; whether the scores keep the routers' log probabilities, which are large and which few objectives
         read.
+      observed_tokens: static; of how many tokens of each row the scores keep what the routers read and said.
 
     Returns:
       The scores, and the `score_statistics`.
@@ -149,6 +155,8 @@ def score(
         scores, routing = policy_scores(model, variables, part, part.routes, logits_per_chunk, packing)
         if not router:
             scores = replace(scores, router=None)
+        if observed_tokens and routing is not None:
+            scores = replace(scores, observed=observe(routing, part.fed_mask, observed_tokens))
         margin, load = (None, None) if routing is None else (routing.margin, routing.sums.load)
         return scores, score_statistics(part, scores.entropy, margin, load)
 

@@ -7,10 +7,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from rlstab_jax.learner.optimizer import LearnerNumbers, TrainState, apply_gradient
 from rlstab_jax.learner.packing import Packing
+from rlstab_jax.learner.predictor import Observed, divergence, learn
 from rlstab_jax.learner.score import PolicyScores, policy_scores, replayed_routes
 from rlstab_jax.models.layers import RouterSums, Routing
 from rlstab_jax.models.precision import Precision
@@ -19,7 +20,7 @@ from rlstab_jax.models.sharding import laid_out
 from rlstab_jax.models.transformer import Transformer
 from rlstab_jax.objectives import Objective, coefficients, surrogate
 from rlstab_jax.stability.gaps import first_order, staleness, trust_statistics, weight_statistics
-from rlstab_jax.stability.reduce import Statistics, mean_of, merge
+from rlstab_jax.stability.reduce import Mean, Statistics, mean_of, merge
 from rlstab_jax.stability.routing import disagreement
 from rlstab_jax.types import Rollout, Routes, RoutingReplay, Scores, UserError, split_rows
 
@@ -66,8 +67,14 @@ class LearnerConfig:
     """Keep Adam's moments in the host's memory between updates."""
     precision: Precision = dataclasses.field(default_factory=Precision)
     """Number formats of the training engine."""
-    replay: Literal["live", "r2", "r3"] = "r3"
-    """Routing replay: none, the old pass's routes (R2), or the inference engine's (R3)."""
+    replay: Literal["live", "r2", "r3", "pr2"] = "r3"
+    """Routing replay: none, the old pass's routes (R2), the inference engine's (R3), or those that the old pass
+    foretells (PR2)."""
+    predictor_rate: float = 1e-3
+    """Step size of Adam for PR2's predictors of routes."""
+    predictor_tokens: int = 256
+    """Tokens of each response and its prompt, evenly spread, that PR2's predictors learn from; they are kept with what
+    each router read, layers x (model.embed_dim + model.num_experts) numbers a token."""
     replay_of: Literal["recorded", "permuted", "initial"] = "recorded"
     """What R3 replays: what the inference engine recorded, or a control in its place: the experts of another token of
     the row, or what the training engine chooses at the weights that RL began with."""
@@ -111,7 +118,7 @@ def router_losses(sums: RouterSums, load: Array, tokens: Array, numbers: Learner
     return numbers.load_balance * balance + numbers.router_z * jnp.sum(sums.z / tokens)
 
 
-def accumulate(loss: Any, params: dict, parts: Any, micro_batches: int) -> tuple[Array, Statistics, dict]:
+def accumulate(loss: Any, params: Any, parts: Any, micro_batches: int) -> tuple[Array, Statistics, Any]:
     """Sums loss, statistics and gradients over micro-batches. ``loss(params, part) -> (scalar sum, statistics)``."""
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
     if micro_batches == 1:
@@ -146,6 +153,7 @@ def update(
     use_router_losses: bool = False,
     packing: Packing | None = None,
     freeze: tuple[str, ...] = (),
+    teach: Bool[Array, ""] | bool | None = None,
 ) -> tuple[TrainState, Statistics, dict[str, Float[Array, ""]]]:
     """One gradient step on a mini-batch.
 
@@ -159,6 +167,7 @@ def update(
       use_router_losses: compile the router losses in.
       packing: a `plan` of the mini-batch's rows for these ``micro_batches``, or None to run the rows as they are.
       freeze: static; names of parameters that stay as they are, see `apply_gradient`.
+      teach: under PR2, whether the predictors learn: not where ``state`` is what the old pass scored with.
 
     Returns:
       The new state, unreduced statistics (to merge over a step's updates), and the measures of this update alone.
@@ -185,23 +194,33 @@ def update(
     rollout = dataclasses.replace(rollout, routes=None)
     c = coefficients(objective, scores)
     scores = dataclasses.replace(scores, groups=None)  # a micro-batch may hold a part of a group
-    part = _Part(rollout, routes, packing, scores, old.live, minibatch.advantage, c)
+    part = _Part(rollout, routes, packing, scores, old.live, minibatch.advantage, c, old.observed)
     if use_router_losses:
         load, tokens = _whole_load(model, state.params, part, micro_batches, logits_per_chunk)
 
-    def loss(params: dict, part: "_Part") -> tuple[Array, Statistics]:
-        part = model.layout.constrain_rows(part)
+    def loss(trained: tuple[dict, dict | None], part: "_Part") -> tuple[Array, Statistics]:
+        part, (params, predictor) = model.layout.constrain_rows(part), trained
         target, routing = _scores(model, params, part, logits_per_chunk)
         router = None if part.scores.router_old is None else target.router
         scores = dataclasses.replace(part.scores, target=target.log_probs, entropy=target.entropy, router_target=router)
         value, parts = surrogate(objective, scores, part.advantage, part.c)
         if use_router_losses and routing is not None:
             value += router_losses(routing.sums, load, tokens, numbers, model.config.experts_per_token)
-        return value, _statistics(model, jax.lax.stop_gradient(scores), parts, part, jax.lax.stop_gradient(routing))
+        statistics = _statistics(model, jax.lax.stop_gradient(scores), parts, part, jax.lax.stop_gradient(routing))
+        if predictor is not None and part.observed is not None and routing is not None:
+            kl, of_predictor = divergence(model.config, predictor, part.observed, routing.scores)
+            value += (kl - jax.lax.stop_gradient(kl)) / observed  # the loss of other parameters: its gradient alone
+            statistics |= of_predictor
+        return value, statistics
 
-    value, statistics, gradient = accumulate(loss, state.params, part, micro_batches)
+    observed = 1 if old.observed is None else jnp.maximum(old.observed.valid.sum(), 1)
+    foretelling = state.predictor
+    trained = state.params, None if foretelling is None else foretelling.weights
+    value, statistics, (gradient, of_predictor) = accumulate(loss, trained, part, micro_batches)
     state, measures = apply_gradient(state, gradient, numbers, freeze)
     state = dataclasses.replace(state, params=laid_out(state.params, model.layout))
+    if foretelling is not None and teach is not None:
+        state = dataclasses.replace(state, predictor=learn(foretelling, of_predictor, numbers, teach))
     if packing is not None:
         measures["learner/packed_rows"] = jnp.float32(packing.source.shape[0])
     return state, statistics, {"learner/loss": value, **measures}
@@ -218,6 +237,7 @@ class _Part:
     old_live: Routes | None
     advantage: Array
     c: Array
+    observed: Observed | None
 
 
 def _scores(model: Transformer, params: dict, part: _Part, chunk: int) -> tuple[PolicyScores, Routing | None]:
@@ -250,6 +270,9 @@ def _statistics(model: Transformer, scores: Scores, parts: Any, part: _Part, rou
     if routing is not None and part.old_live is not None:
         fed = part.rollout.fed_mask
         statistics["routing/old_vs_target"] = disagreement(part.old_live, routing.live, fed, model.config.num_experts)
+        if part.observed is not None and part.routes is not None:
+            missed = disagreement(part.routes, routing.live, fed, model.config.num_experts)
+            statistics["predictor/missed"] = Mean(missed.total.sum(), missed.weight.sum())
     return statistics
 
 

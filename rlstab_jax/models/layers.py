@@ -35,6 +35,9 @@ from rlstab_jax.types import Routes, route_dtype
 
 # Quantised weights travel as two collections: "params" holds the stored values, SCALE their scales, by the same names.
 SCALE = "weight_scale"
+# Weights [d, E] that foretell each router's choice (PR2, see `learner.predictor`): tokens without recorded routes then
+# use the experts that are foretold.
+PREDICTOR = "predictor"
 
 
 @struct.dataclass
@@ -90,6 +93,8 @@ class Routing:
     live: Routes  # top-k of the live scores at that layer, also under replay
     margin: Float[Array, "layer batch fed"]  # k-th minus (k+1)-th live probability
     log_probs: Float[Array, "layer batch fed k"]  # log router probability of each expert in use, or else watched
+    inputs: Float[Array, "layer batch fed d"]  # what the routers read
+    scores: Float[Array, "layer batch fed expert"]  # log router probability of every expert
     sums: RouterSums
 
 
@@ -255,6 +260,10 @@ class MoE(nn.Module):
             normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
             log_probs = logits - normaliser
             recorded = None if routes is None else routes.reshape(batch * time, -1)
+            predictor: Array | None = self.get_variable(PREDICTOR, "predictor")
+            if predictor is not None and recorded is None:
+                foretold = log_probs + jnp.matmul(flat.astype(jnp.float32), predictor, precision="highest")
+                recorded = _top_k(foretold, cfg.experts_per_token, self.layout)[1]
             used, gates, live, margin = route(
                 log_probs, cfg.experts_per_token, recorded if self.replay else None, cfg.renormalise_gates, self.layout
             )
@@ -284,6 +293,8 @@ class MoE(nn.Module):
             live=jnp.where(token_fed, live, cfg.num_experts).astype(narrow).reshape(shape),
             margin=margin.reshape(batch, time),
             log_probs=jnp.where(token_fed, chosen, 0.0).reshape(shape),
+            inputs=x,
+            scores=log_probs.reshape(batch, time, -1),
             sums=router_sums,
         )
         return y.reshape(batch, time, d), routing

@@ -26,6 +26,7 @@ _NAMES: dict[tuple[str, str], tuple[str, ...]] = {
     ("mlp_norm", "gain"): ("embed",),
     ("final_norm", "gain"): ("embed",),
     ("router", "kernel"): ("embed", "experts"),
+    ("moe", "predictor"): ("embed", "experts"),
     **{("moe", name): axes for name, axes in EXPERTS.items()},
     ("gate", "kernel"): ("embed", "mlp"),
     ("up", "kernel"): ("embed", "mlp"),

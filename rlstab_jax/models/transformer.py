@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from rlstab_jax.models.attention_tpu import Segments
 from rlstab_jax.models.config import Kernels, ModelConfig
-from rlstab_jax.models.layers import SCALE, Attention, Dense, KeyValues, Linear, MoE, Past, RMSNorm, Routing
+from rlstab_jax.models.layers import PREDICTOR, SCALE, Attention, Dense, KeyValues, Linear, MoE, Past, RMSNorm, Routing
 from rlstab_jax.models.precision import Precision, Stored, matmul, saturating, take
 from rlstab_jax.models.remat import Remat, recomputed, residual
 from rlstab_jax.parallel.sharding import TRAINING, Layout, Rules
@@ -130,7 +130,7 @@ class Transformer(nn.Module):
         self.segments = [
             nn.scan(
                 recomputed(Period, self.remat),
-                variable_axes={"params": 0, SCALE: 0},
+                variable_axes={"params": 0, SCALE: 0, PREDICTOR: 0},
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, nn.broadcast, 0),
                 length=repeats,

@@ -17,13 +17,13 @@ from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from rlstab_jax.learner import Minibatch, PolicyScores, TrainState, update
+from rlstab_jax.learner import Minibatch, PolicyScores, TrainState, init_state, update
 from rlstab_jax.objectives import Objective, advantages_of
 from rlstab_jax.parallel.distributed import on_host
 from rlstab_jax.parallel.sharding import Layout
 from rlstab_jax.tasks import Prompt
 from rlstab_jax.training.collect import Batch, Responses, collect, length_punishment, without_truncated
-from rlstab_jax.training.engines import Engines, judge, row_sharding
+from rlstab_jax.training.engines import EnginePair, Engines, judge, row_sharding
 from rlstab_jax.training.measure import decode_statistics, rollout_metrics, rollout_statistics, timed, update_metrics
 from rlstab_jax.training.partial import Unfinished, begin, go_on, lag_statistics
 from rlstab_jax.training.passes import packed, rescore, routes_to_replay, sample_responses, score_old
@@ -48,6 +48,12 @@ class RunState:
 Metrics = dict[str, float]
 
 
+def first_train_state(engines: EnginePair, params: dict) -> TrainState:
+    """What training begins with at ``params``."""
+    moments, predictor = engines.config.learner.moments_dtype, engines.replay is RoutingReplay.PR2
+    return init_state(params, engines.numbers, moments, predictor)
+
+
 def global_step(
     engines: Engines, state: RunState, prompts: Iterator[list[Prompt]], step: int
 ) -> tuple[RunState, Metrics, list[dict[str, Any]]]:
@@ -64,12 +70,13 @@ def global_step(
       The new state, the metrics of the step, and some responses with their rewards.
     """
     making = engines.making
-    params, reference = making.place((state.train.params, state.reference))
+    foretelling = state.train.predictor and state.train.predictor.weights
+    params, reference, predictor = making.place((state.train.params, state.reference, foretelling))
 
     def make(queue: Queue) -> Queue:
         if engines.config.rollout.partial:
             return another_round(engines, params, reference, prompts, step, queue)
-        made = produce(making, params, reference, next(prompts), step + len(queue), prompts)
+        made = produce(making, params, reference, next(prompts), step + len(queue), prompts, predictor)
         made.metrics["staleness/lag"] = float(len(queue))
         return (*queue, laid_out(engines, made))
 
@@ -92,6 +99,7 @@ def produce(
     prompts: list[Prompt],
     step: int,
     further: Iterable[list[Prompt]] = (),
+    predictor: dict | None = None,
 ) -> Experience:
     """Both engines at the same weights ``params``: responses, rewards, pi_old and advantages for global step ``step``.
 
@@ -100,6 +108,7 @@ def produce(
       prompts: N mini-batches of them.
       step: the global step that will learn from the batch; keys of draws depend on it.
       further: more batches of prompts, from which groups without signal are replaced, where the config says so.
+      predictor: the weights of the routers' predictors, under PR2.
     """
     config = engines.config
 
@@ -116,13 +125,14 @@ def produce(
     if config.rollout.attempts > 1:  # rows of several rollouts lie where the compiler chose
         rollout = engines.settle(engines.place_rows(rollout))
 
-    # pi_old, by the training engine at the same weights; under R3 it replays the sampler's routes.
+    # pi_old, by the training engine at the same weights; under R3 it replays the sampler's routes, under PR2 those that
+    # it foretells itself.
     with timed("score") as scoring_time:
         sampled, rollout = rollout, routes_to_replay(engines, reference, rollout, step)
-        old, statistics = score_old(engines, params, rollout, engines.replay)
+        old, statistics = score_old(engines, params, rollout, engines.replay, predictor)
         # Replay alters the policy that is measured, so the gap with live routes is measured as well.
-        replayed = engines.replay is RoutingReplay.R3
-        live = score_old(engines, params, rollout, RoutingReplay.LIVE)[0] if replayed else old
+        altered = engines.replay.alters_old
+        live = score_old(engines, params, rollout, RoutingReplay.LIVE)[0] if altered else old
         if config.rollout.log_probs == "rescore":
             decoded, rollout = rollout, rescore(engines, params, rollout)
             statistics = statistics | decode_statistics(decoded, rollout.log_probs)
@@ -167,9 +177,11 @@ def conclude(engines: Engines, reference: dict | None, batch: Batch, old: Policy
     of_reference = None
     if reference is not None and config.objective.needs_reference:
         with timed("score") as scoring_time:
-            # Under R3 every pass replays the sampler's routes: at equal weights the KL is 0.
-            replay = RoutingReplay.R3 if engines.replay is RoutingReplay.R3 else RoutingReplay.LIVE
-            of_reference = score_old(engines, reference, rollout, replay)[0].log_probs
+            # Every pass replays what the old one did, R3 or PR2: at equal weights the KL is 0.
+            given, replay = rollout, RoutingReplay.LIVE
+            if engines.replay.alters_old:
+                given, replay = replace(rollout, routes=old.routes), RoutingReplay.R3
+            of_reference = score_old(engines, reference, given, replay)[0].log_probs
             jax.block_until_ready(of_reference)
         metrics["time/score"] += scoring_time["time/score"]
     sampled = metrics["response/length"] * metrics["response/count"]
@@ -196,9 +208,11 @@ def learn(engines: Engines, train: TrainState, rows: Minibatch, step: int) -> tu
     config, updates = engines.config, []
     fed = on_host(rows.rollout.fed_mask) if config.learner.packing else None
     with timed("update") as metrics:
-        for of_update in minibatch_rows(
-            config.seed, step, config.prompts_per_step, config.samples_per_prompt, config.minibatches
+        for number, of_update in enumerate(
+            minibatch_rows(config.seed, step, config.prompts_per_step, config.samples_per_prompt, config.minibatches)
         ):
+            # Predictors learn what updates change: nothing yet, at the weights that scored the batch.
+            teach = np.bool_(number > 0 or config.rollout.lag > 0) if train.predictor else None
             train, *measured = update(
                 engines.training,
                 train,
@@ -211,6 +225,7 @@ def learn(engines: Engines, train: TrainState, rows: Minibatch, step: int) -> tu
                 use_router_losses=bool(config.learner.load_balance or config.learner.router_z),
                 packing=None if fed is None else packed(engines, fed[of_update], config.learner.micro_batches),
                 freeze=config.learner.freeze,
+                teach=teach,
             )
             if engines.mesh.size > 1:  # the compiler chooses where results lie, and that decides what it compiles
                 train = engines.place(train)

@@ -23,6 +23,7 @@ from rlstab_jax.learner import Packing, PolicyScores, plan, score
 from rlstab_jax.learner.controls import permuted
 from rlstab_jax.learner.score import replayed_routes, score_statistics
 from rlstab_jax.models import Transformer
+from rlstab_jax.models.layers import PREDICTOR
 from rlstab_jax.parallel.distributed import on_host
 from rlstab_jax.stability.reduce import Statistics
 from rlstab_jax.tasks import Prompt, encode_prompts
@@ -110,9 +111,12 @@ def routes_to_replay(engines: Engines, initial: dict | None, rollout: Rollout, s
 
 
 def score_old(
-    engines: Engines, params: dict, rollout: Rollout, replay: RoutingReplay
+    engines: Engines, params: dict, rollout: Rollout, replay: RoutingReplay, predictor: dict | None = None
 ) -> tuple[PolicyScores, Statistics]:
-    """The training engine's forward pass over a rollout; in matched mode by the program that sampled it."""
+    """The training engine's forward pass over a rollout; in matched mode by the program that sampled it.
+
+    ``predictor``: the weights of the routers' predictors, which PR2 needs.
+    """
     if engines.config.rollout.log_probs == "matched":
         routes = replayed_routes(replay, rollout, None) if replay is RoutingReplay.R3 else None
         scores, statistics = matched_scores(
@@ -120,7 +124,10 @@ def score_old(
             engines.config.model.num_experts,
         )
         return scores if engines.needs_router else replace(scores, router=None), statistics
-    return _score(engines, engines.training, {"params": params}, rollout, replay)
+    foretelling = replay is RoutingReplay.PR2
+    variables = {"params": params} | ({PREDICTOR: predictor} if foretelling else {})
+    observed = engines.config.learner.predictor_tokens if foretelling else 0
+    return _score(engines, engines.training, variables, rollout, replay, observed)
 
 
 def rescore(engines: Engines, params: dict, rollout: Rollout) -> Rollout:
@@ -154,7 +161,12 @@ def packed(engines: Engines, fed: Array | np.ndarray, micro_batches: int) -> Pac
 
 
 def _score(
-    engines: Engines, model: Transformer, variables: dict, rollout: Rollout, replay: RoutingReplay
+    engines: Engines,
+    model: Transformer,
+    variables: dict,
+    rollout: Rollout,
+    replay: RoutingReplay,
+    observed_tokens: int = 0,
 ) -> tuple[PolicyScores, Statistics]:
     learner = engines.config.learner
     return engines.settle(
@@ -167,5 +179,6 @@ def _score(
             logits_per_chunk=learner.logits_per_chunk,
             packing=packed(engines, rollout.fed_mask, learner.score_micro_batches) if learner.packing else None,
             router=engines.needs_router,
+            observed_tokens=observed_tokens,
         )
     )

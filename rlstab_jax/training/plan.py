@@ -19,7 +19,7 @@ from rlstab_jax.training.plan_flops import products, scaled
 from rlstab_jax.training.plan_hlo import program_cost, round_cost
 from rlstab_jax.training.plan_programs import AFFECTED, Program, Programs, device_bytes
 from rlstab_jax.training.validate import validate
-from rlstab_jax.types import RoutingReplay, UserError
+from rlstab_jax.types import UserError
 
 PHASES = ("prepare", "prefill", "resize", "decode", "score", "split", "update")
 SAMPLING = ("prefill", "resize", "decode")
@@ -201,8 +201,8 @@ def _runs(programs: Programs, name: str) -> float:
     attempts, waves = config.rollout.attempts, config.rollout.attempts * config.rollout.waves
     if name == "decode":  # a wave ends when the longest of its responses does
         return waves * (config.rollout.response_length - 1)
-    # Under R3 the old pass runs once more, with live routes, to measure what replay alters.
-    passes = 2 if programs.engines.replay is RoutingReplay.R3 else 1
+    # Where replay alters the old pass it runs once more, with live routes, to measure what that changes.
+    passes = 2 if programs.engines.replay.alters_old else 1
     passes += config.rollout.log_probs == "rescore"
     passes += config.learner.replay_of == "initial"
     passes += config.objective.needs_reference

@@ -18,13 +18,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rlstab_jax.inference import prepare
 from rlstab_jax.inference.slots import Slots, decode, empty_records, empty_responses, prefill, resize, windows
-from rlstab_jax.learner import Minibatch, init_state, score, update
+from rlstab_jax.learner import Minibatch, score, update
 from rlstab_jax.parallel.sharding import Layout
 from rlstab_jax.training.config import truncates
 from rlstab_jax.training.engines import EnginePair, initial_params, row_sharding
-from rlstab_jax.training.loop import minibatch, rollout_advantages
+from rlstab_jax.training.loop import first_train_state, minibatch, rollout_advantages
 from rlstab_jax.training.queue import blank
-from rlstab_jax.types import Rollout, RoutingReplay
+from rlstab_jax.types import Rollout
 
 # What is made anew when a field changes.
 AFFECTED = {
@@ -114,8 +114,7 @@ class Programs:
     @cached_property
     def state(self) -> Any:
         engines = self.engines
-        kept_as = engines.config.learner.moments_dtype
-        return engines.placed_like(lambda: init_state(initial_params(engines.training, 0), engines.numbers, kept_as))
+        return engines.placed_like(lambda: first_train_state(engines, initial_params(engines.training, 0)))
 
     @property
     def row_devices(self) -> int:
@@ -272,14 +271,16 @@ class Programs:
     @cached_property
     def score(self) -> Program:
         engines, learner = self.engines, self.engines.config.learner
+        predictor = self.state.predictor
         traced = score.trace(
             engines.training,
-            {"params": self.params},
+            {"params": self.params} | ({PREDICTOR: predictor.weights} if predictor else {}),
             self.rollout,
-            replay=RoutingReplay.R3 if engines.replay is RoutingReplay.R3 else RoutingReplay.LIVE,
+            replay=engines.replay,
             micro_batches=learner.score_micro_batches,
             logits_per_chunk=learner.logits_per_chunk,
             router=engines.needs_router,
+            observed_tokens=learner.predictor_tokens if predictor else 0,
         )
         kept = {"optimiser": self.state.opt_state, **self._throughout}
         return Program("score", traced, {"parameters": self.params, "rollout": self.rollout}, kept)
@@ -322,6 +323,7 @@ class Programs:
             logits_per_chunk=learner.logits_per_chunk,
             use_router_losses=bool(learner.load_balance or learner.router_z),
             freeze=learner.freeze,
+            teach=self.placed(jax.ShapeDtypeStruct((), jnp.bool_)) if self.state.predictor else None,
         )
         parts = {"parameters": self.state.params, "optimiser": self.state.opt_state, "mini-batch": part}
         return Program("update", traced, parts, {"global batch": self.whole, **self._throughout})

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from rlstab_jax.learner import Minibatch, PolicyScores
+from rlstab_jax.learner.predictor import Observed
 from rlstab_jax.objectives import advantages_of
 from rlstab_jax.training.config import truncates
 from rlstab_jax.training.engines import EnginePair, Engines
@@ -98,9 +99,15 @@ def blank(engines: EnginePair) -> Queue:
         version=jnp.zeros((batch, length), jnp.int32) if rollout.partial else None,
     )
     scores = Scores(of_tokens, of_tokens, of_tokens, response_mask, groups, reference, router_old=router)
+    observed = None
+    if engines.replay is RoutingReplay.PR2:
+        kept = min(config.learner.predictor_tokens, prompt_length + length - 1)
+        columns, inputs = jnp.zeros((batch, kept), jnp.int32), jnp.zeros((batch, kept, layers * model.embed_dim))
+        scores_of_routers = jnp.zeros((batch, kept, layers * model.num_experts))
+        observed = Observed(columns, columns > 0, inputs.astype(config.learner.precision.dtype), scores_of_routers)
     rows = Minibatch(
         rollout=rollout_rows,
-        old=PolicyScores(of_tokens, of_tokens, routes, routes, router),
+        old=PolicyScores(of_tokens, of_tokens, routes, routes, router, observed),
         advantage=advantages_of(engines.objective, scores, rewards),
         groups=groups,
         reference=reference,

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlstab_jax.learner import init_state
 from rlstab_jax.own_code import code_of
 from rlstab_jax.parallel.distributed import agree_on, by_first, first, of_first, together
 from rlstab_jax.report import draw_run
@@ -29,7 +28,7 @@ from rlstab_jax.training.evaluate import evaluate
 from rlstab_jax.training.home import Home, home_of
 from rlstab_jax.training.interrupt import Stop, stop_on_signal
 from rlstab_jax.training.lock import held
-from rlstab_jax.training.loop import Metrics, RunState, global_step
+from rlstab_jax.training.loop import Metrics, RunState, first_train_state, global_step
 from rlstab_jax.training.pretrained import keep_card
 from rlstab_jax.training.queue import Queue, annotated, blank, notes
 from rlstab_jax.types import UserError
@@ -181,8 +180,7 @@ def resume_or_begin(
     def fresh() -> RunState:
         params = initial_params(engines.training, 0)
         reference = params if needs_reference else None
-        train = init_state(params, engines.numbers, engines.config.learner.moments_dtype)
-        return RunState(train, reference, blank(engines))
+        return RunState(first_train_state(engines, params), reference, blank(engines))
 
     restored = checkpoints.restore(engines.placed_like(fresh))
     if restored is not None:
@@ -204,11 +202,7 @@ def resume_or_begin(
         return None
     # Copied: an update donates its state, and the reference must outlive it.
     reference = jax.tree.map(lambda x: x.copy(), started.params) if needs_reference else None
-    return engines.place(
-        RunState(
-            train=init_state(started.params, engines.numbers, engines.config.learner.moments_dtype), reference=reference
-        )
-    ), Progress()
+    return engines.place(RunState(first_train_state(engines, started.params), reference)), Progress()
 
 
 def _train(

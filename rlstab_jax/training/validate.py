@@ -48,6 +48,8 @@ RANGES: dict[str, dict[str, Range]] = {
         "logits_per_chunk": (1, 2**40, "at least 1"),
         "max_grad_norm": (TINY, math.inf, "above 0, or inf for no clipping"),
         "unroll": _ONE,
+        "predictor_rate": (0, 1e3, "0 (they foretell no change) or more"),
+        "predictor_tokens": _ONE,
     },
     "evaluation": {
         "every": _ANY,
@@ -206,6 +208,17 @@ def _replay(config: RunConfig) -> None:
         raise UserError(
             f"learner.replay_of = {learner.replay_of!r} with learner.replay = {learner.replay!r} and rollout.partial = "
             f"{config.rollout.partial}: it says what R3 replays of whole responses; use replay = 'r3' and partial = 0"
+        )
+    if learner.replay == "pr2" and (config.rollout.partial or config.rollout.log_probs == "matched"):
+        raise UserError(
+            f"learner.replay = 'pr2' with rollout.partial = {config.rollout.partial} and rollout.log_probs = "
+            f"{config.rollout.log_probs!r}: routes are foretold in one scoring pass of whole responses; use partial = "
+            "0, and 'decode' or 'rescore'"
+        )
+    if learner.replay == "pr2" and config.minibatches == 1 and not config.rollout.lag:
+        raise UserError(
+            "learner.replay = 'pr2' with minibatches = 1 and rollout.lag = 0: nothing changes between the old pass and "
+            "the update, so that there is nothing to foretell; use 'r2', which is the same then"
         )
     if (learner.load_balance or learner.router_z) and not config.model.num_moe_layers:
         raise UserError("learner.load_balance, learner.router_z: the model is dense and has no router; set them to 0")

@@ -17,13 +17,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny
 
 from rlstab_jax.inference import sample
-from rlstab_jax.learner import state_shardings
+from rlstab_jax.learner import Minibatch, PolicyScores, TrainState, init_state, score, state_shardings, update
 from rlstab_jax.learner.score import policy_scores
 from rlstab_jax.models import ModelConfig, Transformer
+from rlstab_jax.models.layers import PREDICTOR
 from rlstab_jax.models.sharding import logical_axes
 from rlstab_jax.parallel.mesh import MeshConfig, make_mesh
 from rlstab_jax.parallel.sharding import INFERENCE, TRAINING, Layout, check_divides, shardings
-from rlstab_jax.types import Rollout
+from rlstab_jax.types import Rollout, RoutingReplay
 
 CONFIG = ModelConfig(
     vocab_size=16,
@@ -90,6 +91,35 @@ def check(config: MeshConfig, chunk: int, rollout: Rollout, log_probs: jax.Array
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), got, gradient)
 
 
+def taught(mesh: Mesh | None, rollout: Rollout) -> tuple[PolicyScores, TrainState]:
+    """An old pass under PR2, and the state after an update that teaches the predictors."""
+    numbers = tiny.numbers()
+    state = init_state(jax.tree.map(jnp.copy, tiny.parameters(CONFIG)), numbers, predictor=True)
+    weights = jax.tree.map(lambda w: jnp.sin(jnp.arange(w.size)).reshape(w.shape), state.predictor.weights)
+    state = dataclasses.replace(state, predictor=state.predictor.replace(weights=weights))
+    model = MODEL.clone(mesh=mesh)
+    if mesh is not None:
+        state = jax.device_put(state, state_shardings(mesh, state, TRAINING))
+        rollout = Layout(mesh).constrain_rows(rollout)
+    variables = {"params": state.params, PREDICTOR: state.predictor.weights}
+    old, _ = score(model, variables, rollout, replay=RoutingReplay.PR2, observed_tokens=6)
+    minibatch = Minibatch(rollout, old, jnp.cos(jnp.arange(8.0)), jnp.arange(8) // 2)
+    state, *_ = update(model, state, minibatch, tiny.MINIRL, numbers, replay=RoutingReplay.PR2, teach=np.bool_(True))
+    return old, state
+
+
+def check_predictor(mesh: Mesh, rollout: Rollout) -> None:
+    """Routes are foretold, and predictors taught, on a mesh as on one device; they lie as the routers do."""
+    (old, state), (wanted_old, wanted) = taught(mesh, rollout), taught(None, rollout)
+    np.testing.assert_array_equal(old.routes, wanted_old.routes)
+    assert (np.asarray(old.routes) != np.asarray(old.live)).any()
+    moments, wanted_moments = (jax.tree.leaves(one.predictor.moments.mu)[0] for one in (state, wanted))
+    np.testing.assert_allclose(moments, wanted_moments, atol=1e-5 * np.abs(wanted_moments).max())
+    (predictor,) = jax.tree.leaves(state.predictor.weights)
+    router = state.params["segment_0"]["block_0"]["moe"]["router"]["kernel"]
+    assert predictor.sharding.is_equivalent_to(router.sharding, 3)
+
+
 def check_replay(mesh: Mesh | None, rollout: Rollout) -> None:
     """A program that replays differs from one that routes live in what brings the routes in and selects them: no
     product, no collective, no gather or sort more or less."""
@@ -115,5 +145,6 @@ if __name__ == "__main__":
     for mesh_config, expert_chunk in MESHES.items():
         check(mesh_config, expert_chunk, reference, *expected)
         print("equal on", mesh_config, flush=True)
+    check_predictor(make_mesh(MeshConfig(1, 2, 2, 2)), reference)
     check_replay(None, reference)
     check_replay(make_mesh(MeshConfig(1, 2, 2, 2)), reference)
