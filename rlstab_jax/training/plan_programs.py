@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rlstab_jax.inference import prepare
 from rlstab_jax.inference.slots import Slots, decode, empty_records, empty_responses, prefill, resize, windows
 from rlstab_jax.learner import Minibatch, score, update
+from rlstab_jax.models.layers import PREDICTOR
 from rlstab_jax.parallel.sharding import Layout
 from rlstab_jax.training.config import truncates
 from rlstab_jax.training.engines import EnginePair, initial_params, row_sharding
@@ -117,6 +118,11 @@ class Programs:
         return engines.placed_like(lambda: first_train_state(engines, initial_params(engines.training, 0)))
 
     @property
+    def _optimiser(self) -> Any:
+        """What an update needs besides parameters and batch; PR2's predictors among it."""
+        return self.state.opt_state, self.state.predictor
+
+    @property
     def row_devices(self) -> int:
         """Devices that rows are split over."""
         return Layout(self.engines.mesh).row_parts
@@ -131,7 +137,7 @@ class Programs:
     def prepare(self) -> Program:
         precision = self.engines.config.rollout.precision
         traced = prepare.trace(self.params, precision=precision, mesh=self.engines.mesh)
-        kept = {"optimiser": self.state.opt_state, **self._throughout, **self._attempts}
+        kept = {"optimiser": self._optimiser, **self._throughout, **self._attempts}
         return Program("prepare", traced, {"parameters": self.params}, kept)
 
     @cached_property
@@ -272,9 +278,10 @@ class Programs:
     def score(self) -> Program:
         engines, learner = self.engines, self.engines.config.learner
         predictor = self.state.predictor
+        variables = {"params": self.params} | ({PREDICTOR: predictor.weights} if predictor else {})
         traced = score.trace(
             engines.training,
-            {"params": self.params} | ({PREDICTOR: predictor.weights} if predictor else {}),
+            variables,
             self.rollout,
             replay=engines.replay,
             micro_batches=learner.score_micro_batches,
@@ -282,8 +289,8 @@ class Programs:
             router=engines.needs_router,
             observed_tokens=learner.predictor_tokens if predictor else 0,
         )
-        kept = {"optimiser": self.state.opt_state, **self._throughout}
-        return Program("score", traced, {"parameters": self.params, "rollout": self.rollout}, kept)
+        kept = {"optimiser": self._optimiser, **self._throughout}
+        return Program("score", traced, {"parameters": variables, "rollout": self.rollout}, kept)
 
     @cached_property
     def whole(self) -> Minibatch:
@@ -325,7 +332,7 @@ class Programs:
             freeze=learner.freeze,
             teach=self.placed(jax.ShapeDtypeStruct((), jnp.bool_)) if self.state.predictor else None,
         )
-        parts = {"parameters": self.state.params, "optimiser": self.state.opt_state, "mini-batch": part}
+        parts = {"parameters": self.state.params, "optimiser": self._optimiser, "mini-batch": part}
         return Program("update", traced, parts, {"global batch": self.whole, **self._throughout})
 
 

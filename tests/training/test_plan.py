@@ -166,7 +166,8 @@ def by_hand(waves: int = 1) -> Plan:
 
 
 def test_what_lies_on_the_devices_besides() -> None:
-    """A reference policy, batches that wait under a lag, and dynamic sampling, which may sample three times."""
+    """A reference policy, batches that wait under a lag, dynamic sampling, which may sample three times, and PR2, whose
+    predictors lie with the optimiser and whose batches keep what routers read."""
     config = plan_config.config()
     config = dataclasses.replace(
         config,
@@ -174,6 +175,7 @@ def test_what_lies_on_the_devices_besides() -> None:
         kernels=Kernels("reference", "dense", "reference", "dense"),
         objective=ObjectiveConfig("grpo", kl_coefficient=0.01),
         rollout=dataclasses.replace(config.rollout, lag=2, attempts=3),
+        learner=dataclasses.replace(config.learner, replay="pr2"),
     )
     programs = Programs(build_pair(config, make_mesh(config.mesh, jax.devices()[:1]), None, "cpu", (0,), 0))
     parameters, rollout, batch = map(device_bytes, (programs.params, programs.rollout, programs.whole))
@@ -182,6 +184,12 @@ def test_what_lies_on_the_devices_besides() -> None:
         assert kept["reference"] == parameters
         assert kept["waiting batches"] == 2 * batch
         assert kept.get("earlier attempts") == (rollout if program.name == "decode" else None)
+    observed = programs.whole.old.observed
+    model = config.model
+    assert observed.inputs.shape[::2] == (config.responses_per_step, model.num_moe_layers * model.embed_dim)
+    predictors = device_bytes(programs.state.predictor)
+    assert predictors == 4 + 3 * 4 * model.num_moe_layers * model.embed_dim * model.num_experts
+    assert device_bytes(programs.update.parts["optimiser"]) == device_bytes(programs.state.opt_state) + predictors
     runs = [_runs(programs, name) for name in PHASES]
     assert dict(zip(PHASES, runs, strict=True)) == {
         "prepare": 3, "prefill": 3, "resize": 3, "decode": 3 * 47, "score": 3, "split": 2, "update": 2,
