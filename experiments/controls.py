@@ -11,7 +11,6 @@ learning rate: there the controls are cells of `high_rates`.
 """
 
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,8 +54,7 @@ def validity(runs: Mapping[str, list[Run]]) -> list[dict[str, Any]]:
             continue
         collapsed = sum(run.outcome.kind == "collapsed" for run in done)
         row = {"cell": of_cell, "runs": len(done), "collapsed": collapsed} | drawing.interval(done, "final")
-        means = {measure: float(np.mean([run.median(measure) for run in done])) for measure in MEASURED}
-        rows.append(row | {measure: "" if math.isnan(mean) else mean for measure, mean in means.items()})
+        rows.append(row | {measure: float(np.mean([run.median(measure) for run in done])) for measure in MEASURED})
     return rows
 
 
