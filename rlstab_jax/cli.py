@@ -233,6 +233,7 @@ def facts(config: Any, **options: Any) -> dict[str, Any]:
 def sft_command(arguments: Sequence[str], begin: Any) -> int:
     from rlstab_jax.training.cold_start import cold_start
     from rlstab_jax.training.engines import build
+    from rlstab_jax.training.interrupt import stop_on_signal
 
     path, options, config = parse("sft", arguments, SftOptions())
     if not config.cold_start.max_steps:
@@ -241,9 +242,12 @@ def sft_command(arguments: Sequence[str], begin: Any) -> int:
     engines = build(config)
     begin()
     started = time.perf_counter()
-    cold_start(engines, (options.out or Path("runs") / path.stem).parent / "cold_start")
+    with stop_on_signal() as stop:
+        made = cold_start(engines, (options.out or Path("runs") / path.stem).parent / "cold_start", stop=stop)
     print(f"{time.perf_counter() - started:.1f} s")
-    return 0
+    if made is None:
+        print(f"stopped by {stop.reason}; the same command goes on from here")
+    return STOPPED[stop.reason] if made is None and stop.reason else 0
 
 
 def diagnose_command(arguments: Sequence[str], begin: Any) -> int:

@@ -68,7 +68,7 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_sft_puts_the_cold_start_where_train_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     caches: list[Path] = []
-    monkeypatch.setattr("rlstab_jax.training.cold_start.cold_start", lambda engines, cache: caches.append(cache))
+    monkeypatch.setattr("rlstab_jax.training.cold_start.cold_start", lambda engines, cache, stop: caches.append(cache))
     for out in (("--out", str(tmp_path / "run")), ()):
         assert main(["sft", CONFIG, *out, "--compilation-cache", "None", "--cold-start.max-steps", "1"]) == 0
     assert caches == [tmp_path / "cold_start", Path("runs") / "cold_start"]

@@ -1,12 +1,18 @@
-"""The cold start: supervised training on a task's demonstrations until a chosen accuracy, cached between runs."""
+"""The cold start: supervised training on a task's demonstrations until a chosen accuracy, cached between runs.
 
+An unfinished one is kept beside the cache's entries, so that the next run goes on with it: on CPU bit for bit as if it
+had never been stopped.
+"""
+
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +27,7 @@ from rlstab_jax.learner.score import policy_scores
 from rlstab_jax.learner.update import LearnerConfig, LearnerNumbers, accumulate, apply_gradient
 from rlstab_jax.models import Transformer
 from rlstab_jax.own_code import code_of
-from rlstab_jax.parallel.distributed import by_first
+from rlstab_jax.parallel.distributed import by_first, first
 from rlstab_jax.rundir import plain
 from rlstab_jax.tasks import DemonstratedTask, DescribedTask, Prompt, encode_prompts, prompt_iterator
 from rlstab_jax.training.checkpoint import Checkpoints
@@ -29,7 +35,11 @@ from rlstab_jax.training.checksum import checksums
 from rlstab_jax.training.engines import Engines, beginning
 from rlstab_jax.training.evaluate import accuracy, plain_sampling
 from rlstab_jax.training.interrupt import Stop
+from rlstab_jax.training.lock import held
 from rlstab_jax.types import Rollout, UserError
+
+SAVE_EVERY = 300.0
+"""Seconds between saves of an unfinished cold start; it is also saved when it is stopped."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +60,7 @@ def cold_start(
       engines: of the run; its task must have demonstrations.
       cache: a directory shared by runs; entries are named by a hash of all that determines the result. None keeps
         nothing.
-      stop: when it is requested, the result is None and nothing is kept.
+      stop: when it is requested, the result is None; what has been done is kept in ``cache``.
 
     Raises:
       UserError: the task has no demonstrations, or the target was not reached within the given steps.
@@ -68,12 +78,21 @@ def cold_start(
     # What is in the directory tells two beginnings apart, not its name.
     if cache is None:
         return _train(engines, task, params, say, stop or Stop())
-    entry = cache / _fingerprint(engines, checksums(params) if engines.config.initial else None)
+    initial = checksums(params) if engines.config.initial else None
+    entry = cache / _fingerprint(engines, initial)
     if by_first(entry.exists) and (kept := _from_cache(entry, params, say)) is not None:
         return dataclasses.replace(kept, params=engines.place(kept.params))
-    result = _train(engines, task, params, say, stop or Stop())
-    if result is None:
-        return None
+    # Whatever the steps that are allowed: with more of them it goes on.
+    unfinished = cache / f"{_fingerprint(engines, initial, max_steps=0)}.unfinished"
+    with _saves(unfinished, entry, say) as saves:
+        result = _train(engines, task, params, say, stop or Stop(), saves)
+        if result is not None:
+            _keep(entry, result, say)
+    return result
+
+
+def _keep(entry: Path, result: ColdStart, say: Callable[[str], None]) -> None:
+    cache = entry.parent
 
     def make_aside() -> Path:
         cache.mkdir(parents=True, exist_ok=True)
@@ -89,7 +108,24 @@ def cold_start(
     with Checkpoints(aside, notify=say) as checkpoints:
         checkpoints.save(result.steps, {"params": result.params}, {"accuracy": result.accuracy})
     by_first(keep)
-    return result
+
+
+@contextlib.contextmanager
+def _saves(directory: Path, entry: Path, say: Callable[[str], None]) -> Iterator[Checkpoints | None]:
+    """Where a cold start is saved until it is kept as ``entry``. None while another process makes the same one."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(held(directory))
+        except UserError:
+            say("cold start: another process makes the same one and saves it; this one is not saved before its end")
+            yield None
+            return
+        try:
+            with Checkpoints(directory, keep_last=1, keep_best=False, notify=say) as checkpoints:
+                yield checkpoints
+        finally:
+            if first() and (entry.exists() or not any(directory.glob("[0-9]*"))):
+                shutil.rmtree(directory, ignore_errors=True)
 
 
 def _from_cache(entry: Path, template: dict, say: Callable[[str], None]) -> ColdStart | None:
@@ -108,12 +144,13 @@ def _from_cache(entry: Path, template: dict, say: Callable[[str], None]) -> Cold
     return ColdStart(state["params"], progress["accuracy"], steps)
 
 
-def _fingerprint(engines: Engines, initial: dict[str, int] | None = None) -> str:
+def _fingerprint(engines: Engines, initial: dict[str, int] | None = None, **but: Any) -> str:
+    """Of all that determines the result, ``but`` for fields of the cold start's config."""
     config = engines.config
     determines: dict[str, Any] = {
         "task": config.task,
         "model": config.model,
-        "cold_start": config.cold_start,
+        "cold_start": dataclasses.replace(config.cold_start, **but),
         "precision": config.learner.precision,
         "kernels": config.kernels,
         "lengths": (config.rollout.prompt_length, config.rollout.response_length),
@@ -129,7 +166,12 @@ def _fingerprint(engines: Engines, initial: dict[str, int] | None = None) -> str
 
 
 def _train(
-    engines: Engines, task: DemonstratedTask, params: dict, say: Callable[[str], None], stop: Stop
+    engines: Engines,
+    task: DemonstratedTask,
+    params: dict,
+    say: Callable[[str], None],
+    stop: Stop,
+    saves: Checkpoints | None = None,
 ) -> ColdStart | None:
     config = engines.config.cold_start
     learner = LearnerConfig(learning_rate=config.learning_rate, warmup_steps=0)
@@ -147,26 +189,53 @@ def _train(
         samples=1,
         sampling=plain_sampling(engines),
     )
-    best = 0.0
-    for step in range(1, config.max_steps + 1):
+    step, best, saved = 0, 0.0, time.monotonic()
+    if saves is not None and (restored := _unfinished(saves, state)) is not None:
+        step, state, progress = restored
+        state, best = engines.place(state), progress["best"]
+        prompts.set_state(progress["prompts"])
+        say(f"cold start: going on after {step} updates")
+
+    def save() -> None:
+        if saves is not None and step:
+            saves.save(step, state, {"best": best, "prompts": prompts.get_state()})
+
+    def due() -> bool:
+        return time.monotonic() - saved > SAVE_EVERY
+
+    while step < config.max_steps:
+        step += 1
         batch = demonstrations(engines, task, next(prompts), seed=step)
         state, _ = supervised_update(
             engines.training, state, engines.place_rows(batch), numbers, engines.config.learner.logits_per_chunk
         )
         if engines.mesh.size > 1:
             state = engines.settle(engines.place(state))
-        if stop.agreed():
-            return None
         if step % config.check_every == 0:
             reached = check(state.params).mean
             best = max(best, reached)
             if reached >= config.target_accuracy:
                 say(f"cold start: accuracy {reached:.3f} after {step} updates")
                 return ColdStart(state.params, reached, step)
+            if by_first(due):
+                save()
+                saved = time.monotonic()
+        if stop.agreed():  # after the check, which whoever goes on does not repeat
+            save()
+            return None
+    save()
     raise UserError(
         f"cold start: accuracy {best:.3f} after cold_start.max_steps = {config.max_steps} updates, short of "
         f"cold_start.target_accuracy = {config.target_accuracy}: raise the steps, or lower the target"
     )
+
+
+def _unfinished(saves: Checkpoints, template: TrainState) -> tuple[int, TrainState, dict[str, Any]] | None:
+    """What was saved, unless it is damaged, which `Checkpoints` has said."""
+    try:
+        return saves.restore(template)
+    except UserError:
+        return None
 
 
 def demonstrations(engines: Engines, task: DemonstratedTask, prompts: list[Prompt], seed: int) -> Rollout:

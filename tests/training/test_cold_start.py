@@ -1,6 +1,7 @@
 """The cold start: until an accuracy, kept for the next run, refused where it cannot be."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rlstab_jax.training.cold_start import ColdStart, cold_start, demonstrations
 from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.engines import Engines, build, initial_params
 from rlstab_jax.training.interrupt import Stop
+from rlstab_jax.training.lock import held
 from rlstab_jax.training.run import train
 from rlstab_jax.types import UserError
 from tests.training import tiny_run
@@ -130,9 +132,78 @@ def test_a_damaged_one_is_made_again(first: ColdStart, cache: Path, tmp_path: Pa
     assert "from" in lines[-1]
 
 
-def test_a_stop_keeps_nothing(tmp_path: Path) -> None:
-    assert cold_start(engines(), tmp_path / "cache", print, Stop("SIGTERM")) is None
-    assert not (tmp_path / "cache").exists()
+class StopAt(Stop):
+    """Asks to stop after so many more updates than one."""
+
+    def __init__(self, updates: int) -> None:
+        super().__init__()
+        self.left = updates
+
+    def agreed(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+class KilledAt(StopAt):
+    """And does not wait for an answer."""
+
+    def agreed(self) -> bool:
+        if super().agreed():
+            raise KeyboardInterrupt
+        return False
+
+
+@pytest.mark.parametrize("update", [0, 4])  # the first, and one after which the accuracy is checked
+def test_a_stopped_one_goes_on_bit_for_bit(first: ColdStart, update: int, tmp_path: Path) -> None:
+    assert cold_start(engines(), tmp_path, print, StopAt(update)) is None
+    (unfinished,) = tmp_path.iterdir()
+    assert unfinished.suffix == ".unfinished"
+    lines: list[str] = []
+    # Another number of steps that are allowed is no reason to begin anew, and is another entry.
+    started = cold_start(engines(max_steps=300), tmp_path, lines.append)
+    assert started is not None
+    assert lines[0] == f"cold start: going on after {update + 1} updates"
+    assert (started.accuracy, started.steps) == (first.accuracy, first.steps)
+    assert_same(started.params, first.params)
+    (entry,) = tmp_path.iterdir()
+    assert entry.suffix == ""
+
+
+def test_a_killed_one_loses_what_came_after_the_last_save(
+    first: ColdStart, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cold_start_module, "SAVE_EVERY", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        cold_start(engines(), tmp_path, print, KilledAt(6))
+    lines: list[str] = []
+    started = cold_start(engines(), tmp_path, lines.append)
+    assert lines[0] == "cold start: going on after 5 updates"
+    assert started is not None
+    assert_same(started.params, first.params)
+
+
+def test_a_damaged_unfinished_one_begins_anew(first: ColdStart, tmp_path: Path) -> None:
+    assert cold_start(engines(), tmp_path, print, StopAt(2)) is None
+    for header in tmp_path.glob("*.unfinished/*/header/metadata"):
+        header.unlink()
+    lines: list[str] = []
+    started = cold_start(engines(), tmp_path, lines.append)
+    assert started is not None
+    assert_same(started.params, first.params)
+    assert not any("going on" in line for line in lines)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_two_that_are_made_at_once(first: ColdStart, tmp_path: Path) -> None:
+    """The second one keeps its hands off what the first one saves."""
+    name = cold_start_module._fingerprint(engines(), max_steps=0)
+    lines: list[str] = []
+    with held(tmp_path / f"{name}.unfinished"):
+        started = cold_start(engines(), tmp_path, lines.append)
+    assert lines[0].startswith("cold start: another process makes the same one and saves it")
+    assert started is not None
+    assert_same(started.params, first.params)
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_run_that_is_stopped_in_it_begins_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +226,9 @@ def test_no_steps_are_random_parameters(tmp_path: Path) -> None:
 
 def test_what_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"accuracy 0\.\d+ after cold_start.max_steps = 5 updates, short of .*target"):
-        cold_start(engines(max_steps=5, target_accuracy=1.0), tmp_path)
+        cold_start(engines(max_steps=5, target_accuracy=1.0), tmp_path / "cache")
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".unfinished"]  # with more steps it goes on
+    shutil.rmtree(tmp_path / "cache")
     other = dataclasses.replace(config(), task=Undemonstrated())
     with pytest.raises(UserError, match="this task has no demonstrations: set it to 0"):
         cold_start(build(other), tmp_path)
@@ -169,7 +242,7 @@ def test_demonstrations_lie_as_rollouts_do() -> None:
     of = engines()
     source, tokenizer = of.task.split("train"), of.task.tokenizer
     prompts = [source[i] for i in range(4)]
-    batch = demonstrations(of, of.task, prompts, seed=1)  # type: ignore[arg-type]
+    batch = demonstrations(of, of.task, prompts, seed=1)
     for row, prompt in enumerate(prompts):
         ids = np.asarray(batch.tokens[row])[np.asarray(batch.valid[row])]
         demonstration = of.task.demonstration(prompt, 1)  # type: ignore[attr-defined]
