@@ -50,7 +50,8 @@ class RolloutConfig:
     slots: int = 0
     """Responses in flight under continuous batching; 0 samples the whole batch at once."""
     waves: int = 1
-    """Equal parts that a batch's prompts are sampled in, one after another: less memory, the same draws."""
+    """Equal parts that a batch's prompts are sampled in, one after another: less memory, the same draws. Above 1,
+    evaluations sample no more responses at once either."""
     response_length: int = 0
     """Longest response, in tokens, the stop token included; 0 takes what the task needs."""
     prompt_length: int = 0

@@ -10,10 +10,10 @@ import numpy as np
 from rlstab_jax.inference import Sampling, prepare, sample, sample_keys
 from rlstab_jax.models import Transformer
 from rlstab_jax.parallel.distributed import on_host
-from rlstab_jax.tasks import encode_prompts
+from rlstab_jax.tasks import Prompt, encode_prompts
 from rlstab_jax.training.config import truncates
 from rlstab_jax.training.engines import Engines, judge
-from rlstab_jax.types import take_rows
+from rlstab_jax.types import Rollout, row_axis, take_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,24 +42,40 @@ def accuracy(
     rollout_config = engines.config.rollout
     source = engines.task.split("heldout")
     asked = [source[i] for i in range(prompts)]
-    # Filled up with the last prompt, so that all devices have as many rows.
-    fed = asked + [asked[-1]] * (-prompts % engines.row_shards)
-    tokens, mask = encode_prompts(fed, engines.task.tokenizer, rollout_config.prompt_length)
-    rollout = sample(
-        model,
-        engines.settle(prepare(params, model.precision, engines.mesh)),
-        engines.place_rows(tokens),
-        engines.place_rows(mask),
-        sample_keys(key, 0, [prompt.id for prompt in fed], samples),
-        sampling,
-        response_length=rollout_config.response_length,
-        samples_per_prompt=samples,
-        support=support,
-        record_routes=False,
-    )
-    rollout = take_rows(on_host(rollout), jnp.arange(prompts * samples))
+    at_once = _prompts_at_once(engines, prompts, samples)
+    # Filled up with the last prompt, so that all waves and devices have as many rows.
+    fed = asked + [asked[-1]] * (-prompts % at_once)
+    variables = engines.settle(prepare(params, model.precision, engines.mesh))
+
+    def wave(fed: list[Prompt]) -> Rollout:
+        tokens, mask = encode_prompts(fed, engines.task.tokenizer, rollout_config.prompt_length)
+        rollout = sample(
+            model,
+            variables,
+            engines.place_rows(tokens),
+            engines.place_rows(mask),
+            sample_keys(key, 0, [prompt.id for prompt in fed], samples),
+            sampling,
+            response_length=rollout_config.response_length,
+            samples_per_prompt=samples,
+            support=support,
+            record_routes=False,
+        )
+        return on_host(rollout)
+
+    waves = [wave(fed[i : i + at_once]) for i in range(0, len(fed), at_once)]
+    whole = jax.tree.map(lambda *parts: np.concatenate(parts, axis=row_axis(parts[0])), *waves)
+    rollout = take_rows(whole, jnp.arange(prompts * samples))
     _, rewards = judge(engines.task, asked, rollout)
     return Accuracy(float(rewards.total.mean()), float(rollout.response_mask.sum(1).mean()))
+
+
+def _prompts_at_once(engines: Engines, prompts: int, samples: int) -> int:
+    """All, or no more responses than a wave of rollouts has: more may not fit the devices. A multiple of these."""
+    config, shards = engines.config, engines.row_shards
+    if config.rollout.waves > 1:
+        prompts = min(prompts, config.responses_per_step // config.rollout.waves // samples // shards * shards)
+    return max(-(-prompts // shards) * shards, shards)
 
 
 def plain_sampling(engines: Engines) -> Sampling:

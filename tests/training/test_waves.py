@@ -3,10 +3,12 @@
 import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from rlstab_jax.models import Precision
+from rlstab_jax.training import evaluate
 from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.engines import Engines, build, initial_params
 from rlstab_jax.training.passes import sample_responses
@@ -38,6 +40,30 @@ def test_waves() -> None:
     np.testing.assert_allclose(one.log_probs, two.log_probs, atol=1e-5)
     assert one.routes.shape == two.routes.shape
     assert len(np.unique(np.asarray(one.tokens), axis=0)) > 4
+
+
+def test_evaluations_sample_no_more_at_once_than_rollouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """7 prompts x 3 samples, in waves of 8 responses: 2 prompts at a time, the last wave filled up. The same draws."""
+    sizes: list[int] = []
+    sample = evaluate.sample
+
+    def counted(*arguments: Any, **how: Any) -> Any:
+        rollout = sample(*arguments, **how)
+        sizes.append(len(rollout.tokens))
+        return rollout
+
+    monkeypatch.setattr(evaluate, "sample", counted)
+    results = []
+    for waves in (1, 2):
+        engines = build(config(waves=waves))
+        params = engines.place(initial_params(engines.training, 0))
+        plain, key = evaluate.plain_sampling(engines), jax.random.key(1)
+        results.append(
+            evaluate.accuracy(engines, engines.training_sampler, params, key, prompts=7, samples=3, sampling=plain)
+        )
+    assert sizes == [21, 6, 6, 6, 6]
+    assert results[0] == results[1]
+    assert results[0].mean > 0
 
 
 def test_waves_that_do_not_divide() -> None:
