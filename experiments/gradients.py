@@ -39,7 +39,7 @@ from rlstab_jax.training.checkpoint import Checkpoints
 from rlstab_jax.training.cold_start import cold_start
 from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.engines import Engines, build, initial_params
-from rlstab_jax.training.loop import RunState, learn, minibatch, produce
+from rlstab_jax.training.loop import RunState, first_train_state, learn, minibatch, produce
 from rlstab_jax.training.passes import score_old
 from rlstab_jax.types import RoutingReplay, Scores, UserError
 
@@ -196,7 +196,7 @@ def states(config: RunConfig, run: Path, engines: Engines) -> dict[str, TrainSta
     """A run's training state at its beginning and at its end. Raises UserError if there is no such run."""
 
     def fresh() -> RunState:
-        return RunState(init_state(initial_params(engines.training, 0), engines.numbers), None)
+        return RunState(first_train_state(engines, initial_params(engines.training, 0)), None)
 
     if not (run / "checkpoints").is_dir():
         raise UserError(f"{run} holds no run: `python -m experiments.on_policy --cells minirl` makes it")

@@ -22,12 +22,11 @@ from jaxtyping import Bool, Float
 from experiments import drawing, on_policy, statistics
 from experiments.study import RESULTS, add, command, read
 from experiments.workers import prepare
-from rlstab_jax.learner import init_state
 from rlstab_jax.rundir import read_metrics
 from rlstab_jax.training.checkpoint import Checkpoints
 from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.engines import Engines, build, initial_params
-from rlstab_jax.training.loop import RunState
+from rlstab_jax.training.loop import RunState, first_train_state
 from rlstab_jax.training.passes import rescore, sample_responses, score_old
 from rlstab_jax.training.run import train
 from rlstab_jax.types import Rollout, RoutingReplay, UserError
@@ -78,7 +77,7 @@ def measure(config: RunConfig, run: Path, prompts: int = PROMPTS) -> dict[str, A
     engines = build(config)
 
     def fresh() -> RunState:
-        return RunState(init_state(initial_params(engines.training, 0), engines.numbers), None)
+        return RunState(first_train_state(engines, initial_params(engines.training, 0)), None)
 
     heldout = engines.task.split("heldout")
     probe, deltas = None, []

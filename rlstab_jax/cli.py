@@ -315,7 +315,7 @@ def config_of_run(checkpoint: Path) -> tuple[Path, Any]:
     """The config that a run was made with, and its file: by the command in its manifest, checked against the config
     there."""
     from rlstab_jax.rundir import config_difference, read_manifest
-    from rlstab_jax.training.config import MAY_CHANGE
+    from rlstab_jax.training.config import MAY_CHANGE, defaults
 
     if not checkpoint.is_dir():
         raise UserError(f"{checkpoint}: there is no such directory; give a run's, such as runs/quickstart-seed0")
@@ -329,7 +329,7 @@ def config_of_run(checkpoint: Path) -> tuple[Path, Any]:
         path, _, config = parse("train", command[command.index("train") + 1 :])
     except UserError as error:
         raise UserError(f"{error}; {help_}") from None
-    for name, there, here in config_difference(manifest["config"], config):
+    for name, there, here in config_difference(manifest["config"], config, defaults()):
         if name not in MAY_CHANGE:
             raise UserError(f"{path} has changed since the run was made: {name} was {there!r} and is {here!r}; {help_}")
     return path, config

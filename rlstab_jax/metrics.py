@@ -83,7 +83,9 @@ METRICS: dict[str, Metric] = {
     **{f"routing/layer_NN/{name}": metric for name, metric in _ROUTING.items()},
     "routing/minibatch_NN/old_vs_target": _ROUTING["old_vs_target"],
     "predictor/kl": Metric(
-        "KL(router of pi_theta || what the old pass foretold of it)", "mean, observed tokens x MoE layers", "nats"
+        "KL(router of pi_theta || what its predictor, as it is by then, makes of the old pass): what it learns by",
+        "mean, observed tokens x MoE layers",
+        "nats",
     ),
     "predictor/kl_unpredicted": Metric(
         "KL(router of pi_theta || router of pi_old), on the same tokens", "mean, observed tokens x MoE layers", "nats"

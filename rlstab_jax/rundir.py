@@ -62,14 +62,20 @@ def plain(value: Any, nonfinite: Callable[[float], Any] = str) -> Any:
     raise TypeError(f"{value!r} of type {type(value).__name__} has no plain form for JSON")
 
 
-def config_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+def config_difference(
+    first: Mapping[str, Any], second: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> list[tuple[str, Any, Any]]:
     """The fields in which two nested configs differ: (dotted name, first value, second value), "absent" where missing.
+
+    What the first one does not have has the value in ``defaults`` there, by dotted names: a run's config was written by
+    a version that did not know the field.
 
     >>> config_difference({"n": 4, "learner": {"rate": 0.1}}, {"n": 4, "learner": {"rate": 0.2}})
     [('learner.rate', 0.1, 0.2)]
     """
     one, other = dict(leaves(plain(first))), dict(leaves(plain(second)))
     names = [*one, *(name for name in other if name not in one)]
+    one = {**{name: value for name, value in (defaults or {}).items() if name in other}, **one}
     pairs = ((name, one.get(name, "absent"), other.get(name, "absent")) for name in names)
     return [(name, a, b) for name, a, b in pairs if a != b]
 
@@ -80,6 +86,7 @@ def open_run(
     fresh: bool = False,
     may_change: Collection[str] = (),
     say: Callable[[str], None] = print,
+    defaults: Mapping[str, Any] | None = None,
 ) -> "RunDir":
     """Opens the run in ``path`` to go on with it, or begins one there.
 
@@ -89,6 +96,7 @@ def open_run(
       fresh: begin anew. What is there is not lost: it is renamed to ``<path>.old-1`` (the next free number).
       may_change: dotted names of config fields that may differ when a run goes on, e.g. how many steps to take.
       say: where a message for the user goes.
+      defaults: of config fields, see `config_difference`.
 
     Raises:
       UserError: the directory holds a run of another config, or something that is no run.
@@ -102,7 +110,7 @@ def open_run(
         if _begun(path):
             code = manifest.get("code", {})  # a run of before it was kept is not asked for it
             there = {**before.get("config", {}), **before.get("code", code)}
-            _same_config(path, there, {**manifest["config"], **code}, may_change)
+            _same_config(path, config_difference(there, {**manifest["config"], **code}, defaults), may_change)
             manifest = {**before, **{name: manifest[name] for name in ("config", "code") if name in manifest}}
     elif path.exists() and (
         not path.is_dir() or any((path / name).exists() for name in ("metrics.jsonl", "checkpoints"))
@@ -228,8 +236,8 @@ class Bystander(RunDir):
         pass
 
 
-def _same_config(path: Path, there: Mapping[str, Any], here: Mapping[str, Any], may_change: Collection[str]) -> None:
-    differences = [item for item in config_difference(there, here) if item[0] not in may_change]
+def _same_config(path: Path, differences: Iterable[tuple[str, Any, Any]], may_change: Collection[str]) -> None:
+    differences = [item for item in differences if item[0] not in may_change]
     if differences:
         shown = ", ".join(f"{name} is {a!r} there and {b!r} here" for name, a, b in differences[:3])
         more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""

@@ -294,6 +294,13 @@ def test_a_run_without_a_step_takes_another_config(tmp_path):
         open_run(tmp_path / "run", {"config": {"seed": 2}})
 
 
+def test_a_field_that_an_older_version_did_not_have_had_its_default_there():
+    before, defaults = {"learner": {"rate": 0.1}}, {"learner.rate": 0.3, "learner.clip": 1.0, "gone": 2}
+    assert config_difference(before, {"learner": {"rate": 0.1, "clip": 1.0}}, defaults) == []
+    assert config_difference(before, {"learner": {"rate": 0.1, "clip": 2.0}}, defaults) == [("learner.clip", 1.0, 2.0)]
+    assert config_difference(before, {"learner": {}}, defaults) == [("learner.rate", 0.1, "absent")]
+
+
 def test_config_difference_sees_missing_fields_and_types():
     assert config_difference({"a": (1, 2), "b": {"c": 1}}, {"a": [1, 2], "b": {}, "d": "x"}) == [
         ("b.c", 1, "absent"),

@@ -75,7 +75,8 @@ class LearnerConfig:
     numbers; those of the studies read 64, and foretell better by 3e-5 than by 1e-4 or 1e-3."""
     predictor_tokens: int = 256
     """Tokens of each response and its prompt, evenly spread, that PR2's predictors learn from; they are kept with what
-    each router read, layers x (model.embed_dim + model.num_experts) numbers a token."""
+    each router read, layers x (model.embed_dim + model.num_experts) numbers a token; as many of every token of a part
+    (score_micro_batches) while that is scored."""
     replay_of: Literal["recorded", "permuted", "initial"] = "recorded"
     """What R3 replays: what the inference engine recorded, or a control in its place: the experts of another token of
     the row, or what the training engine chooses at the weights that RL began with."""

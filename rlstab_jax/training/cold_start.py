@@ -32,7 +32,7 @@ from rlstab_jax.rundir import plain
 from rlstab_jax.tasks import DemonstratedTask, DescribedTask, Prompt, encode_prompts, prompt_iterator
 from rlstab_jax.training.checkpoint import Checkpoints
 from rlstab_jax.training.checksum import checksums
-from rlstab_jax.training.engines import Engines, beginning
+from rlstab_jax.training.engines import Engines, beginning, initial_params
 from rlstab_jax.training.evaluate import accuracy, plain_sampling
 from rlstab_jax.training.interrupt import Stop
 from rlstab_jax.training.lock import held
@@ -85,6 +85,8 @@ def cold_start(
     # Whatever the steps that are allowed: with more of them it goes on.
     unfinished = cache / f"{_fingerprint(engines, initial, max_steps=0)}.unfinished"
     with _saves(unfinished, entry, say) as saves:
+        if by_first(entry.exists) and (kept := _from_cache(entry, params, say)) is not None:  # made meanwhile
+            return dataclasses.replace(kept, params=engines.place(kept.params))
         result = _train(engines, task, params, say, stop or Stop(), saves)
         if result is not None:
             _keep(entry, result, say)
@@ -116,8 +118,11 @@ def _saves(directory: Path, entry: Path, say: Callable[[str], None]) -> Iterator
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(held(directory))
+            alone = True
         except UserError:
             say("cold start: another process makes the same one and saves it; this one is not saved before its end")
+            alone = False
+        if not alone:
             yield None
             return
         try:
@@ -176,7 +181,8 @@ def _train(
     config = engines.config.cold_start
     learner = LearnerConfig(learning_rate=config.learning_rate, warmup_steps=0)
     numbers = learner.numbers()
-    state = engines.place(init_state(params, numbers))
+    template = engines.placed_like(lambda: init_state(initial_params(engines.training, 0), numbers))
+    saves, begun = _unfinished(saves, template, say)
     prompts = prompt_iterator(task.split("train"), config.batch_size, seed=config.seed + 1)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     # Not as the config's evaluations draw: runs that differ in those share a cold start.
@@ -190,15 +196,27 @@ def _train(
         sampling=plain_sampling(engines),
     )
     step, best, saved = 0, 0.0, time.monotonic()
-    if saves is not None and (restored := _unfinished(saves, state)) is not None:
-        step, state, progress = restored
+    if begun is None:
+        state = engines.place(init_state(params, numbers))
+    else:
+        jax.tree.map(lambda leaf: leaf.delete(), params)  # there may be no room for them
+        step, state, progress = begun
         state, best = engines.place(state), progress["best"]
         prompts.set_state(progress["prompts"])
         say(f"cold start: going on after {step} updates")
 
-    def save() -> None:
-        if saves is not None and step:
-            saves.save(step, state, {"best": best, "prompts": prompts.get_state()})
+    def save(last: bool = False) -> None:
+        nonlocal saves
+        try:
+            if saves is not None and step:
+                saves.save(step, state, {"best": best, "prompts": prompts.get_state()})
+            if saves is not None and last:
+                saves.wait()
+        except UserError as error:  # a full disk, or another process where the file system has no locks
+            if jax.process_count() > 1:  # the others may have saved, and wait for this one
+                raise
+            say(f"cold start: it cannot be saved before its end: {error}")
+            saves = None
 
     def due() -> bool:
         return time.monotonic() - saved > SAVE_EVERY
@@ -217,25 +235,33 @@ def _train(
             if reached >= config.target_accuracy:
                 say(f"cold start: accuracy {reached:.3f} after {step} updates")
                 return ColdStart(state.params, reached, step)
-            if by_first(due):
-                save()
-                saved = time.monotonic()
-        if stop.agreed():  # after the check, which whoever goes on does not repeat
+        if by_first(due):  # after the check, which whoever goes on does not repeat
             save()
+            saved = time.monotonic()
+        if stop.agreed():
+            save(last=True)
             return None
-    save()
+    save(last=True)
     raise UserError(
         f"cold start: accuracy {best:.3f} after cold_start.max_steps = {config.max_steps} updates, short of "
         f"cold_start.target_accuracy = {config.target_accuracy}: raise the steps, or lower the target"
     )
 
 
-def _unfinished(saves: Checkpoints, template: TrainState) -> tuple[int, TrainState, dict[str, Any]] | None:
-    """What was saved, unless it is damaged, which `Checkpoints` has said."""
+def _unfinished(
+    saves: Checkpoints | None, template: TrainState, say: Callable[[str], None]
+) -> tuple[Checkpoints | None, tuple[int, TrainState, dict[str, Any]] | None]:
+    """Where to save, and what was saved there. What cannot be used is said, and stays as it is if it is not damaged."""
+    if saves is None:
+        return None, None
     try:
-        return saves.restore(template)
-    except UserError:
-        return None
+        return saves, saves.restore(template)
+    except UserError as error:
+        say(f"cold start: it begins anew: {error}")
+    if saves.steps():
+        say(f"cold start: it is not saved before its end; remove {saves.directory}")
+        return None, None
+    return saves, None
 
 
 def demonstrations(engines: Engines, task: DemonstratedTask, prompts: list[Prompt], seed: int) -> Rollout:

@@ -2,12 +2,13 @@
 
 import dataclasses
 from dataclasses import field
-from typing import Literal
+from typing import Any, Literal
 
 from rlstab_jax.learner import LearnerConfig
 from rlstab_jax.models import Kernels, ModelConfig, Precision, fp8
 from rlstab_jax.objectives import ObjectiveConfig
 from rlstab_jax.parallel.mesh import MeshConfig
+from rlstab_jax.rundir import leaves, plain
 from rlstab_jax.stability.monitor import LIVE, MonitorConfig
 from rlstab_jax.tasks import ArithmeticConfig, TaskConfig
 
@@ -169,6 +170,11 @@ class RunConfig:
 MAY_CHANGE = (
     "gradient_steps", "checkpoint_every", "keep_checkpoints", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor",
 )  # fmt: skip
+
+
+def defaults() -> dict[str, Any]:
+    """The default of each field by its dotted name: what a run did whose version did not know the field."""
+    return dict(leaves(plain(RunConfig())))
 
 
 def truncates(sampling: RolloutConfig | EvaluationConfig) -> bool:

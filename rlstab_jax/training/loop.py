@@ -212,7 +212,7 @@ def learn(engines: Engines, train: TrainState, rows: Minibatch, step: int) -> tu
             minibatch_rows(config.seed, step, config.prompts_per_step, config.samples_per_prompt, config.minibatches)
         ):
             # Predictors learn what updates change: nothing yet, at the weights that scored the batch.
-            teach = np.bool_(number > 0 or config.rollout.lag > 0) if train.predictor else None
+            teach = np.bool_(number > 0 or min(step - 1, config.rollout.lag) > 0) if train.predictor else None
             train, *measured = update(
                 engines.training,
                 train,

@@ -22,7 +22,7 @@ from rlstab_jax.stability.monitor import Monitor
 from rlstab_jax.tasks import DescribedTask, prompt_iterator
 from rlstab_jax.training.checkpoint import Checkpoints
 from rlstab_jax.training.cold_start import cold_start
-from rlstab_jax.training.config import MAY_CHANGE, RunConfig
+from rlstab_jax.training.config import MAY_CHANGE, RunConfig, defaults
 from rlstab_jax.training.engines import Engines, build, initial_params
 from rlstab_jax.training.evaluate import evaluate
 from rlstab_jax.training.home import Home, home_of
@@ -151,7 +151,7 @@ def open_home(
         home.fetch()
         if not fresh:
             _check_content(engines, path)
-        open_run(path, manifest(engines, config), fresh=fresh, may_change=MAY_CHANGE, say=say)
+        open_run(path, manifest(engines, config), fresh, MAY_CHANGE, say, defaults())
         if config.initial:
             keep_card(Path(config.initial), path)
         home.store()

@@ -49,7 +49,7 @@ RANGES: dict[str, dict[str, Range]] = {
         "max_grad_norm": (TINY, math.inf, "above 0, or inf for no clipping"),
         "unroll": _ONE,
         "predictor_rate": (0, 1e3, "0 (they foretell no change) or more"),
-        "predictor_tokens": _ONE,
+        "predictor_tokens": (1, 2**14, "from 1 to 16384"),
     },
     "evaluation": {
         "every": _ANY,

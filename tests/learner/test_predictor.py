@@ -16,10 +16,10 @@ from rlstab_jax.learner.score import policy_scores
 from rlstab_jax.models.layers import PREDICTOR
 from rlstab_jax.types import RoutingReplay
 
-CONFIG = dataclasses.replace(tiny.MIXED, num_layers=2, dense_layers=())
+CONFIG = tiny.MIXED  # two MoE layers, between dense ones
 MODEL = tiny.model(CONFIG, remat="full")
 PR2, ALL = RoutingReplay.PR2, tiny.PROMPT + tiny.RESPONSE - 1
-LAYERS, EXPERTS, WIDTH = CONFIG.num_layers, CONFIG.num_experts, CONFIG.embed_dim
+LAYERS, EXPERTS, WIDTH = CONFIG.num_moe_layers, CONFIG.num_experts, CONFIG.embed_dim
 
 
 @cache

@@ -169,7 +169,7 @@ def test_a_stopped_one_goes_on_bit_for_bit(first: ColdStart, update: int, tmp_pa
     assert entry.suffix == ""
 
 
-def test_a_killed_one_loses_what_came_after_the_last_save(
+def test_a_killed_one_goes_on_from_its_last_save(
     first: ColdStart, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cold_start_module, "SAVE_EVERY", 0.0)
@@ -177,7 +177,7 @@ def test_a_killed_one_loses_what_came_after_the_last_save(
         cold_start(engines(), tmp_path, print, KilledAt(6))
     lines: list[str] = []
     started = cold_start(engines(), tmp_path, lines.append)
-    assert lines[0] == "cold start: going on after 5 updates"
+    assert lines[0] == "cold start: going on after 7 updates"
     assert started is not None
     assert_same(started.params, first.params)
 
@@ -192,6 +192,39 @@ def test_a_damaged_unfinished_one_begins_anew(first: ColdStart, tmp_path: Path) 
     assert_same(started.params, first.params)
     assert not any("going on" in line for line in lines)
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_one_that_cannot_be_saved_goes_on_to_its_end(
+    first: ColdStart, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full for now; then what a version saved that had other optimiser states."""
+
+    def full(*_: Any) -> None:
+        raise UserError("no space left")
+
+    lines: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(cold_start_module, "SAVE_EVERY", 0.0)
+        patch.setattr(cold_start_module.Checkpoints, "save", lambda saves, step, state, progress: (
+            full() if "prompts" in progress else save(saves, step, state, progress)))  # fmt: skip
+        started = cold_start(engines(), tmp_path, lines.append)
+    assert lines[0] == "cold start: it cannot be saved before its end: no space left"
+    assert started is not None
+    assert_same(started.params, first.params)
+    shutil.rmtree(tmp_path)
+
+    directory = tmp_path / f"{cold_start_module._fingerprint(engines(), max_steps=0)}.unfinished"
+    with cold_start_module.Checkpoints(directory) as saves:
+        saves.save(3, {"w": jax.numpy.ones(2)}, {})
+    lines.clear()
+    started = cold_start(engines(), tmp_path, lines.append)
+    assert lines[0].startswith("cold start: it begins anew: ")
+    assert lines[1] == f"cold start: it is not saved before its end; remove {directory}"
+    assert started is not None
+    assert_same(started.params, first.params)
+
+
+save = cold_start_module.Checkpoints.save
 
 
 def test_two_that_are_made_at_once(first: ColdStart, tmp_path: Path) -> None:
