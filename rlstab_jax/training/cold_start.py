@@ -80,13 +80,13 @@ def cold_start(
         return _train(engines, task, params, say, stop or Stop())
     initial = checksums(params) if engines.config.initial else None
     entry = cache / _fingerprint(engines, initial)
-    if by_first(entry.exists) and (kept := _from_cache(entry, params, say)) is not None:
-        return dataclasses.replace(kept, params=engines.place(kept.params))
+    if (kept := _from_cache(engines, entry, params, say)) is not None:
+        return kept
     # Whatever the steps that are allowed: with more of them it goes on.
     unfinished = cache / f"{_fingerprint(engines, initial, max_steps=0)}.unfinished"
     with _saves(unfinished, entry, say) as saves:
-        if by_first(entry.exists) and (kept := _from_cache(entry, params, say)) is not None:  # made meanwhile
-            return dataclasses.replace(kept, params=engines.place(kept.params))
+        if (kept := _from_cache(engines, entry, params, say)) is not None:  # made meanwhile
+            return kept
         result = _train(engines, task, params, say, stop or Stop(), saves)
         if result is not None:
             _keep(entry, result, say)
@@ -133,8 +133,10 @@ def _saves(directory: Path, entry: Path, say: Callable[[str], None]) -> Iterator
                 shutil.rmtree(directory, ignore_errors=True)
 
 
-def _from_cache(entry: Path, template: dict, say: Callable[[str], None]) -> ColdStart | None:
-    """What is kept in ``entry``; None if it is damaged, which is said, and it is removed."""
+def _from_cache(engines: Engines, entry: Path, template: dict, say: Callable[[str], None]) -> ColdStart | None:
+    """What is kept in ``entry``; None if it is not there, or damaged, which is said, and it is removed."""
+    if not by_first(entry.exists):
+        return None
     try:
         with Checkpoints(entry, read_only=True, notify=lambda line: None) as checkpoints:
             restored = checkpoints.restore({"params": template})
@@ -146,7 +148,7 @@ def _from_cache(entry: Path, template: dict, say: Callable[[str], None]) -> Cold
         return None
     steps, state, progress = restored
     say(f"cold start: accuracy {progress['accuracy']:.3f} after {steps} updates, from {entry}")
-    return ColdStart(state["params"], progress["accuracy"], steps)
+    return ColdStart(engines.place(state["params"]), progress["accuracy"], steps)
 
 
 def _fingerprint(engines: Engines, initial: dict[str, int] | None = None, **but: Any) -> str:
