@@ -132,6 +132,16 @@ def test_a_damaged_one_is_made_again(first: ColdStart, cache: Path, tmp_path: Pa
     assert "from" in lines[-1]
 
 
+def finished(first: ColdStart, cache: Path) -> list[str]:
+    """The lines of a cold start there, which must end as the first one did."""
+    lines: list[str] = []
+    started = cold_start(engines(), cache, lines.append)
+    assert started is not None
+    assert (started.accuracy, started.steps) == (first.accuracy, first.steps)
+    assert_same(started.params, first.params)
+    return lines
+
+
 class StopAt(Stop):
     """Asks to stop after so many more updates than one."""
 
@@ -175,22 +185,14 @@ def test_a_killed_one_goes_on_from_its_last_save(
     monkeypatch.setattr(cold_start_module, "SAVE_EVERY", 0.0)
     with pytest.raises(KeyboardInterrupt):
         cold_start(engines(), tmp_path, print, KilledAt(6))
-    lines: list[str] = []
-    started = cold_start(engines(), tmp_path, lines.append)
-    assert lines[0] == "cold start: going on after 7 updates"
-    assert started is not None
-    assert_same(started.params, first.params)
+    assert finished(first, tmp_path)[0] == "cold start: going on after 7 updates"
 
 
 def test_a_damaged_unfinished_one_begins_anew(first: ColdStart, tmp_path: Path) -> None:
     assert cold_start(engines(), tmp_path, print, StopAt(2)) is None
     for header in tmp_path.glob("*.unfinished/*/header/metadata"):
         header.unlink()
-    lines: list[str] = []
-    started = cold_start(engines(), tmp_path, lines.append)
-    assert started is not None
-    assert_same(started.params, first.params)
-    assert not any("going on" in line for line in lines)
+    assert not any("going on" in line for line in finished(first, tmp_path))
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -202,26 +204,20 @@ def test_one_that_cannot_be_saved_goes_on_to_its_end(
     def full(*_: Any) -> None:
         raise UserError("no space left")
 
-    lines: list[str] = []
     with monkeypatch.context() as patch:
         patch.setattr(cold_start_module, "SAVE_EVERY", 0.0)
         patch.setattr(cold_start_module.Checkpoints, "save", lambda saves, step, state, progress: (
             full() if "prompts" in progress else save(saves, step, state, progress)))  # fmt: skip
-        started = cold_start(engines(), tmp_path, lines.append)
+        lines = finished(first, tmp_path)
     assert lines[0] == "cold start: it cannot be saved before its end: no space left"
-    assert started is not None
-    assert_same(started.params, first.params)
     shutil.rmtree(tmp_path)
 
     directory = tmp_path / f"{cold_start_module._fingerprint(engines(), max_steps=0)}.unfinished"
     with cold_start_module.Checkpoints(directory) as saves:
         saves.save(3, {"w": jax.numpy.ones(2)}, {})
-    lines.clear()
-    started = cold_start(engines(), tmp_path, lines.append)
+    lines = finished(first, tmp_path)
     assert lines[0].startswith("cold start: it begins anew: ")
     assert lines[1] == f"cold start: it is not saved before its end; remove {directory}"
-    assert started is not None
-    assert_same(started.params, first.params)
 
 
 save = cold_start_module.Checkpoints.save
@@ -230,12 +226,9 @@ save = cold_start_module.Checkpoints.save
 def test_two_that_are_made_at_once(first: ColdStart, tmp_path: Path) -> None:
     """The second one keeps its hands off what the first one saves."""
     name = cold_start_module._fingerprint(engines(), max_steps=0)
-    lines: list[str] = []
     with held(tmp_path / f"{name}.unfinished"):
-        started = cold_start(engines(), tmp_path, lines.append)
+        lines = finished(first, tmp_path)
     assert lines[0].startswith("cold start: another process makes the same one and saves it")
-    assert started is not None
-    assert_same(started.params, first.params)
     assert len(list(tmp_path.iterdir())) == 1
 
 
