@@ -77,6 +77,9 @@ class LearnerConfig:
     """Tokens of each response and its prompt, evenly spread, that PR2's predictors learn from; they are kept with what
     each router read, layers x (model.embed_dim + model.num_experts) numbers a token; as many of every token of a part
     (score_micro_batches) while that is scored."""
+    live_gap: bool = True
+    """Where replay alters pi_old (R3, PR2): score each batch once more, with live routing, for discrepancy_live/*.
+    Nothing else depends on it: without it a run is the same, less one scoring pass of each global step."""
     replay_of: Literal["recorded", "permuted", "initial"] = "recorded"
     """What R3 replays: what the inference engine recorded, or a control in its place: the experts of another token of
     the row, or what the training engine chooses at the weights that RL began with."""

@@ -26,7 +26,7 @@ from rlstab_jax.training.collect import Batch, Responses, collect, length_punish
 from rlstab_jax.training.engines import EnginePair, Engines, judge, row_sharding
 from rlstab_jax.training.measure import decode_statistics, rollout_metrics, rollout_statistics, timed, update_metrics
 from rlstab_jax.training.partial import Unfinished, begin, go_on, lag_statistics
-from rlstab_jax.training.passes import packed, rescore, routes_to_replay, sample_responses, score_old
+from rlstab_jax.training.passes import packed, rescore, routes_to_replay, sample_responses, score_live, score_old
 from rlstab_jax.training.queue import Experience, Queue, laid_out, start
 from rlstab_jax.types import Rollout, RoutingReplay, Scores, join_rows, take_rows
 
@@ -130,14 +130,12 @@ def produce(
     with timed("score") as scoring_time:
         sampled, rollout = rollout, routes_to_replay(engines, reference, rollout, step)
         old, statistics = score_old(engines, params, rollout, engines.replay, predictor)
-        # Replay alters the policy that is measured, so the gap with live routes is measured as well.
-        altered = engines.replay.alters_old
-        live = score_old(engines, params, rollout, RoutingReplay.LIVE)[0] if altered else old
+        live = score_live(engines, params, rollout) if engines.replay.alters_old else old
         if config.rollout.log_probs == "rescore":
             decoded, rollout = rollout, rescore(engines, params, rollout)
             statistics = statistics | decode_statistics(decoded, rollout.log_probs)
         chosen = replace(rollout, routes=sampled.routes)
-        statistics = statistics | rollout_statistics(chosen, old, live.log_probs, config.model.num_experts)
+        statistics = statistics | rollout_statistics(chosen, old, live, config.model.num_experts)
         batch.metrics.update(rollout_metrics(statistics))
     batch.metrics.update(scoring_time)
     return conclude(engines, reference, replace(batch, rollout=rollout), old)
@@ -157,8 +155,8 @@ def another_round(
             texts, rewards = judge(engines.task, one.prompts, one.rollout)
         responses = Responses(one.prompts, one.rollout, texts, rewards, one.seconds | judging_time)
         batch = collect(lambda *_: responses, one.prompts, (), attempts=1)
-        live = one.old if one.live is None else one.live
-        statistics |= rollout_statistics(one.rollout, one.old, live.log_probs, engines.config.model.num_experts)
+        live = one.live if engines.replay.alters_old else one.old
+        statistics |= rollout_statistics(one.rollout, one.old, live, engines.config.model.num_experts)
         statistics |= lag_statistics(one.rollout, of_step)
         batch.metrics.update(rollout_metrics(statistics))
         return laid_out(engines, conclude(making, reference, batch, one.old))

@@ -17,27 +17,25 @@ from rlstab_jax.stability.reduce import Mean, Statistics, merge, values
 from rlstab_jax.stability.routing import disagreement, load_max
 from rlstab_jax.types import Rollout
 
-LogProbs = Float[Array, "batch R"]
-
 
 @partial(jax.jit, static_argnames="num_experts")
-def rollout_statistics(rollout: Rollout, old: PolicyScores, live: LogProbs, num_experts: int) -> Statistics:
-    """The gap between mu_old and pi_old: ``discrepancy/*`` as trained on, ``discrepancy_live/*`` with live routes.
+def rollout_statistics(rollout: Rollout, old: PolicyScores, live: PolicyScores | None, num_experts: int) -> Statistics:
+    """The gap between mu_old and pi_old: ``discrepancy/*`` as trained on, ``discrepancy_live/*`` with live routes, if
+    these were scored.
 
     ``routing/rollout_vs_old`` [layer] compares live choices: the sampler's own with pi_old's at each layer.
     """
     mask = rollout.response_mask
-    statistics = {
-        **_prefixed("discrepancy", discrepancy(old.log_probs, rollout.log_probs, mask)),
-        **_prefixed("discrepancy_live", discrepancy(live, rollout.log_probs, mask)),
-    }
+    statistics = _prefixed("discrepancy", discrepancy(old.log_probs, rollout.log_probs, mask))
+    if live is not None:
+        statistics |= _prefixed("discrepancy_live", discrepancy(live.log_probs, rollout.log_probs, mask))
     if rollout.routes is not None and old.live is not None:
         statistics["routing/rollout_vs_old"] = disagreement(rollout.routes, old.live, rollout.fed_mask, num_experts)
     return statistics
 
 
 @jax.jit
-def decode_statistics(rollout: Rollout, rescored: LogProbs) -> Statistics:
+def decode_statistics(rollout: Rollout, rescored: Float[Array, "batch R"]) -> Statistics:
     """The gap between the log-probs that drove the draw and those of a scoring pass by the same engine."""
     return _prefixed("discrepancy/decode_vs_score", discrepancy(rescored, rollout.log_probs, rollout.response_mask))
 

@@ -34,7 +34,7 @@ from rlstab_jax.stability.reduce import Statistics, mean_of
 from rlstab_jax.tasks import Prompt
 from rlstab_jax.training.engines import Engines
 from rlstab_jax.training.measure import timed
-from rlstab_jax.training.passes import go_on_sampling, sample_responses, score_old
+from rlstab_jax.training.passes import go_on_sampling, sample_responses, score_live, score_old
 from rlstab_jax.types import Rollout, RoutingReplay
 
 
@@ -45,7 +45,7 @@ class Unfinished:
     Attributes:
       rollout: with room for whole responses.
       old: pi_old of the tokens that there are.
-      live: the same with live routing, under R3.
+      live: the same with live routing, under R3, if that is scored.
       prompts: of its groups.
       rounds: made so far.
       seconds: that they took, by the name of their metric.
@@ -126,11 +126,8 @@ def lag_statistics(rollout: Rollout, step: jax.Array | int) -> Statistics:
 
 
 def _live(engines: Engines, params: dict, rollout: Rollout) -> PolicyScores | None:
-    """Replay alters the policy that is measured, so the gap with live routes is measured as well."""
-    if engines.replay is not RoutingReplay.R3:
-        return None
-    scores, _ = score_old(engines, params, rollout, RoutingReplay.LIVE)
-    return PolicyScores(scores.log_probs, scores.entropy, None, None, None)
+    scores = score_live(engines, params, rollout) if engines.replay.alters_old else None
+    return None if scores is None else PolicyScores(scores.log_probs, scores.entropy, None, None, None)
 
 
 @partial(jax.jit, static_argnames=("begun", "first"))

@@ -130,6 +130,13 @@ def score_old(
     return _score(engines, engines.training, variables, rollout, replay, observed)
 
 
+def score_live(engines: Engines, params: dict, rollout: Rollout) -> PolicyScores | None:
+    """pi_old with live routing, where replay alters the policy that is measured; None if that gap is not asked for."""
+    if not engines.config.learner.live_gap:
+        return None
+    return score_old(engines, params, rollout, RoutingReplay.LIVE)[0]
+
+
 def rescore(engines: Engines, params: dict, rollout: Rollout) -> Rollout:
     """The rollout with log-probs of a scoring pass by the inference engine's weights in the place of the sampler's.
 

@@ -202,7 +202,7 @@ def _runs(programs: Programs, name: str) -> float:
     if name == "decode":  # a wave ends when the longest of its responses does
         return waves * (config.rollout.response_length - 1)
     # Where replay alters the old pass it runs once more, with live routes, to measure what that changes.
-    passes = 2 if programs.engines.replay.alters_old else 1
+    passes = 2 if programs.engines.replay.alters_old and config.learner.live_gap else 1
     passes += config.rollout.log_probs == "rescore"
     passes += config.learner.replay_of == "initial"
     passes += config.objective.needs_reference

@@ -116,7 +116,7 @@ def blank(engines: EnginePair) -> Queue:
     if not rollout.partial:
         return (finished,) * rollout.lag
     live = None
-    if engines.replay is RoutingReplay.R3:
+    if engines.replay.alters_old and config.learner.live_gap:
         live = PolicyScores(of_tokens, of_tokens, None, None, None)
     return (finished, *[Unfinished(rows.rollout, rows.old, live, [], 0, {})] * (rollout.lag - 1))
 

@@ -281,6 +281,14 @@ def test_replay_alters_the_policy_that_is_measured() -> None:
     assert live["routing/rollout_vs_old"] == pytest.approx(np.mean(layers))
 
 
+def test_the_gap_with_live_routing_is_measured_alone() -> None:
+    """Without that pass a run is the same, bit for bit, and lacks its metrics alone."""
+    (state, with_gap), (spared, without) = (two_steps(configured(learner={"live_gap": gap})) for gap in (True, False))
+    jax.tree.map(np.testing.assert_array_equal, state.train.params, spared.train.params)
+    lacking = {name for name in with_gap[1] if name not in without[1]}
+    assert lacking == {name for name in with_gap[1] if name.startswith("discrepancy_live/")} != set()
+
+
 def test_a_reference_replays_what_pi_old_replays() -> None:
     """At equal weights R3's KL to the reference is 0: it holds no discrepancy of the engines."""
     config = configured(objective={"kl_coefficient": 0.1}, learner={"replay": "r3"})

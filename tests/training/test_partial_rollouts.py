@@ -13,7 +13,8 @@ from rlstab_jax.learner import score
 from rlstab_jax.learner.score import replayed_routes
 from rlstab_jax.tasks import prompt_iterator
 from rlstab_jax.training.engines import build, initial_params
-from rlstab_jax.training.partial import begin, go_on
+from rlstab_jax.training.partial import Unfinished, begin, go_on
+from rlstab_jax.training.queue import blank
 from rlstab_jax.training.run import train
 from rlstab_jax.training.validate import validate
 from rlstab_jax.types import RoutingReplay, UserError
@@ -54,6 +55,15 @@ def test_pi_old_is_of_the_version_that_drew_the_token(replay: str) -> None:
         live, _ = score(engines.training, {"params": older}, rollout)
         until = rollout.prompt_length + 4 - 1
         np.testing.assert_array_equal(live.routes[:, :, :until], routes[:, :, :until])
+
+
+def test_rounds_keep_no_live_log_probs_that_are_not_asked_for() -> None:
+    engines = build(configured(rollout=ROUNDS, learner={"live_gap": False}))
+    prompts = next(prompt_iterator(engines.task.split("train"), engines.config.prompts_per_step, seed=0))
+    begun = begin(engines, engines.place(initial_params(engines.training, 0)), prompts, 1, version=0)
+    restored = blank(engines)[1]
+    assert isinstance(restored, Unfinished)
+    assert begun.live is restored.live is None
 
 
 def test_a_run_with_partial_rollouts(tmp_path: Path) -> None:
