@@ -18,6 +18,7 @@ import numpy as np
 
 from experiments import drawing, off_policy
 from experiments.off_policy import REPLAYS, name
+from experiments.pairing import tens
 from experiments.setting import base, replay
 from experiments.study import Panel, Run, Study, main
 
@@ -46,14 +47,11 @@ MEASURED = (
 def validity(runs: Mapping[str, list[Run]]) -> list[dict[str, Any]]:
     """What the first-order approximation rests on, beside how the cells ended.
 
-    Of each measure the median over a run, whose tails are heavy, and the mean over runs.
+    Ten pairs at a time. Of each measure the median over a run, whose tails are heavy, and the mean over runs.
     """
     rows = []
-    for of_cell, done in runs.items():
-        if not done:
-            continue
-        collapsed = sum(run.outcome.kind == "collapsed" for run in done)
-        row = {"cell": of_cell, "runs": len(done), "collapsed": collapsed} | drawing.interval(done, "final")
+    for of_cell, done in ((of_cell, ten) for of_cell, of_all in runs.items() for ten in tens(of_all)):
+        row = {"cell": of_cell} | drawing.ended(done) | drawing.interval(done, "final")
         rows.append(row | {measure: float(np.mean([run.median(measure) for run in done])) for measure in MEASURED})
     return rows
 

@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 
 from experiments import statistics
+from experiments.pairing import blocks, span, tens
 from experiments.study import Run, Study
 
 matplotlib.use("Agg")
@@ -21,6 +22,7 @@ from matplotlib.axes import Axes
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 STYLES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)), (0, (3, 1)), (0, (8, 2)), "-")
 MARKERS = "os^Dv<P"
+COLUMNS = 4  # of panels, at most
 MEASURED = ("discrepancy/k3", "routing/rollout_vs_old", "staleness/k3", "trust/masked", "weight/ess", "policy/entropy")
 
 Runs = Mapping[str, list[Run]]
@@ -47,12 +49,12 @@ def tables(study: Study, runs: Runs) -> dict[str, list[dict[str, Any]]]:
 
 
 def cell_table(study: Study, runs: Runs) -> list[dict[str, Any]]:
-    """For each cell that has runs: how they ended, the endpoints with 95% intervals, means of what was measured."""
+    """For each cell that has runs, ten pairs at a time: how they ended, the endpoints with 95% intervals, means of what
+    was measured.
+    """
     rows = []
-    for cell in study.cells:
-        if not (done := runs[cell.name]):
-            continue
-        row = {"cell": cell.name} | ended(done) | {"degraded": sum(run.outcome.kind == "degraded" for run in done)}
+    for name, done in ((cell.name, ten) for cell in study.cells for ten in tens(runs[cell.name])):
+        row = {"cell": name} | ended(done) | {"degraded": sum(run.outcome.kind == "degraded" for run in done)}
         for endpoint in ("final", "peak", "speed"):
             row |= interval(done, endpoint)
         row |= {name: float(np.mean([run.mean(name) for run in done])) for name in MEASURED}
@@ -62,10 +64,10 @@ def cell_table(study: Study, runs: Runs) -> list[dict[str, Any]]:
 
 
 def ended(runs: Sequence[Run]) -> dict[str, Any]:
-    """How many runs there are and how many of them collapsed, with the exact interval of the share, for a table."""
-    collapsed = sum(run.outcome.kind == "collapsed" for run in runs)
-    low, high = statistics.clopper_pearson(collapsed, len(runs))
-    return {"runs": len(runs), "collapsed": collapsed, "collapsed_low": low, "collapsed_high": high}
+    """The pairs of some runs, and how many of these collapsed, with the exact interval of the share, for a table."""
+    count, (_, low, high) = sum(run.collapsed for run in runs), collapsed(runs)
+    of = {"pairs": span(runs), "runs": len(runs)}
+    return of | {"collapsed": count, "collapsed_low": low, "collapsed_high": high}
 
 
 def interval(runs: Sequence[Run], endpoint: str) -> dict[str, Any]:
@@ -95,31 +97,45 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def panels(study: Study, runs: Runs, path: Path) -> None:
-    """Above, held-out accuracy: mean and the 10th to 90th percentile of the runs. Below, the share not collapsed."""
-    shown = [panel for panel in study.panels if any(runs[name] for name in panel.cells)]
+    """Above, held-out accuracy: mean and the 10th to 90th percentile of the runs. Below, the share not collapsed.
+
+    What stands in one panel is of the same pairs; a panel that would mix them is drawn as several.
+    """
+    shown = [(panel, block) for panel in study.panels for block in blocks({name: runs[name] for name in panel.cells})]
     if not shown:
         return
-    size = (3.4 * len(shown) + 0.6, 5.6)
-    figure, grid = plt.subplots(2, len(shown), figsize=size, dpi=150, layout="constrained", squeeze=False)
-    for (above, below), panel in zip(grid.T, shown, strict=True):
-        above.set_title(panel.title, fontsize=9, loc="left")
-        for i, name in enumerate(name for name in panel.cells if runs[name]):
+    columns = min(len(shown), COLUMNS)
+    bands = math.ceil(len(shown) / columns)
+    size = (3.4 * columns + 0.6, 6.3 * bands + 0.3)
+    figure, grid = plt.subplots(2 * bands, columns, figsize=size, dpi=150, layout="constrained", squeeze=False)
+    places = [(grid[2 * band, i], grid[2 * band + 1, i]) for band in range(bands) for i in range(columns)]
+    for ax in (ax for place in places[len(shown) :] for ax in place):
+        ax.remove()
+    for (above, below), (panel, block) in zip(places, shown, strict=False):
+        plain(above)
+        plain(below)
+        above.set_title(f"{panel.title}\n(pairs {block.pairs})", fontsize=9, loc="left")
+        for name, done in block.runs.items():
+            i = panel.cells.index(name)
             style = {
                 "color": COLOURS[i % len(COLOURS)],
                 "linestyle": STYLES[(i + i // len(COLOURS)) % len(STYLES)],
                 "linewidth": 1.4,
             }
-            _curve(above, runs[name], f"{study.cell(name).label or name} ({len(runs[name])})", style)
-            _survival(below, runs[name], style)
+            _curve(above, done, f"{study.cell(name).label or name} ({len(done)})", style)
+            _survival(below, done, style)
         above.set_ylim(0, 1)
         below.set_ylim(-0.03, 1.03)
         below.set_xlabel("gradient steps", fontsize=8)
-        above.legend(fontsize=6, frameon=False, loc="upper left")
-    grid[0, 0].set_ylabel("held-out accuracy (training engine)", fontsize=8)
-    grid[1, 0].set_ylabel("share of runs not collapsed (95% interval)", fontsize=8)
-    for ax in grid.flat:
-        plain(ax)
-    title = f"{study.question}. Bands: 10th to 90th percentile of runs; in brackets their number"
+        handles, names = above.get_legend_handles_labels()
+        below.legend(handles, names, fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(-0.05, -0.18))
+    for above, below in places[::columns]:
+        above.set_ylabel("held-out accuracy (training engine)", fontsize=8)
+        below.set_ylabel("share of runs not collapsed", fontsize=8)
+    title = (
+        f"{study.question}. Bands: above, the 10th to 90th percentile of the runs, whose number is in brackets; below, "
+        "95% intervals, once a run has collapsed and while one has not"
+    )
     figure.suptitle(textwrap.fill(title, int(14 * size[0])), fontsize=9)  # characters of an inch
     figure.savefig(path)
     plt.close(figure)
@@ -134,8 +150,8 @@ def _curve(ax: Axes, runs: Sequence[Run], label: str, style: Mapping[str, Any]) 
 
 
 def _survival(ax: Axes, runs: Sequence[Run], style: Mapping[str, Any]) -> None:
-    ends = np.array([run.outcome.onset if run.outcome.kind == "collapsed" else run.horizon for run in runs])
-    collapsed = np.array([run.outcome.kind == "collapsed" for run in runs])
+    ends = np.array([run.outcome.onset if run.collapsed else run.horizon for run in runs])
+    collapsed = np.array([run.collapsed for run in runs])
     times, share, low, high = statistics.kaplan_meier(ends, collapsed)
     horizon = max(run.horizon for run in runs)
     times, share, low, high = (np.append(a, a[-1] if a is not times else horizon) for a in (times, share, low, high))
@@ -144,40 +160,54 @@ def _survival(ax: Axes, runs: Sequence[Run], style: Mapping[str, Any]) -> None:
 
 
 def by_level(lines: Mapping[str, Mapping[float, str]], runs: Runs, label: str, path: Path) -> None:
-    """Final accuracy and share of collapses of several lines of cells, each cell at a level, with 95% intervals."""
+    """Final accuracy and share of collapses of several lines of cells, each cell at a level, with 95% intervals.
+
+    A row of the picture is of the same pairs. A line has a gap at a level that has not been run.
+    """
     levels = sorted({level for cells in lines.values() for level in cells})
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4), dpi=150, layout="constrained")
-    for i, (name, cells) in enumerate(lines.items()):
-        there = [level for level in sorted(cells) if runs.get(cells[level])]
-        if not there:
-            continue
-        place = [levels.index(level) + 0.09 * (i - (len(lines) - 1) / 2) for level in there]
-        style: dict[str, Any] = {"color": COLOURS[i % 7], "linestyle": STYLES[i % 7], "marker": MARKERS[i % 7]}
-        style |= {"markersize": 4, "linewidth": 1.1, "capsize": 2, "label": name}
-        ends = [mean_of(runs[cells[level]], "final") for level in there]
-        counts = [
-            (sum(run.outcome.kind == "collapsed" for run in runs[cells[level]]), len(runs[cells[level]]))
-            for level in there
-        ]
-        shares = [count / total for count, total in counts]
-        bounds = [statistics.clopper_pearson(*count) for count in counts]
-        for ax, mean, low, high in (
-            (left, [e.mean for e in ends], [e.low for e in ends], [e.high for e in ends]),
-            (right, shares, [low for low, _ in bounds], [high for _, high in bounds]),
-        ):
-            ax.errorbar(place, mean, np.maximum(0, [np.subtract(mean, low), np.subtract(high, mean)]), **style)
-    left.set_ylabel("final held-out accuracy", fontsize=8)
-    right.set_ylabel("share of runs that collapsed", fontsize=8)
-    for ax in (left, right):
+    drawn = dict.fromkeys(name for cells in lines.values() for name in cells.values())
+    shown = blocks({name: runs.get(name, []) for name in drawn})
+    if not shown:
+        return
+    size = (8, 2.9 * len(shown) + 0.7)
+    figure, grid = plt.subplots(len(shown), 2, sharey="col", figsize=size, dpi=150, layout="constrained", squeeze=False)
+    for (left, right), block in zip(grid, shown, strict=True):
+        for i, (name, cells) in enumerate(lines.items()):
+            if not any(cell in block.runs for cell in cells.values()):
+                continue
+            done = [block.runs.get(cells.get(level, ""), []) for level in levels]
+            place = np.arange(len(levels)) + 0.09 * (i - (len(lines) - 1) / 2)
+            style: dict[str, Any] = {"color": COLOURS[i % 7], "linestyle": STYLES[i % 7], "marker": MARKERS[i % 7]}
+            style |= {"markersize": 4, "linewidth": 1.1, "capsize": 2, "label": name}
+            for ax, measured in ((left, _final), (right, collapsed)):
+                mean, low, high = np.array([measured(at) if at else (math.nan,) * 3 for at in done]).T
+                ax.errorbar(place, mean, np.maximum(0, [mean - low, high - mean]), **style)
+        left.set_ylabel("final held-out accuracy", fontsize=8)
+        right.set_ylabel("share of runs that collapsed", fontsize=8)
+        left.set_title(f"pairs {block.pairs}", fontsize=9, loc="left")
+    for ax in grid.flat:
         ax.set_xticks(range(len(levels)), [f"{level:g}" for level in levels])
         ax.set_xlabel(label, fontsize=8)
         ax.set_xlim(-0.5, len(levels) - 0.5)
-        ax.set_ylim(-0.03, 1.03)
         plain(ax)
-    handles, names = left.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=7, frameon=False)
+    grid[0, 1].set_ylim(-0.03, 1.03)
+    found = [ax.get_legend_handles_labels() for ax in grid[:, 0]]
+    entries = {name: handle for handles, names in found for handle, name in zip(handles, names, strict=True)}
+    order = [name for name in lines if name in entries]
+    handles = [entries[name] for name in order]
+    figure.legend(handles, order, loc="outside lower center", ncols=3, fontsize=7, frameon=False)
     figure.savefig(path)
     plt.close(figure)
+
+
+def _final(runs: Sequence[Run]) -> tuple[float, float, float]:
+    found = mean_of(runs, "final")
+    return found.mean, found.low, found.high
+
+
+def collapsed(runs: Sequence[Run]) -> tuple[float, float, float]:
+    count = sum(run.collapsed for run in runs)
+    return (count / len(runs), *statistics.clopper_pearson(count, len(runs)))
 
 
 def plain(ax: Axes) -> None:

@@ -3,6 +3,7 @@
 Confirmatory runs of `off_policy` and `high_rates` together; a method's best rate is that of its tuning runs.
 """
 
+import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from experiments import drawing, high_rates, off_policy, tuning
 from experiments.claims import ENOUGH
+from experiments.pairing import blocks
 from experiments.setting import LEARNING_RATE, RATES
 from experiments.study import RESULTS, Run, runs_of
 
@@ -38,40 +40,46 @@ def best(method: str, records: Mapping[str, dict[str, Any]]) -> float:
     return max(ends, key=ends.__getitem__) if len(ends) == len(RATES) else math.nan
 
 
-def table(records: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each method and rate that has enough runs.
+def lasts(method: str, runs: Mapping[str, list[Run]]) -> float:
+    """The largest rate at which at most a tenth of the runs collapsed; NaN unless more did at the next one."""
+    shares = {rate: drawing.collapsed(done)[0] for rate in RATES if (done := runs.get(cell_at(method, rate)))}
+    for rate, higher in itertools.pairwise(RATES):
+        if rate in shares and higher in shares and shares[rate] <= LASTS < shares[higher]:
+            return rate
+    return math.nan
 
-    Among them ``best`` and ``lasts``, which are 1 at the method's best rate in tuning, and at the largest rate at which
-    at most a tenth of the runs collapsed; 0 elsewhere.
+
+def table(records: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each method and rate that has enough runs, of each block of equal pairs: only these may be compared.
+
+    Among them ``best`` and ``lasts``, which are 1 at the method's best rate in tuning, and at the rate above which more
+    than a tenth of the runs collapse; 0 elsewhere.
     """
     runs, rows = confirmatory(records), []
+    shown = blocks({name: runs.get(name, []) for name in (cell_at(*of) for of in itertools.product(METHODS, RATES))})
     for method, label in METHODS.items():
-        of_method = []
-        for rate in RATES:
-            if (done := runs.get(cell_at(method, rate))) is None:
-                continue
-            row = {"method": label, "learning_rate": rate}
-            of_method.append(row | drawing.ended(done) | drawing.interval(done, "final"))
-        lasting = [row["learning_rate"] for row in of_method if row["collapsed"] <= LASTS * row["runs"]]
-        largest, tuned = max(lasting, default=math.nan), best(method, records)
-        for row in of_method:
-            row |= {"best": int(row["learning_rate"] == tuned), "lasts": int(row["learning_rate"] == largest)}
-        rows += of_method
+        largest, tuned = lasts(method, runs), best(method, records)
+        for block, rate in itertools.product(shown, RATES):
+            if len(done := block.runs.get(cell_at(method, rate), [])) >= ENOUGH:
+                row = {"method": label, "learning_rate": rate} | drawing.ended(done) | {"pairs": block.pairs}
+                row |= drawing.interval(done, "final")
+                rows.append(row | {"best": int(rate == tuned), "lasts": int(rate == largest)})
     return rows
 
 
 def lines(records: Mapping[str, dict[str, Any]]) -> list[tuple[str, ...]]:
-    """The table for a page: a line for each method, its rates beside each other."""
-    rows = {(row["method"], row["learning_rate"]): row for row in table(records)}
+    """The table for a page: a line for each method and ten pairs, its rates beside each other."""
+    rows = {(row["method"], row["pairs"], row["learning_rate"]): row for row in table(records)}
 
-    def shown(label: str, rate: float) -> str:
-        if (row := rows.get((label, rate))) is None:
+    def shown(label: str, pairs: str, rate: float) -> str:
+        if (row := rows.get((label, pairs, rate))) is None:
             return ""
         marks = "*" * row["best"] + "^" * row["lasts"]
         interval = f"[{row['final_low']:.2f}, {row['final_high']:.2f}]"
         return f"{row['final']:.2f} {interval}, {row['collapsed']} of {row['runs']}{' ' * bool(marks)}{marks}"
 
-    return [(label, *(shown(label, rate) for rate in RATES)) for label in METHODS.values()]
+    found = dict.fromkeys((label, pairs) for label, pairs, _ in rows)
+    return [(label, pairs, *(shown(label, pairs, rate) for rate in RATES)) for label, pairs in found]
 
 
 def draw(records: Mapping[str, dict[str, Any]], out: Path = FOLDER) -> None:

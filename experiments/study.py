@@ -167,6 +167,10 @@ class Run:
         return statistics.outcome(self.steps, self.accuracy, self.horizon, self.broken)
 
     @property
+    def collapsed(self) -> bool:
+        return self.outcome.kind == "collapsed"
+
+    @property
     def final(self) -> float:
         return statistics.final_accuracy(self.steps, self.accuracy, self.horizon)
 

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from experiments import drawing, off_policy, statistics
-from experiments.claims import SMALLEST, common
+from experiments.claims import SMALLEST
 from experiments.off_policy import name as cell_name
+from experiments.pairing import common
 from experiments.setting import RATES, at_rate, base, clipping, replay, updates
 from experiments.study import TUNING, Cell, Panel, Run, Study, main
 

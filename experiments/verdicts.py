@@ -42,13 +42,15 @@ from experiments.claims import (
     REFUTED,
     REPRODUCED,
     RULES,
+    UNASKED,
     UNDECIDED,
     Contrast,
     Verdict,
+    judge,
     verdicts,
 )
 from experiments.setting import LEARNING_RATE, RATES
-from experiments.study import RESULTS, read, read_records, runs_of
+from experiments.study import RESULTS, RUNS, read, read_records, runs_of
 
 CONFIRMATORY = tuple(
     module.STUDY
@@ -75,9 +77,12 @@ def page(results: Path) -> str:
         f'A verdict is "{REPRODUCED}", "{UNDECIDED}" or "{REFUTED}", and needs {ENOUGH} pairs of a cold start and a '
         f'seed; before that it is "{NOT_YET}". Differences are of held-out accuracy, paired, with 95% intervals of a '
         "hierarchical bootstrap; counts have exact intervals; p is adjusted by Holm within a study's primary "
-        "contrasts, and within its secondary ones.",
+        "contrasts, and within its secondary ones. An equivalence is refuted where the difference is beyond the margin "
+        "and not 0, though its interval may reach into the margin.",
         "## The paper's own claims (PAPER.md, section 6)",
         _table(PAPER, judged),
+        f"Seen, and not asked beforehand, so without a verdict: {UNASKED.says}. Training without it ends "
+        f"above training with it by {judge(UNASKED, runs[UNASKED.study]).figures}.",
         "Claim (m): the ablated gradients are neither equal to nor linearly correlated with the true one. Enumerated: "
         + enumerated(results),
         "In training, by large samples of the runs of MiniRL on-policy (`python -m experiments.gradients`):",
@@ -96,17 +101,19 @@ def page(results: Path) -> str:
         "## Where the claims on staleness could bite",
         "At the common rate no cell without clipping collapses. What was turned up in search of a regime where "
         "training without clipping and replay does, and on-policy training does not, on tuning seeds: no evidence "
-        "(`python -m experiments.regime`, [pictures](regime/curves.png)).",
+        "(`python -m experiments.regime`, [pictures](regime/curves.png)). Runs of a pair compare where they begin from "
+        "one cold start, so from one first accuracy.",
         _searched(records),
         "An earlier look saw N = 8 collapse at 2e-3 without clipping and replay, and recover the on-policy level with "
         "both at 1.5e-3, from one cold start. The same on fresh seeds and ten cold starts:",
         _table(LEADS, judged),
         "## By learning rate",
         "Final accuracy (95% interval) and collapses of the main methods on confirmatory seeds, where there are "
-        f"{ENOUGH} pairs or more. {LEARNING_RATE:g} is the common rate; *: the method's best rate in tuning, where all "
-        "four have tuning runs; ^: the largest rate at which at most a tenth of the runs collapsed "
-        "([more](rates/rates.csv), [picture](rates/by_rate.png)). No verdict.",
-        _rows(("method", *(f"{rate:g}" for rate in RATES)), rates.lines(records)),
+        f"{ENOUGH} pairs or more; only lines of the same pairs may be compared. {LEARNING_RATE:g} is the common rate; "
+        "*: the method's best rate in tuning, where all four have tuning runs; ^: at most a tenth of its runs "
+        "collapsed, and more at the next higher rate ([more](rates/rates.csv), [picture](rates/by_rate.png)). No "
+        "verdict.",
+        _rows(("method", "pairs", *(f"{rate:g}" for rate in RATES)), rates.lines(records)),
         "## Whether the gap's persistence, rather than its size, makes IS matter",
         "delta = log mu - log pi of the tokens of a fixed probe, at every 16th update of on-policy runs: its size "
         "(root mean square, nats), and its correlation over tokens with itself after more updates. If persistence "
@@ -145,13 +152,14 @@ def _searched(records: Mapping[str, dict[str, Any]]) -> str:
         (
             cell.name,
             f"{sum(run.outcome.kind == 'collapsed' for run in done)} of {len(done)}",
-            ", ".join(f"{run.final:.2f} ({run.pair})" for run in done),
+            ", ".join(f"{run.start[1]:.2f} to {run.final:.2f} ({run.pair})" for run in done),
             f"{np.median([run.median('staleness/k3') for run in done]):.2g}",
         )
         for cell in regime.STUDY.cells
         if (done := runs[cell.name])
     ]
-    return _rows(("cell", "collapsed", "final accuracy of each run (its pair)", "median KL of staleness (k3)"), rows)
+    head = ("cell", "collapsed", "first to final accuracy of each run (its pair)", "median KL of staleness (k3)")
+    return _rows(head, rows)
 
 
 def _progress(records: Mapping[str, dict[str, Any]], results: Path) -> str:
@@ -159,15 +167,18 @@ def _progress(records: Mapping[str, dict[str, Any]], results: Path) -> str:
     for study in STUDIES:
         done = runs_of(study, records)
         complete = sum(len(runs) >= ENOUGH for runs in done.values())
+        own = len(read(results / study.name / RUNS))
         link = f"[`{study.name}`]({study.name})" if any(done.values()) else f"`{study.name}`"
         command = f"`python -m experiments.{study.name} --draw`"
-        rows.append((link, str(len(study.cells)), str(complete), str(sum(map(len, done.values()))), command))
+        runs = str(sum(map(len, done.values())))
+        rows.append((link, str(len(study.cells)), str(complete), runs, str(own), command))
     for module in (gradients, persistence, engine_gaps):
         name = module.FOLDER.name
         measured = len(read(results / name / module.FILE))
         link = f"[`{name}`]({name})" if measured else f"`{name}`"
-        rows.append((link, "", "", str(measured), f"`python -m experiments.{name} --draw`"))
-    return _rows(("study", "cells", f"with {ENOUGH} pairs", "runs", "tables and pictures"), rows)
+        rows.append((link, "", "", str(measured), str(measured), f"`python -m experiments.{name} --draw`"))
+    head = ("study", "cells", f"with {ENOUGH} pairs", "runs", "not of a study above", "tables and pictures")
+    return _rows(head, rows)
 
 
 def _gradients(results: Path) -> str:

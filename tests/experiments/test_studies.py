@@ -81,8 +81,8 @@ def test_a_small_study_is_run_and_drawn(results: Path, monkeypatch: pytest.Monke
     assert (results / "small" / "cells.csv").read_text() == before
     lines = before.splitlines()
     assert len(lines) == 4
-    assert lines[0].startswith("cell,runs,collapsed,collapsed_low")
-    assert lines[1].startswith("live,2,")
+    assert lines[0].startswith("cell,pairs,runs,collapsed,collapsed_low")
+    assert lines[1].startswith("live,0–1,2,")
 
 
 def test_on_policy_neither_clipping_nor_r2_changes_anything(results: Path) -> None:
@@ -380,7 +380,8 @@ def test_the_protocol_holds_every_contrast_and_cell() -> None:
 
 def test_rates_are_compared_where_there_are_enough_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """R3 lasts up to the third rate, and tunes best at the second; live routing has too few runs, and no tuning."""
-    runs = {f"n8-clip-r3{suffix}": cell_of(FLAT, n) for suffix, n in (("", 0), ("-lr0.0015", 1), ("-lr0.002", 6))}
+    at = (("", 0), ("-lr0.0015", 1), ("-lr0.002", 6))
+    runs = {f"n8-clip-r3{suffix}": cell_of(FLAT[:10], n) for suffix, n in at}
     runs |= {f"n8-clip-r3-lr{rate:g}": cell_of([0.5 + 0.1 * (rate == RATES[1])] * 3) for rate in RATES[:2]}
     runs |= {"n8-clip-live": cell_of(FLAT[:9])}
     tuned = {cell.name: [] for cell in tuning.STUDY.cells}
@@ -394,8 +395,9 @@ def test_rates_are_compared_where_there_are_enough_runs(monkeypatch: pytest.Monk
     ]
     assert {row["method"] for row in rows} == {"N = 8, clip, R3"}
     line = next(line for line in rates.lines({}) if line[0] == "N = 8, clip, R3")
-    assert line[3].endswith(", 1 of 12 *^")
-    assert line[2] == ""
+    assert line[1] == "0–9"
+    assert line[4].endswith(", 1 of 10 *^")
+    assert line[3] == ""
 
 
 def test_the_committed_table_of_rates_follows_from_the_committed_metrics(tmp_path: Path) -> None:
