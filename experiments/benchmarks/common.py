@@ -64,6 +64,9 @@ class Spread(NamedTuple):
         return cls(float(median), float(low), float(high))
 
     def text(self, form: str = ".2f") -> str:
+        """The median and the quartiles, these unless they are one number, as of a single repetition."""
+        if self.low == self.high:
+            return f"{self.median:{form}}"
         return f"{self.median:{form}} [{self.low:{form}}, {self.high:{form}}]"
 
 

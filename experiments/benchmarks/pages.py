@@ -132,5 +132,5 @@ def lines_panel(
         axis.set_xticks(range(len(labels)), labels)
         axis.set_xlim(-0.4, len(labels) - 0.4)
     low, high = axis.get_ylim()
-    axis.set_ylim(min(0, low), 1.1 * high)
+    axis.set_ylim(min(0, low), max(0, 1.1 * high))
     axis.legend(fontsize=8)

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from matplotlib.ticker import LogLocator, StrMethodFormatter
+
 from experiments.benchmarks.common import Spread, fastest, rates, ratio
 from experiments.benchmarks.pages import (
     COLOURS,
@@ -125,6 +127,8 @@ def growth_panel(label: str) -> Panel:
         names = [r["name"] for r in cells[0]["contenders"]]
         axis.set(xscale="log", yscale="log", xlabel=label, ylabel="ms")
         axis.set_xticks([int(name) for name in names], names)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axis.minorticks_off()
         axis.legend(fontsize=8)
 
