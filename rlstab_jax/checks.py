@@ -61,7 +61,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return isinstance(value, hint)
     if get_origin(hint) is tuple:
-        if not isinstance(value, tuple | list):
+        if not isinstance(value, tuple):  # a list has no hash, which compiled functions need
             return False
         parts = get_args(hint)
         parts = parts[:1] * len(value) if parts[1:] == (...,) else parts

@@ -80,7 +80,7 @@ class DiagnoseOptions:
     """Options of a diagnosis."""
 
     out: Path | None = None
-    """Directory for gaps.json and gaps.png; runs/diagnose-<config> by default."""
+    """Directory for gaps.json and gaps.png; runs/diagnose-<checkpoint>-<config> by default."""
     precisions: tuple[str, ...] = ("float32", "bfloat16", "fp8_e4m3", "fp8_e4m3_router_exempt", "fp8_e5m2")
     """Number formats of the inference engine; others are fp8_e4m3_weights, fp8_e4m3_blocks, float16, int8, fp4_e2m1."""
     prompts: int = 64
@@ -258,7 +258,7 @@ def diagnose_command(arguments: Sequence[str], begin: Any) -> int:
         raise UserError("expected a checkpoint first: rlstab diagnose runs/my-run configs/quickstart.py")
     checkpoint, rest = Path(arguments[0]), arguments if arguments[0] in HELP else arguments[1:]
     path, options, config = parse("diagnose", rest, DiagnoseOptions())
-    out = options.out or Path("runs") / f"diagnose-{path.stem}"
+    out = options.out or Path("runs") / f"diagnose-{checkpoint.name}-{path.stem}"
     prepare_jax(options.compilation_cache)
     step, gaps = diagnose(config, checkpoint, options.precisions, options.prompts, begin, lambda g: print(g.precision))
     print_table(gaps)

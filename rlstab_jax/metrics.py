@@ -102,7 +102,7 @@ METRICS: dict[str, Metric] = {
     "policy/entropy": Metric(
         "entropy of pi_old, over the tokens that sampling kept, on mu_old's prefixes", "mean, tokens", "nats"
     ),
-    "learner/loss": Metric("the objective's loss", "mean, updates of the step", "1"),
+    "learner/loss": Metric("the objective's loss, with the router's losses if any", "mean, updates of the step", "1"),
     "learner/grad_norm": Metric("global gradient norm before clipping", "mean, updates of the step", "1"),
     "learner/broken": Metric(
         "tokens with a log-prob or an advantage that is NaN or infinite; the loss counts them as exactly 0",
@@ -111,9 +111,11 @@ METRICS: dict[str, Metric] = {
     ),
     "learner/packed_rows": Metric("rows that a mini-batch was packed into", "mean, updates of the step", "rows"),
     "learner/learning_rate": Metric("learning rate of the step's last update", "last", "1"),
-    "time/sample": Metric("wall-clock time of sampling", "sum", "s"),
-    "time/judge": Metric("wall-clock time of judging the responses", "sum", "s"),
-    "time/score": Metric("wall-clock time of the training engine's pass for pi_old", "sum", "s"),
+    "time/sample": Metric(
+        "wall-clock time of sampling the batch that is learnt from, under a lag in an earlier step", "sum", "s"
+    ),
+    "time/judge": Metric("wall-clock time of judging that batch", "sum", "s"),
+    "time/score": Metric("wall-clock time of scoring that batch: pi_old, live routing, a reference", "sum", "s"),
     "time/step": Metric("wall-clock time of the global step, in which the other times may overlap", "sum", "s"),
     "time/update": Metric("wall-clock time of the updates", "sum", "s"),
     "throughput/sample_tokens_per_s": Metric("response tokens sampled over time/sample", "ratio of sums", "tokens/s"),
@@ -133,9 +135,11 @@ METRICS: dict[str, Metric] = {
     "progress/tokens": Metric("response tokens sampled so far for training", "count", "tokens"),
 }
 
-# Those that only some runs have: with verifiers of their own, a punishment for length, dynamic sampling, packing, PR2.
+# Those that only some runs have: with a gap of live routing, verifiers of their own, a punishment for length, dynamic
+# sampling, packing, PR2.
 _OF_SOME_RUNS = (
     "discrepancy/decode_vs_score/",
+    "discrepancy_live/",
     "reward/component/",
     "reward/verifier_",
     "reward/overlong",

@@ -13,6 +13,7 @@ since nothing has changed there. W has Adam of its own, and a rate of its own.
 The inference engine knows no predictor: mu routes live, as under R2.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -91,6 +92,13 @@ def observe(routing: Routing, fed_mask: Bool[Array, "batch fed"], kept: int) -> 
     """What is kept of an old pass: ``kept`` tokens of each row."""
     columns, valid = evenly_spread(fed_mask, min(kept, fed_mask.shape[1]))
     return Observed(columns, valid, _at(routing.inputs, columns), _at(routing.scores, columns))
+
+
+def fed_alone(observed: Observed | None, fed_mask: Bool[Array, "batch fed"]) -> Observed | None:
+    """What was observed of tokens that an update feeds: it may leave some out, such as responses that were cut off."""
+    if observed is None:
+        return None
+    return replace(observed, valid=observed.valid & jnp.take_along_axis(fed_mask, observed.columns, axis=1))
 
 
 def _at(x: Float[Array, "layer batch fed n"], columns: Int[Array, "batch kept"]) -> Float[Array, "batch kept layer*n"]:

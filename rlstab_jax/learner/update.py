@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlstab_jax.learner.optimizer import LearnerNumbers, TrainState, apply_gradient
 from rlstab_jax.learner.packing import Packing
-from rlstab_jax.learner.predictor import Observed, divergence, learn
+from rlstab_jax.learner.predictor import Observed, divergence, fed_alone, learn
 from rlstab_jax.learner.score import PolicyScores, policy_scores, replayed_routes
 from rlstab_jax.models.layers import RouterSums, Routing
 from rlstab_jax.models.precision import Precision
@@ -186,7 +186,7 @@ def update(
         # The routers' shift is measured at the experts that pi_old used, whatever pi_theta chooses.
         model, routes = model.clone(replay=False), minibatch.old.routes
     # Under replay the routes are fixed for the update, so the old pass's own ones are not needed twice.
-    old = dataclasses.replace(minibatch.old, routes=None)
+    old = dataclasses.replace(minibatch.old, routes=None, observed=fed_alone(minibatch.old.observed, rollout.fed_mask))
     scores = Scores(
         target=old.log_probs,
         old=old.log_probs,

@@ -122,8 +122,9 @@ def cudnn(q: Query, k: Keys, v: Keys, segments: Segments) -> Query:
     """
     if q.dtype not in (jnp.bfloat16, jnp.float16) or q.shape[-1] % 8:
         raise UserError(
-            f"kernels.attention = 'cudnn' needs bfloat16 or float16 and model.head_dim a multiple of 8, but got "
-            f"{q.dtype} and {q.shape[-1]}: change these, or use 'reference'"
+            f"kernels.attention = 'cudnn' needs bfloat16 or float16 in both engines (learner.precision.dtype, "
+            f"rollout.precision.dtype) and model.head_dim a multiple of 8, but got {q.dtype} and {q.shape[-1]}: change "
+            "these, or use 'reference'"
         )
     if segments.dtype != bool:
         raise UserError(

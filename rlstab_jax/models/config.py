@@ -46,7 +46,7 @@ class Kernels:
 
 
 # Where a kernel exists that does not exist everywhere.
-_PLATFORM = {"cudnn": "gpu", "tokamax": "gpu", "splash": "tpu", "flash": "tpu", "megablox": "tpu", "narrow": "tpu"}
+PLATFORM = {"cudnn": "gpu", "tokamax": "gpu", "splash": "tpu", "flash": "tpu", "megablox": "tpu", "narrow": "tpu"}
 _HARDWARE = {"gpu": "an NVIDIA GPU", "tpu": "a TPU"}
 
 
@@ -83,7 +83,7 @@ def resolve_kernels(kernels: Kernels, platform: str, length: int = 0) -> Kernels
         raise UserError(f"kernels.expert_chunk = {kernels.expert_chunk}: expected tokens, or 0 for all at once")
     for name, instead in best.items():
         kernel = getattr(kernels, name)
-        needed = _PLATFORM.get(kernel, platform)
+        needed = PLATFORM.get(kernel, platform)
         if needed != platform:
             raise UserError(
                 f"kernels.{name} = {kernel!r} needs {_HARDWARE[needed]}, but this is {platform!r}: use 'auto' or "

@@ -1,5 +1,6 @@
 """How a run's config names its objective: a recipe, the numbers that differ from its defaults, and regularisers."""
 
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from rlstab_jax.checks import HUGE, TINY, check_fields, check_ranges
-from rlstab_jax.objectives import recipes, regularisers
+from rlstab_jax.objectives import fit, recipes, regularisers
 from rlstab_jax.objectives.core import Objective, Regulariser, piece
 from rlstab_jax.types import UserError
 
@@ -72,7 +73,8 @@ class ObjectiveConfig:
     floor: float | None = None
     """RSPO's smallest router-shift weight."""
     kl_coefficient: float = 0.0
-    """Of a KL to the policy that RL began with; 0 for none, and then no reference is kept or scored."""
+    """Of a KL to the policy that RL began with; 0 for none, and then no reference is kept or scored, unless ``recipe``
+    reads one."""
     kl_in: Literal["loss", "reward"] = "loss"
     """Where the KL is: a penalty in the loss, or in the reward of the sequence."""
     kl_estimator: Estimator = "k2"
@@ -82,7 +84,8 @@ class ObjectiveConfig:
 
     @property
     def needs_reference(self) -> bool:
-        return self.kl_coefficient != 0
+        """Whether it has a KL, or a recipe of one's own reads the reference."""
+        return self.kl_coefficient != 0 or (self.recipe is not None and _reads_reference(self))
 
     @property
     def needs_entropy(self) -> bool:
@@ -123,13 +126,18 @@ def build(config: ObjectiveConfig) -> Objective:
     return _regularised(recipe(**numbers), config)
 
 
+@functools.cache
+def _reads_reference(config: ObjectiveConfig) -> bool:
+    return fit.reads(build(config), "reference")
+
+
 def _regularised(objective: Objective, config: ObjectiveConfig) -> Objective:
-    if config.kl_estimator != "k2" and not (config.needs_reference and config.kl_in == "loss"):
+    if config.kl_estimator != "k2" and not (config.kl_coefficient and config.kl_in == "loss"):
         raise UserError("objective.kl_estimator: there is no KL in the loss; set kl_coefficient, and kl_in to 'loss'")
-    if config.kl_in == "reward" and not config.needs_reference:
+    if config.kl_in == "reward" and not config.kl_coefficient:
         raise UserError("objective.kl_in: set to 'reward', but kl_coefficient is 0; set a coefficient")
     added = []
-    if config.needs_reference and config.kl_in == "loss":
+    if config.kl_coefficient and config.kl_in == "loss":
         name = config.kl_estimator.removeprefix("corrected_")
         term = piece({"k1": regularisers.k1, "k2": regularisers.k2, "k3": regularisers.k3}[name])
         if config.kl_estimator.startswith("corrected_"):
@@ -138,7 +146,7 @@ def _regularised(objective: Objective, config: ObjectiveConfig) -> Objective:
     if config.needs_entropy:
         added.append(Regulariser(piece(regularisers.negative_entropy), config.entropy_coefficient))
     objective = replace(objective, regularisers=(*objective.regularisers, *added))
-    if config.needs_reference and config.kl_in == "reward":
+    if config.kl_coefficient and config.kl_in == "reward":
         penalty = piece(regularisers.kl_in_reward, coefficient=config.kl_coefficient, before=objective.reward)
         objective = replace(objective, reward=penalty)
     return objective

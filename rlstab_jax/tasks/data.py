@@ -42,7 +42,7 @@ def prompt_iterator(
         dataset = dataset.shuffle(seed=seed)
     if repeat:
         dataset = dataset.repeat()
-    dataset = dataset.batch(batch_size, drop_remainder=False, batch_fn=list)
+    dataset = dataset.batch(batch_size, drop_remainder=repeat, batch_fn=list)
     # Prompts cost microseconds: threads that read ahead would only add a state to restore.
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
 

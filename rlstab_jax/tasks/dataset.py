@@ -11,6 +11,7 @@ import numpy as np
 import tyro
 
 from rlstab_jax.tasks.extract import EXTRACTORS, Extract
+from rlstab_jax.tasks.hf_tokenizer import HFTokenizer
 from rlstab_jax.tasks.protocol import ChatTokenizer, Prompt, PromptSource, Rewards, Split, TaskConfig, Tokenizer
 from rlstab_jax.tasks.records import Fields, Layout, Question, read_questions
 from rlstab_jax.tasks.tokenizer import CharTokenizer
@@ -95,8 +96,8 @@ class Dataset:
 
     @property
     def description(self) -> dict[str, Any]:
-        """Numbers of prompts, those left out by reason, and fingerprints: of all texts and answers, and of what a cold
-        start learns from."""
+        """Numbers of prompts, those left out by reason, and fingerprints: of all texts and answers, of what a cold
+        start learns from, and of a tokeniser that comes from files."""
         content = hashlib.sha256(
             repr(sorted((n, p.text, p.answer) for n, s in self._splits.items() for p in s)).encode()
         )
@@ -107,6 +108,7 @@ class Dataset:
             "left_out": {reason: count for reason, count in self._left_out.items() if count},
             "fingerprint": content.hexdigest()[:16],
             "demonstrations": hashlib.sha256(repr(shown).encode()).hexdigest()[:16],
+            **({"tokenizer": self.tokenizer.fingerprint} if isinstance(self.tokenizer, HFTokenizer) else {}),
         }
 
     def remarks(self) -> list[str]:
@@ -250,8 +252,6 @@ def _prompts(questions: dict[str, Question], ids: dict[str, int]) -> tuple[Promp
 def _tokenizer(config: DatasetConfig) -> Tokenizer:
     if not config.tokenizer:
         return CharTokenizer(config.alphabet)
-    from rlstab_jax.tasks.hf_tokenizer import HFTokenizer  # its packages are an extra
-
     return HFTokenizer(config.tokenizer, config.stop)
 
 

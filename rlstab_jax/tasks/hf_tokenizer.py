@@ -1,6 +1,7 @@
 """The tokeniser of a Hugging Face checkpoint, with its chat template."""
 
 import datetime
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -53,6 +54,12 @@ class HFTokenizer:
             )
         padding = self._ids("pad")
         self.pad_id = padding[0] if padding else self.stop_ids[-1]  # masks exclude it, so any id will do
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of what decides which ids a text has, and which of them stop a response."""
+        content = (self.directory / "tokenizer.json").read_bytes() + repr((self.stop_ids, self.pad_id)).encode()
+        return hashlib.sha256(content).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``. Special tokens are known where ``text`` spells them; none are added."""

@@ -21,14 +21,15 @@ from rlstab_jax.inference import prepare, sample, sample_keys
 from rlstab_jax.models import Transformer
 from rlstab_jax.own_code import code_of
 from rlstab_jax.rundir import append, cut_lines, json_line, open_run, plain, write_aside
-from rlstab_jax.tasks import AnsweredTask, Dataset, Prompt, encode_prompts
-from rlstab_jax.tasks.dataset import numbered
+from rlstab_jax.tasks import AnsweredTask, Dataset, DescribedTask, Prompt, encode_prompts
+from rlstab_jax.tasks.dataset import DatasetConfig, numbered
 from rlstab_jax.tasks.records import Layout, Question, read_questions
 from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.diagnose import load_parameters
 from rlstab_jax.training.engines import Engines, build, judge
 from rlstab_jax.training.evaluate import evaluation_sampling
 from rlstab_jax.training.lock import held
+from rlstab_jax.training.pretrained import matched
 from rlstab_jax.training.statistics import bootstrap, ladder, majority, pass_at_k
 from rlstab_jax.types import UserError, take_rows
 
@@ -84,7 +85,7 @@ def assess(
       UserError: a mistake in the data or the numbers, no checkpoint there, another evaluation in ``out``, or a process
         that is at work there.
     """
-    engines = build(_without_training(config))
+    engines = build(_without_training(config, checkpoint, asked))
     prompts = _prompts(engines, asked)
     rows = engines.row_shards
     for name in ("samples", "batch"):
@@ -94,8 +95,7 @@ def assess(
         raise UserError(f"batch = {asked.batch}: expected a multiple of {rows}, the data-parallel devices")
     tokens, mask = encode_prompts(prompts, engines.task.tokenizer, _longest(engines, prompts))
     step, params = load_parameters(engines, checkpoint, best=not asked.newest)
-    content = hashlib.sha256(repr([(p.id, p.text, p.answer) for p in prompts]).encode()).hexdigest()[:16]
-    where = {"checkpoint": checkpoint.absolute(), "step": step, "content": content}
+    where = {"checkpoint": checkpoint.absolute(), "step": step, "content": _content(engines, prompts)}
     with held(out):
         run = open_run(
             out, {"config": {**where, **plain(asked), "run": config}, "code": code_of(config)}, fresh=fresh, say=say
@@ -105,31 +105,38 @@ def assess(
         done = _whole_batches(path, len(prompts), asked.batch)
         if done:
             say(f"going on after {done} prompts")
+        answers, of = cut_lines(path, "batch", math.inf), len(prompts) * asked.samples
         model = engines.inference if asked.engine == "inference" else engines.training_sampler
         prepared = engines.settle(prepare(params, model.precision, engines.mesh))
         for start in range(done, len(prompts), asked.batch):
             part = slice(start, start + asked.batch)
-            answered = _answers(engines, model, prepared, prompts[part], tokens[part], mask[part], asked)
-            lines = [json_line({"batch": start // asked.batch, **row}) for row in answered]
-            append(path, b"".join(lines))
+            answered = list(_answers(engines, model, prepared, prompts[part], tokens[part], mask[part], asked))
+            append(path, b"".join(json_line({"batch": start // asked.batch, **row}) for row in answered))
+            answers += answered
+            _check_failures(engines.task, answers, of, path)
             say(f"{min(start + asked.batch, len(prompts))}/{len(prompts)} prompts")
-        answers = cut_lines(path, "batch", math.inf)
-        measured = summary(answers)
-        _check_failures(engines.task, answers, measured, path)
+        _check_failures(engines.task, answers, of, path)
+        measured = summary(cut_lines(path, "batch", math.inf))
         result = {**where, "data": asked.data, "engine": asked.engine, **measured}
         write_aside(out / "eval.json", (json.dumps(plain(result), indent=2, allow_nan=False) + "\n").encode())
     return result
 
 
-def _check_failures(task: Any, rows: Sequence[dict[str, Any]], measured: dict[str, Any], path: Path) -> None:
-    """Raises UserError where a verifier failed on more of all responses than the task allows."""
-    failures, of = measured["verifier_failures"], measured["prompts"] * measured["samples"]
+def _check_failures(task: Any, rows: Sequence[dict[str, Any]], of: int, path: Path) -> None:
+    """Raises UserError where a verifier failed on more than the task allows of all ``of`` responses: as soon as it did,
+    since what comes later cannot mend it."""
+    failures = verifier_failures(rows)
     if isinstance(task, Dataset) and failures > task.config.max_verifier_failures * of:
         first = next(response["failure"] for row in rows for response in row["responses"] if "failure" in response)
         raise UserError(
-            f"verifiers failed on {failures} of {of} responses, more than task.max_verifier_failures allows; first: "
-            f"{first}. {path} has them all. Mend the verifier or the data"
+            f"verifiers failed on {failures} responses, more than task.max_verifier_failures allows of the {of} asked "
+            f"for; first: {first}. {path} has them all. Mend the verifier or the data"
         )
+
+
+def verifier_failures(rows: Sequence[dict[str, Any]]) -> int:
+    """Responses that a verifier failed on."""
+    return sum("failure" in response for row in rows for response in row["responses"])
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -153,17 +160,31 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "majority": over_prompts(majority(v, r) for v, r in zip(votes, right, strict=True)),
         "response_length": mean("length"),
         "truncated": mean("truncated"),
-        "verifier_failures": sum("failure" in response for of_prompt in responses for response in of_prompt),
+        "verifier_failures": verifier_failures(rows),
     }
 
 
-def _without_training(config: RunConfig) -> RunConfig:
-    """The config without what a run asks of its training files and held-out prompts: they need not be there."""
+def _without_training(config: RunConfig, checkpoint: Path, asked: Assessment) -> RunConfig:
+    """The config without what need not be there: a run's demands on its held-out prompts, its files where other prompts
+    are asked, and the parameters that it began from."""
+    run, task = checkpoint.parent if checkpoint.name == "checkpoints" else checkpoint, config.task
+    if asked.data and isinstance(task, DatasetConfig):
+        task = dataclasses.replace(task, train=(), heldout=())
+    if config.initial and (run / "manifest.json").exists():
+        config = dataclasses.replace(config, model=matched(config.model, run), initial="")
     return dataclasses.replace(
         config,
+        task=task,
         evaluation=dataclasses.replace(config.evaluation, every=0),
         cold_start=dataclasses.replace(config.cold_start, max_steps=0),
     )
+
+
+def _content(engines: Engines, prompts: Sequence[Prompt]) -> str:
+    """A fingerprint of what is asked, and of a tokeniser that comes from files."""
+    tokenizer = engines.task.description.get("tokenizer", "") if isinstance(engines.task, DescribedTask) else ""
+    asked = repr([(p.id, p.text, p.answer) for p in prompts]) + tokenizer
+    return hashlib.sha256(asked.encode()).hexdigest()[:16]
 
 
 def _prompts(engines: Engines, asked: Assessment) -> list[Prompt]:

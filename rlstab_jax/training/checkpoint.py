@@ -150,6 +150,8 @@ class Checkpoints:
         """As ``restore``, but of the good checkpoint with the highest metric; the newest if none has a metric."""
         steps = self.steps()
         best = self._by_metric(steps)
+        if best and steps[-1] > max(best):
+            self._notify(f"{self.directory}: step {best[0]} is the best of those evaluated; later ones were not")
         return self._first_good(best + [step for step in reversed(steps) if step not in best], template, partial)
 
     def wait(self) -> None:

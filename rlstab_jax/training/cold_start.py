@@ -29,7 +29,7 @@ from rlstab_jax.models import Transformer
 from rlstab_jax.own_code import code_of
 from rlstab_jax.parallel.distributed import by_first, first
 from rlstab_jax.rundir import plain
-from rlstab_jax.tasks import DemonstratedTask, DescribedTask, Prompt, encode_prompts, prompt_iterator
+from rlstab_jax.tasks import Dataset, DemonstratedTask, DescribedTask, Prompt, encode_prompts, prompt_iterator
 from rlstab_jax.training.checkpoint import Checkpoints
 from rlstab_jax.training.checksum import checksums
 from rlstab_jax.training.engines import Engines, beginning, initial_params
@@ -181,6 +181,7 @@ def _train(
     saves: Checkpoints | None = None,
 ) -> ColdStart | None:
     config = engines.config.cold_start
+    _check_demonstrations(engines, task)
     learner = LearnerConfig(learning_rate=config.learning_rate, warmup_steps=0)
     numbers = learner.numbers()
     template = engines.placed_like(lambda: init_state(initial_params(engines.training, 0), numbers))
@@ -231,7 +232,7 @@ def _train(
         )
         if engines.mesh.size > 1:
             state = engines.settle(engines.place(state))
-        if step % config.check_every == 0:
+        if step % config.check_every == 0 or step == config.max_steps:
             reached = check(state.params).mean
             best = max(best, reached)
             if reached >= config.target_accuracy:
@@ -276,12 +277,7 @@ def demonstrations(engines: Engines, task: DemonstratedTask, prompts: list[Promp
     responses = np.full((len(prompts), rollout.response_length), tokenizer.pad_id, np.int32)
     mask = np.zeros(responses.shape, bool)
     for row, prompt in enumerate(prompts):
-        ids = [*tokenizer.encode(task.demonstration(prompt, seed)), tokenizer.stop_ids[0]]
-        if len(ids) > rollout.response_length:
-            raise UserError(
-                f"the demonstration of prompt {prompt.id} has {len(ids)} tokens, but rollout.response_length = "
-                f"{rollout.response_length}: raise it, or use 0"
-            )
+        ids = _demonstrated(engines, task, prompt, seed)
         responses[row, : len(ids)] = ids
         mask[row, : len(ids)] = True
     return Rollout(
@@ -293,6 +289,26 @@ def demonstrations(engines: Engines, task: DemonstratedTask, prompts: list[Promp
         routes=None,
         temperature=jnp.ones(len(prompts), jnp.float32),
     )
+
+
+def _demonstrated(engines: Engines, task: DemonstratedTask, prompt: Prompt, seed: int) -> list[int]:
+    ids = [*task.tokenizer.encode(task.demonstration(prompt, seed)), task.tokenizer.stop_ids[0]]
+    length = engines.config.rollout.response_length
+    if len(ids) > length:
+        raise UserError(
+            f"the demonstration of prompt {prompt.id} ({prompt.text[:60]!r}) has {len(ids)} tokens, but "
+            f"rollout.response_length = {length}: raise it, use 0, or leave the record out"
+        )
+    return ids
+
+
+def _check_demonstrations(engines: Engines, task: DemonstratedTask) -> None:
+    """Raises UserError where a record of files demonstrates nothing, or more than the response's space holds: before
+    the first update, since its batch may come hours later."""
+    if isinstance(task, Dataset):
+        source = task.split("train")
+        for i in range(len(source)):
+            _demonstrated(engines, task, source[i], seed=0)
 
 
 @partial(jax.jit, static_argnames=("model", "logits_per_chunk"), donate_argnames="state")

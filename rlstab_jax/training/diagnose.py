@@ -117,11 +117,11 @@ def diagnose(
     if not precisions:
         raise UserError("no precision given: name at least one")
     engines = build(config)
-    step, params = load_parameters(engines, checkpoint)
     heldout = engines.task.split("heldout")
     rows = engines.row_shards
     if not (1 <= prompts <= len(heldout) and prompts % rows == 0):
         raise UserError(f"{prompts} prompts: expected 1 to {len(heldout)} (held out by the task), a multiple of {rows}")
+    step, params = load_parameters(engines, checkpoint)
     begin()
     asked = [heldout[i] for i in range(prompts)]
     gaps = []

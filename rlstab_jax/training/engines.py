@@ -17,8 +17,9 @@ from rlstab_jax.learner import Minibatch, PolicyScores, TrainState, state_shardi
 from rlstab_jax.learner.optimizer import check_frozen, offloaded
 from rlstab_jax.learner.update import LearnerNumbers
 from rlstab_jax.models import Transformer, expert_parallel, resolve_kernels
+from rlstab_jax.models.huggingface import parameter_shapes
 from rlstab_jax.models.sharding import logical_axes
-from rlstab_jax.objectives import Objective, advantages, advantages_of, check_rewards, coefficients, surrogate
+from rlstab_jax.objectives import Objective, advantages, check_rewards, fit
 from rlstab_jax.objectives import build as build_objective
 from rlstab_jax.parallel.distributed import exchange, on_host, put, share, together
 from rlstab_jax.parallel.host_memory import check_offload
@@ -26,9 +27,10 @@ from rlstab_jax.parallel.mesh import make_mesh
 from rlstab_jax.parallel.sharding import INFERENCE, TRAINING, Layout, check_divides, shardings
 from rlstab_jax.tasks import BatchTask, Dataset, Prompt, Rewards, Task, decode_responses
 from rlstab_jax.training.config import RunConfig
+from rlstab_jax.training.kernel_check import check_kernels
 from rlstab_jax.training.pretrained import load_parameters, matched
 from rlstab_jax.training.validate import validate
-from rlstab_jax.types import Rollout, RoutingReplay, Scores, UserError, row_axis
+from rlstab_jax.types import Rollout, RoutingReplay, UserError, row_axis
 
 GROUP_RELATIVE = (
     advantages.group_mean,
@@ -247,7 +249,7 @@ def build_pair(
     if config.learner.packing:
         _check_packing(config, {"mesh": rows, "rollout.mesh": rollout_rows})
     objective = build_objective(config.objective)
-    needs_router = _check_objective(objective)
+    fit.check(objective)
     if config.samples_per_prompt == 1 and objective.advantage.func in GROUP_RELATIVE:
         raise UserError(
             f"samples_per_prompt = 1, but objective {config.objective.name!r} compares the responses of one prompt: "
@@ -258,13 +260,23 @@ def build_pair(
     training = Transformer(model, learner.precision, kernels, learner.remat, learner.unroll, mesh)
     inference = Transformer(model, rollout.precision, kernels.for_inference(), mesh=mesh, rules=INFERENCE)
     if learner.freeze:
-        check_frozen(jax.eval_shape(partial(initial_params, training), 0), learner.freeze)
+        check_frozen(parameter_shapes(model), learner.freeze)
     for one in {mesh, sampling_mesh}:
         if one.size > 1:
-            shapes = jax.eval_shape(partial(initial_params, training), 0)
+            shapes = parameter_shapes(model)
             check_divides(one, shapes, logical_axes(shapes), TRAINING)
             if model.num_moe_layers:
                 expert_parallel.shared_scales(model.expert_dim, rollout.precision, Layout(one))
+    sampling = Sampling(
+        temperature=np.float32(rollout.temperature),
+        top_k=np.int32(rollout.top_k),
+        top_p=np.float32(rollout.top_p),
+        min_p=np.float32(rollout.min_p),
+        uniform=np.float32(rollout.uniform) if rollout.uniform else None,
+        stop_ids=np.array(stop_ids, np.int32),
+        pad_id=np.int32(pad_id),
+    )
+    check_kernels(config, training, inference, sampling)
     return EnginePair(
         config=config,
         mesh=mesh,
@@ -272,18 +284,10 @@ def build_pair(
         inference=inference,
         training=training,
         objective=objective,
-        needs_router=needs_router,
+        needs_router=fit.reads(objective, "router"),
         numbers=config.learner.numbers(),
         replay=RoutingReplay(config.learner.replay),
-        sampling=Sampling(
-            temperature=np.float32(rollout.temperature),
-            top_k=np.int32(rollout.top_k),
-            top_p=np.float32(rollout.top_p),
-            min_p=np.float32(rollout.min_p),
-            uniform=np.float32(rollout.uniform) if rollout.uniform else None,
-            stop_ids=np.array(stop_ids, np.int32),
-            pad_id=np.int32(pad_id),
-        ),
+        sampling=sampling,
     )
 
 
@@ -321,35 +325,6 @@ def meshes(config: RunConfig) -> tuple[Mesh, Mesh | None]:
     return make_mesh(config.mesh, devices[:-aside]), make_mesh(config.rollout.mesh, devices[-aside:])
 
 
-def _check_objective(objective: Objective) -> bool:
-    """Traces the objective on a small batch, so that a piece that does not fit is one clear line before any work.
-
-    Returns whether it needs the routers' log probabilities: whether it fails without.
-    """
-    array: Any = jax.ShapeDtypeStruct((2, 3), np.float32)
-    rows: Any = jax.ShapeDtypeStruct((2,), np.float32)
-    router: Any = jax.ShapeDtypeStruct((2, 3, 4), np.float32)
-    groups: Any = jax.ShapeDtypeStruct((2,), np.int32)
-    mask: Any = jax.ShapeDtypeStruct((2, 3), bool)
-    scores = Scores(array, array, array, mask, groups, array, array, router, router)
-
-    def loss(scores: Scores, rewards: Any) -> Any:
-        advantage = advantages_of(objective, scores, rewards)
-        return surrogate(objective, scores, advantage, coefficients(objective, scores))[0]
-
-    try:
-        jax.eval_shape(loss, scores, rows)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"objective: it does not run on a batch: {type(error).__name__}: {error}") from error
-    try:
-        jax.eval_shape(loss, dataclasses.replace(scores, router_old=None, router_target=None), rows)
-    except Exception:  # what a piece raises that meets None
-        return True
-    return False
-
-
 @partial(jax.jit, static_argnames="model")
 def initial_params(model: Transformer, seed: Int[Array, ""] | int) -> dict:
     """Random float32 parameters, from the cold start's seed."""
@@ -360,10 +335,10 @@ def initial_params(model: Transformer, seed: Int[Array, ""] | int) -> dict:
 def beginning(engines: Engines, seed: int, say: Callable[[str], None] = print) -> dict:
     """The parameters that a run begins from, on the mesh: those in ``config.initial``, else random ones."""
     if not engines.config.initial and engines.mesh.size == 1:
-        return engines.place(initial_params(engines.training, seed))
+        return engines.place(initial_params(engines.training, np.uint32(seed)))
     if not engines.config.initial:  # made where they belong: one device may not hold them all
         make = partial(initial_params, engines.training)
-        return jax.jit(make, out_shardings=engines.places(jax.eval_shape(make, seed)))(seed)
+        return jax.jit(make, out_shardings=engines.places(jax.eval_shape(make, 0)))(np.uint32(seed))
     directory = Path(engines.config.initial)
     _, params = load_parameters(directory, engines.placed_like(lambda: initial_params(engines.training, 0)), say=say)
     say(f"beginning from the parameters in {directory}")

@@ -132,8 +132,8 @@ def produce(
         old, statistics = score_old(engines, params, rollout, engines.replay, predictor)
         live = score_live(engines, params, rollout) if engines.replay.alters_old else old
         if config.rollout.log_probs == "rescore":
-            decoded, rollout = rollout, rescore(engines, params, rollout)
-            statistics = statistics | decode_statistics(decoded, rollout.log_probs)
+            rollout = replace(rollout, log_probs=rescore(engines, params, sampled).log_probs)
+            statistics = statistics | decode_statistics(sampled, rollout.log_probs)
         chosen = replace(rollout, routes=sampled.routes)
         statistics = statistics | rollout_statistics(chosen, old, live, config.model.num_experts)
         batch.metrics.update(rollout_metrics(statistics))

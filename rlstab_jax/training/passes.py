@@ -140,10 +140,12 @@ def score_live(engines: Engines, params: dict, rollout: Rollout) -> PolicyScores
 def rescore(engines: Engines, params: dict, rollout: Rollout) -> Rollout:
     """The rollout with log-probs of a scoring pass by the inference engine's weights in the place of the sampler's.
 
-    Those are other numbers than the ones that drove the draw: sums run in another order, and a rounding can flip.
+    Those are other numbers than the ones that drove the draw: sums run in another order, and a rounding can flip. The
+    routes are those of the draw.
     """
     variables = engines.settle(prepare(params, engines.config.rollout.precision, engines.mesh))
-    scores, _ = _score(engines, engines.inference, variables, rollout, RoutingReplay.LIVE)
+    replay = RoutingReplay.LIVE if rollout.routes is None else RoutingReplay.R3
+    scores, _ = _score(engines, engines.inference, variables, rollout, replay)
     return replace(rollout, log_probs=scores.log_probs)
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from rlstab_jax.models.sharding import logical_axes
 from rlstab_jax.parallel.mesh import MeshConfig, make_mesh
 from rlstab_jax.parallel.sharding import TRAINING, check_divides, shardings
 from rlstab_jax.rundir import plain, read_manifest
+from rlstab_jax.tasks import Tokenizer
 from rlstab_jax.tasks.hf_tokenizer import HFTokenizer
 from rlstab_jax.training.checkpoint import Checkpoints, parameters
 from rlstab_jax.types import UserError
@@ -113,7 +114,6 @@ def export_checkpoint(options: ExportOptions, say: Say = print, begin: Callable[
         dtype = read_json(directory / CARD)["source"]["dtype"] if imported else "float32"
     base = read_json(origin / "config.json") if (origin / "config.json").exists() else None
     config = write_model_config(model, dtype, base)
-    stop_ids = _stop_ids(directory, origin)
     mesh = make_mesh(options.mesh)
     shapes = parameter_shapes(model)
     names = logical_axes(shapes)
@@ -127,8 +127,6 @@ def export_checkpoint(options: ExportOptions, say: Say = print, begin: Callable[
     step, params = load_parameters(directory, template, best=not options.newest, cast=False, say=say)
     with _aside(options.out) as aside:
         _carry(origin, aside)
-        if stop_ids:
-            _name_stops(aside / "generation_config.json", stop_ids)
         (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         export_model(model, params, aside, dtype, options.shard_bytes)
     if not (options.out / "tokenizer.json").exists():
@@ -210,22 +208,22 @@ def load_parameters(
     return step, jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), params, template) if cast else params
 
 
-def keep_card(initial: Path, run: Path) -> None:
-    """Leaves in ``run / "initial"`` what must travel along with the parameters that the run began from."""
+def keep_card(run: Path, initial: str, tokenizer: Tokenizer) -> None:
+    """Leaves in ``run / "initial"`` what must travel along with a run's parameters: the card and the files of those
+    that it began from, if any, and the tokeniser that it trains with, if that comes from files."""
     target = run / "initial"
-    origin = initial if (initial / CARD).exists() else initial / "initial"
-    if origin.is_dir() and not target.exists():
-        with _aside(target) as aside:
-            _carry(origin, aside)
-            shutil.copyfile(origin / CARD, aside / CARD)
-
-
-def _stop_ids(run: Path, origin: Path) -> tuple[int, ...]:
-    """What ended responses in a run whose task named stop tokens of its own; nothing where the files say it all."""
-    task = read_manifest(run)["config"]["task"] if (run / "manifest.json").exists() else {}
-    if not (task.get("tokenizer") and task.get("stop") and (origin / "tokenizer.json").exists()):
-        return ()
-    return HFTokenizer(origin, task["stop"]).stop_ids
+    files = tokenizer if isinstance(tokenizer, HFTokenizer) else None
+    if target.exists() or not (initial or files):
+        return
+    with _aside(target) as aside:
+        if initial:
+            origin = Path(initial) if (Path(initial) / CARD).exists() else Path(initial) / "initial"
+            _carry(origin, aside, (CARD, *CARRIED))
+        if files:
+            for name in TOKENIZER:
+                (aside / name).unlink(missing_ok=True)
+            _carry(files.directory, aside, TOKENIZER)
+            _name_stops(aside / "generation_config.json", files.stop_ids)
 
 
 def _name_stops(file: Path, stop_ids: tuple[int, ...]) -> None:
@@ -234,8 +232,8 @@ def _name_stops(file: Path, stop_ids: tuple[int, ...]) -> None:
     file.write_text(json.dumps({**generation, "eos_token_id": list(stop_ids)}, indent=2) + "\n")
 
 
-def _carry(source: Path, target: Path) -> None:
-    for name in CARRIED:
+def _carry(source: Path, target: Path, names: Sequence[str] = CARRIED) -> None:
+    for name in names:
         if (source / name).exists():
             shutil.copyfile(source / name, target / name)
 

@@ -152,8 +152,7 @@ def open_home(
         if not fresh:
             _check_content(engines, path)
         open_run(path, manifest(engines, config), fresh, MAY_CHANGE, say, defaults())
-        if config.initial:
-            keep_card(Path(config.initial), path)
+        keep_card(path, config.initial, engines.task.tokenizer)
         home.store()
         return (path / "manifest.json").read_bytes()
 
@@ -278,18 +277,20 @@ def alarms(metrics: Metrics) -> Iterator[str]:
 
 
 def _check_content(engines: Engines, out: Path) -> None:
-    """Raises UserError if the run in ``out`` was begun on other data than the task's files hold now."""
+    """Raises UserError if the run in ``out`` was begun on other prompts, or with another tokeniser, than the task's
+    files hold now."""
     if not isinstance(engines.task, DescribedTask) or not (out / "manifest.json").exists():
         return
     manifest = read_manifest(out)
     if plain(engines.config.task) != manifest.get("config", {}).get("task"):
         return  # which field it is, `open_run` says
-    before = manifest.get("resolved", {}).get("task", {}).get("fingerprint")
-    if before is not None and before != engines.task.description["fingerprint"]:
-        raise UserError(
-            f"{out} holds a run on other prompts: what the task's files hold has changed since. Put back the files, "
-            "give another --out, or --fresh to begin anew (the old run is moved aside)"
-        )
+    before, now = manifest.get("resolved", {}).get("task", {}), engines.task.description
+    for name, what in (("fingerprint", "on other prompts"), ("tokenizer", "with another tokeniser")):
+        if name in before and before[name] != now.get(name):
+            raise UserError(
+                f"{out} holds a run {what}: what the task's files hold has changed since. Put back the files, give "
+                "another --out, or --fresh to begin anew (the old run is moved aside)"
+            )
 
 
 def _check_shared(out: Path, manifest: bytes, patience: float = 10.0) -> None:

@@ -4,6 +4,7 @@ import math
 
 from rlstab_jax.checks import BELOW_1, HUGE, INT32_MAX, TINY, Range, check_fields, check_ranges
 from rlstab_jax.inference import sampling
+from rlstab_jax.parallel.mesh import MeshConfig
 from rlstab_jax.stability.monitor import validate as validate_monitor
 from rlstab_jax.tasks import TaskConfig
 from rlstab_jax.training.config import RunConfig, truncates
@@ -39,8 +40,8 @@ RANGES: dict[str, dict[str, Range]] = {
     "learner": {
         "learning_rate": (TINY, 1e3, "above 0"),
         "warmup_steps": _NONE,
-        "adam_b1": (0, BELOW_1, "from 0 to below 1"),
-        "adam_b2": (0, BELOW_1, "from 0 to below 1"),
+        "adam_b1": (0, 1 - 1e-6, "from 0 to 1 - 1e-6: in float32 what is nearer is 1, and no mean"),
+        "adam_b2": (0, 1 - 1e-6, "from 0 to 1 - 1e-6: in float32 what is nearer is 1, and no mean"),
         "adam_eps": (1e-18, HUGE, "at least 1e-18: a parameter without gradient would be divided by 0"),
         "weight_decay": (0, HUGE, "0 (none) or more"),
         "load_balance": (0, HUGE, "0 (none) or more"),
@@ -138,6 +139,16 @@ def _asynchronous(config: RunConfig) -> None:
         raise UserError(
             f"rollout.devices = {rollout.devices} with rollout.lag = 0: each step would wait for its own batch while "
             "the other devices idle; give a lag of 1 or more, or set no devices aside"
+        )
+    if not rollout.devices and rollout.mesh != MeshConfig():
+        raise UserError(
+            f"rollout.mesh = {rollout.mesh} with rollout.devices = 0: it splits the devices set aside, and none are; "
+            "set rollout.devices, or use mesh, which splits all"
+        )
+    if rollout.attempts > 1 and config.samples_per_prompt == 1:
+        raise UserError(
+            f"rollout.attempts = {rollout.attempts} with samples_per_prompt = 1: the rewards of a group of one are all "
+            "equal, so that every group would be replaced; use 1 attempt, or more samples"
         )
 
 

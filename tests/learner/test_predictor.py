@@ -192,6 +192,21 @@ def test_what_an_update_changes_every_time_is_learnt() -> None:
     assert statistics["predictor/kl"].value() < 0.1 * statistics["predictor/kl_unpredicted"].value()
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_responses_that_are_dropped_teach_nothing(packed: bool) -> None:
+    """The old pass has observed them; the update feeds none of them. At equal weights nothing has changed."""
+    rollout, old = tiny.rollout(), old_pass(0.0)
+    kept = dataclasses.replace(rollout, response_mask=rollout.response_mask.at[::2].set(False))
+    packing = plan(np.asarray(kept.fed_mask), 1) if packed else None
+    rows = dataclasses.replace(tiny.minibatch(rollout, old, tiny.MINIRL), rollout=kept)
+    _, statistics, _ = update(
+        MODEL, state(weights(0.0)), rows, tiny.MINIRL, tiny.numbers(), replay=PR2, teach=np.bool_(True), packing=packing
+    )
+    assert abs(statistics["predictor/kl"].value()) < 1e-6
+    of_prompts = kept.fed_mask.sum() * LAYERS
+    assert statistics["predictor/kl"].weight == of_prompts < rollout.fed_mask.sum() * LAYERS
+
+
 def test_a_gradient_that_is_not_finite_teaches_nothing() -> None:
     old = old_pass()
     inputs = old.observed.inputs.at[0, 0, 0].set(jnp.nan)

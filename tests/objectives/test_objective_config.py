@@ -1,6 +1,7 @@
 """Objectives from a config: every recipe, overridden numbers, errors, one's own function, and no second trace."""
 
 import functools
+from dataclasses import replace
 from typing import get_args
 
 import jax
@@ -11,10 +12,9 @@ import tyro
 from ragged import gradient, ragged
 
 from rlstab_jax import objectives as o
-from rlstab_jax.objectives import Objective, ObjectiveConfig, build, piece
+from rlstab_jax.objectives import Objective, ObjectiveConfig, Regulariser, build, fit, piece, regularisers
 from rlstab_jax.objectives.config import RecipeName
-from rlstab_jax.training.engines import _check_objective as needs_router
-from rlstab_jax.types import UserError
+from rlstab_jax.types import Scores, UserError
 
 NAMES = get_args(RecipeName)
 
@@ -24,7 +24,35 @@ def test_a_config_is_the_recipe(name: str) -> None:
     built, recipe = build(ObjectiveConfig(name)), getattr(o, name)()
     assert jax.tree.structure(built) == jax.tree.structure(recipe)
     assert jax.tree.leaves(built) == jax.tree.leaves(recipe)
-    assert needs_router(built) == (name == "rspo")
+    fit.check(built)
+    assert fit.reads(built, "router") == (name == "rspo")
+    assert not fit.reads(built, "reference")
+
+
+def test_a_recipe_of_ones_own_has_a_reference_if_it_reads_one() -> None:
+    """By its own regulariser, without the config's KL."""
+
+    def with_kl() -> Objective:
+        return replace(o.minirl(), regularisers=(Regulariser(piece(regularisers.k3), 0.01),))
+
+    assert ObjectiveConfig(recipe=with_kl).needs_reference
+    assert not ObjectiveConfig(recipe=o.minirl).needs_reference
+
+
+def by_group(scores: Scores, *_: jax.Array) -> jax.Array:
+    return jnp.ones_like(scores.target) * jax.ops.segment_sum(jnp.ones(len(scores.target)), scores.groups)[0]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"reward": lambda scores, rewards: rewards - scores.entropy.sum(1)},  # that of pi_theta
+        {"trust": by_group},  # a part of a mini-batch has parts of groups
+    ],
+)
+def test_a_piece_that_reads_what_no_run_has_there_is_refused(changed: dict) -> None:
+    with pytest.raises(UserError, match="objective: it does not run on a batch"):
+        fit.check(replace(o.minirl(), **changed))
 
 
 def test_the_command_line_overrides_numbers() -> None:

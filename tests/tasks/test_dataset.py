@@ -2,8 +2,6 @@
 
 import json
 import string
-import sys
-import types
 
 import numpy as np
 import pytest
@@ -18,6 +16,7 @@ from rlstab_jax.tasks import (
     ExactMatch,
     Fields,
     Reward,
+    dataset,
     prompt_iterator,
 )
 from rlstab_jax.tasks.dataset import prompt_ids
@@ -137,9 +136,7 @@ class StandIn(CharTokenizer):
 
 @pytest.fixture
 def hf_tokenizer(monkeypatch):
-    module = types.ModuleType("rlstab_jax.tasks.hf_tokenizer")
-    module.HFTokenizer = StandIn
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(dataset, "HFTokenizer", StandIn)
 
 
 MESSAGES = [{"role": "system", "content": "Count."}, {"role": "user", "content": "2 + 3 ="}]

@@ -50,6 +50,7 @@ TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"a": "<
 
 def write(directory: Path, **files: Any) -> Path:
     """A directory with tokenizer.json and JSON files by their stems."""
+    directory.mkdir(exist_ok=True)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -89,6 +90,13 @@ def test_text_and_ids(tmp_path: Path) -> None:
 def test_what_stops_a_response(tmp_path: Path, files: dict, stop: tuple[int, ...], pad: int) -> None:
     tokenizer = HFTokenizer(write(tmp_path, **files))
     assert (tokenizer.stop_ids, tokenizer.pad_id) == (stop, pad)
+
+
+def test_what_decides_ids_and_stops_has_a_fingerprint(tmp_path: Path) -> None:
+    one = write(tmp_path / "one", generation_config={"eos_token_id": 0})
+    other = write(tmp_path / "other", generation_config={"eos_token_id": 1})
+    assert HFTokenizer(one).fingerprint != HFTokenizer(other).fingerprint
+    assert HFTokenizer(one).fingerprint == HFTokenizer(write(tmp_path / "same", config={"eos_token_id": 0})).fingerprint
 
 
 def test_stop_tokens_of_ones_own(tmp_path: Path) -> None:

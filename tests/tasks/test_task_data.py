@@ -40,6 +40,12 @@ def test_one_pass_in_order_keeps_the_remainder():
     assert [ids(batch) for batch in batches] == [[0, 1, 2, 3], [4, 5, 6]]
 
 
+def test_one_at_a_time():
+    iterator = prompt_iterator(SOURCE, 1, seed=0)
+    assert sorted(ids(next(iterator))[0] for _ in SOURCE) == list(range(len(SOURCE)))
+    assert len(next(iterator)) == 1
+
+
 @pytest.mark.parametrize(("source", "batch", "message"), [(SOURCE, 0, "batch_size"), ([], 4, "empty")])
 def test_bad_iterators(source, batch, message):
     with pytest.raises(UserError, match=message):

@@ -259,7 +259,7 @@ def test_what_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="this task has no demonstrations: set it to 0"):
         cold_start(build(other), tmp_path)
     short = dataclasses.replace(config(), rollout=dataclasses.replace(config().rollout, response_length=1))
-    with pytest.raises(UserError, match=r"has 2 tokens, but rollout.response_length = 1: raise it, or use 0"):
+    with pytest.raises(UserError, match=r"has 2 tokens, but rollout.response_length = 1: raise it, use 0, or"):
         cold_start(build(short), tmp_path)
     assert not any(tmp_path.iterdir())
 

@@ -96,11 +96,11 @@ def test_a_dense_model_has_no_layers_to_show(tmp_path, capsys):
     ("arguments", "words"),
     [
         ([], "expected a checkpoint first"),
-        (["{empty}", CONFIG], "holds no checkpoint"),
-        (["{empty}/nowhere", CONFIG], "holds no checkpoint"),
+        (["{empty}", CONFIG, "--prompts", "16"], "holds no checkpoint"),
+        (["{empty}/nowhere", CONFIG, "--prompts", "16"], "holds no checkpoint"),
         (["{checkpoint}"], "expected the path of a config file"),
         (["{checkpoint}", CONFIG, "--precisions", "fp4"], "unknown precision 'fp4'"),
-        (["{checkpoint}", CONFIG, "--prompts", "1000"], "1000 prompts: expected 1 to 16"),
+        (["{empty}", CONFIG, "--prompts", "1000"], "1000 prompts: expected 1 to 16"),
         (["{checkpoint}", CONFIG, "--model.embed-dim", "24"], "of another model"),
     ],
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rlstab_jax.parallel.mesh import MeshConfig
 from rlstab_jax.rundir import read_metrics
 from rlstab_jax.training.engines import build
 from rlstab_jax.training.run import train
@@ -52,6 +53,7 @@ def test_what_moves_between_meshes(tmp_path: Path) -> None:
     [
         (validate, {"devices": -1}, r"rollout.devices = -1: expected 0 \(none set aside\) or more"),
         (validate, {"devices": 1}, "rollout.devices = 1 with rollout.lag = 0: each step would wait"),
+        (validate, {"mesh": MeshConfig(data=2)}, "rollout.mesh = .* with rollout.devices = 0: it splits the devices"),
         (build, {"devices": 1, "lag": 1}, "rollout.devices = 1, but there are 1 devices and at least one must train"),
     ],
 )

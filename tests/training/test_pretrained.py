@@ -24,7 +24,7 @@ from rlstab_jax.training.checkpoint import Checkpoints
 from rlstab_jax.training.cold_start import cold_start
 from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.engines import Engines, beginning, build
-from rlstab_jax.training.pretrained import load_parameters, model_config
+from rlstab_jax.training.pretrained import keep_card, load_parameters, model_config
 from rlstab_jax.types import UserError
 from tests.training.tiny_run import config as tiny_run
 
@@ -138,6 +138,20 @@ def test_train_and_export(imported: Path, tmp_path: Path, capsys: pytest.Capture
     assert main(["import-hf", str(tmp_path / "trained"), str(tmp_path / "again")]) == 0
     jax.tree.map(np.testing.assert_array_equal, load_parameters(tmp_path / "again", template)[1], params)
     jax.tree.map(np.testing.assert_array_equal, beginning(with_initial(tiny_run(), out), 0), params)
+
+
+def test_the_tokeniser_that_a_run_trained_with_is_exported(imported: Path, tmp_path: Path) -> None:
+    """Not that of the parameters which it began from; with what stopped its responses."""
+    other = tmp_path / "other"
+    other.mkdir()
+    Tokenizer(models.WordLevel({"a": 0, "</s>": 1, "b": 2, "!": 3}, unk_token="a")).save(str(other / "tokenizer.json"))
+    (other / "generation_config.json").write_text(json.dumps({"eos_token_id": 1}))
+    for name, initial in (("imported", str(imported)), ("random", "")):
+        keep_card(tmp_path / name, initial, HFTokenizer(other, ["!"]))
+        kept = HFTokenizer(tmp_path / name / "initial")
+        assert kept.stop_ids == (3, 1)
+        assert kept.vocab_size == 4
+        assert (tmp_path / name / "initial" / "model.json").exists() == bool(initial)
 
 
 def test_parameters_of_another_model(imported: Path, run: RunConfig) -> None:
