@@ -20,6 +20,7 @@ from rlstab_jax.inference import prepare
 from rlstab_jax.inference.slots import Slots, decode, empty_records, empty_responses, prefill, resize, windows
 from rlstab_jax.learner import Minibatch, score, update
 from rlstab_jax.models.layers import PREDICTOR
+from rlstab_jax.parallel.host_memory import HOST
 from rlstab_jax.parallel.sharding import Layout
 from rlstab_jax.training.config import truncates
 from rlstab_jax.training.engines import EnginePair, initial_params, row_sharding
@@ -74,9 +75,11 @@ class Program:
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes of a tree of placed shapes on each device."""
+    """Bytes of a tree of placed shapes on each device; what the host's memory holds is not on it."""
 
     def of(leaf: Any) -> int:
+        if leaf.sharding.memory_kind == HOST:
+            return 0
         shape = leaf.sharding.shard_shape(leaf.shape)
         return math.prod(shape) * np.dtype(leaf.dtype).itemsize if leaf.dtype != KEY else math.prod(shape) * 8
 

@@ -147,6 +147,25 @@ def test_a_remedy() -> None:
     assert (change.field, change.value, change.needed) == ("topology", "v5e:4x4", None)
 
 
+def programs_of(config: RunConfig) -> Programs:
+    """The programs of a config on one CPU device, with the reference kernels."""
+    config = dataclasses.replace(config, mesh=MeshConfig(), kernels=Kernels("reference", "dense", "reference", "dense"))
+    return Programs(build_pair(config, make_mesh(config.mesh, jax.devices()[:1]), None, "cpu", (0,), 0))
+
+
+def test_an_optimiser_in_the_hosts_memory() -> None:
+    """Its moments take none of the device's: what is left of a training state is the parameters and two counts."""
+    config = plan_config.config()
+    offloading = dataclasses.replace(config.learner, offload_optimizer=True)
+    here, there = (
+        programs_of(dataclasses.replace(config, learner=learner)) for learner in (config.learner, offloading)
+    )
+    parameters = device_bytes(here.params)
+    assert device_bytes(here.state) == 3 * parameters + 4 + 4
+    assert device_bytes(there.state) == parameters + 4 + 4
+    assert device_bytes(there.prepare.kept["optimiser"]) == 4
+
+
 GIB = 2.0**30
 
 
@@ -171,13 +190,11 @@ def test_what_lies_on_the_devices_besides() -> None:
     config = plan_config.config()
     config = dataclasses.replace(
         config,
-        mesh=MeshConfig(),
-        kernels=Kernels("reference", "dense", "reference", "dense"),
         objective=ObjectiveConfig("grpo", kl_coefficient=0.01),
         rollout=dataclasses.replace(config.rollout, lag=2, attempts=3),
         learner=dataclasses.replace(config.learner, replay="pr2"),
     )
-    programs = Programs(build_pair(config, make_mesh(config.mesh, jax.devices()[:1]), None, "cpu", (0,), 0))
+    programs = programs_of(config)
     parameters, rollout, batch = map(device_bytes, (programs.params, programs.rollout, programs.whole))
     for program in (programs.decode, programs.score, programs.split, programs.update):
         kept = {name: device_bytes(tree) for name, tree in program.kept.items()}
