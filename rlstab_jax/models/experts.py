@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from rlstab_jax.models.grouped_dots import megablox, narrow, tokamax
 from rlstab_jax.models.precision import Precision, Stored, matmul, saturate, saturating, scaled_product
+from rlstab_jax.models.spread import evenly
 
 
 @struct.dataclass
@@ -113,6 +114,18 @@ def tiling(experts: Experts, num_experts: int, tile: int) -> Tiling:
     return Tiling(slot.reshape(num_tokens, k), source, owner, start, end[owner], last_tile[-1])
 
 
+def even_tiles(plan: Tiling, weights: ExpertWeights, tile: int) -> tuple[float, float]:
+    """How many tiles are needed on average, or a little less, where each token chooses each expert as likely as any
+    other; and the part of their rows that hold tokens.
+
+    They hold all rows, and each expert has one whom some token has chosen.
+    """
+    tokens, k = plan.slot.shape
+    full = tokens * k / weights.in_layer / tile
+    needed = max(full, 1 - (1 - k / weights.in_layer) ** tokens)
+    return weights.num_experts * needed, full / needed
+
+
 def tiles(x: Tokens, experts: Experts, gates: Gates, weights: ExpertWeights, precision: Precision) -> Sums:
     """Sorts tokens by expert into tiles that hold tokens of one expert each, and goes from tile to tile.
 
@@ -149,7 +162,8 @@ def _through_tiles_forward(rows, weights, plan, tile, precision):
 
     hidden, width = weights.gate.values.shape[-1], rows.shape[-1]
     zeros = tuple(jnp.zeros((rows.shape[0], columns), precision.dtype) for columns in (hidden, hidden, width))
-    gate, up, y = jax.lax.fori_loop(0, plan.used, one, zeros)
+    with evenly(*even_tiles(plan, weights, tile)):
+        gate, up, y = jax.lax.fori_loop(0, plan.used, one, zeros)
     return y, (rows, weights, plan, gate, up)
 
 
@@ -175,7 +189,8 @@ def _through_tiles_backward(tile, precision, saved, gradient):
         return _write((d_rows,), (d_x + d_x_too,), start)[0], d_weights
 
     zeros = jnp.zeros_like(rows), jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
-    d_rows, d_weights = jax.lax.fori_loop(0, plan.used, one, zeros)
+    with evenly(*even_tiles(plan, weights, tile)):
+        d_rows, d_weights = jax.lax.fori_loop(0, plan.used, one, zeros)
     return d_rows, jax.tree.map(lambda d, w: d.astype(w.dtype), d_weights, weights), None
 
 
@@ -264,12 +279,15 @@ def grouped(x: Tokens, experts: Experts, gates: Gates, weights: ExpertWeights, p
         slot = jnp.where(flat == num_experts, slots, flat * size + rank)
         source = jnp.full(slots, num_tokens, jnp.int32)
         source = source.at[slot].set(jnp.arange(num_tokens * k, dtype=jnp.int32) // k, mode="drop")
-        y = swiglu(_dispatch(x, source, slot.reshape(num_tokens, k)).reshape(num_experts, size, -1), weights, precision)
+        padded = _dispatch(x, source, slot.reshape(num_tokens, k)).reshape(num_experts, size, -1)
+        with evenly(held=num_tokens * k / weights.in_layer / size):
+            y = swiglu(padded, weights, precision)
         return _combine(y.reshape(slots, -1), gates, source, slot.reshape(num_tokens, k))
 
     fits = (largest > jnp.array(sizes)).sum()
     uneven = [] if sizes[-1] == num_tokens else [partial(tiles, x, experts, gates, weights, precision)]
-    return jax.lax.switch(fits, [partial(with_size, size) for size in sizes] + uneven)
+    with evenly():
+        return jax.lax.switch(fits, [partial(with_size, size) for size in sizes] + uneven)
 
 
 def ragged(

@@ -40,10 +40,10 @@ class Phase:
     """Bytes at its peak, with what is kept; None where the compiler refused it without a number."""
     fits: bool
     products: Mapping[str, float]
-    """Operations of matrix products by the rate of the chip that they run at."""
+    """Operations of matrix products by the rate of the chip that they run at; of experts' those of tokens."""
     repeated: float
     """Products that the compiled program makes, over those of the function shared by all devices: 1 where each device
-    does its share, and no grouped product has become a dense one."""
+    does its share, and no grouped product has become a dense one or is padded."""
     bytes: float
     """Between the memory and the chip."""
     sent: Mapping[str, float]

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from rlstab_jax.models.spread import cost_in
+
 Rates = dict[str, float]
 """Operations by the rate of `Chip` at which they run: bfloat16, narrow_float, int8, float32."""
 
@@ -20,7 +22,8 @@ Rates = dict[str, float]
 def products(jaxpr: Any, silent: bool = True, used: float = 1.0) -> Rates:
     """Operations (a multiplication and an addition are two) of all products of ``jaxpr``.
 
-    A loop whose length is not known before it runs counts as one round, and of branches the costliest.
+    A loop whose length is not known before it runs counts as one round, and of branches the costliest, unless their
+    name says what they cost where tokens choose experts evenly (`models.spread`). What nothing uses does not count.
 
     Args:
       jaxpr: as `jax.jit(f).trace(...).jaxpr` gives it.
@@ -29,22 +32,36 @@ def products(jaxpr: Any, silent: bool = True, used: float = 1.0) -> Rates:
         case, and kernels pass over what is empty.
     """
     total: Rates = {}
-    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+    for eqn in _alive(getattr(jaxpr, "jaxpr", jaxpr)):
         name = eqn.primitive.name
+        known = cost_in(str(eqn.source_info.name_stack))
+        rounds, held = known or (1.0, 1.0)
         if name == "dot_general":
-            total = added(total, {_rate(eqn): _dot(eqn)})
+            found = {_rate(eqn): _dot(eqn)}
         elif name.startswith("ragged_dot"):
-            total = added(total, {_rate(eqn): _ragged_dot(eqn) * used})
+            found = {_rate(eqn): _ragged_dot(eqn) * used}
         elif name == "pallas_call":
-            total = added(total, _kernel(eqn, silent, used))
+            found = _kernel(eqn, silent, used)
         elif name == "cond":
             branches = [products(branch, silent, used) for branch in eqn.params["branches"]]
-            total = added(total, max(branches, key=lambda branch: sum(branch.values())))
+            found = branches[0] if known else max(branches, key=lambda branch: sum(branch.values()))
         else:
-            times = _times(eqn)
+            times = rounds if name == "while" else _times(eqn)
+            found = {}
             for inner in _bodies(eqn):
-                total = added(total, scaled(products(inner, silent, used), times))
+                found = added(found, scaled(products(inner, silent, used), times))
+        total = added(total, scaled(found, held))
     return total
+
+
+def _alive(jaxpr: Any) -> list[Any]:
+    """The equations that results depend on: a compiler drops the others."""
+    needed, found = {id(var) for var in jaxpr.outvars}, []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or any(id(var) in needed for var in eqn.outvars):
+            needed.update(id(var) for var in eqn.invars)
+            found.append(eqn)
+    return found
 
 
 def added(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:

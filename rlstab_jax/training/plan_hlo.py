@@ -11,6 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
+from rlstab_jax.models.spread import cost_in
 from rlstab_jax.training.plan_flops import added, scaled
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
@@ -69,6 +70,12 @@ class Instruction:
         """The computation that an attribute names, such as a loop's ``body``; "" where there is none."""
         found = re.search(rf"\b{attribute}=%?([\w.-]+)", self.attributes)
         return found.group(1) if found else ""
+
+    @property
+    def evenly(self) -> tuple[float, float] | None:
+        """What the name of a loop or of a choice says of its cost; that of what is inside begins in the same way."""
+        found = re.search(r'op_name="[^"]*(evenly\[[^"/]*)/(?:while|cond)"', self.attributes)
+        return cost_in(found.group(1)) if found else None
 
 
 Computation = dict[str, Instruction]
@@ -181,7 +188,9 @@ class _Module:
         if opcode == "conditional":
             names = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
             branches = re.findall(r"[\w.-]+", names.group(1)) if names else []
-            branches = branches or [instruction.called("true_computation"), instruction.called("false_computation")]
+            branches = branches or [instruction.called("false_computation"), instruction.called("true_computation")]
+            if instruction.evenly:
+                return self._cost(branches[0])
             return max((self._cost(name) for name in branches), key=lambda cost: (cost.bytes, cost.products))
         if opcode in ("call", "async-start"):
             return self._cost(instruction.called("to_apply" if opcode == "call" else "calls"))
@@ -196,7 +205,9 @@ class _Module:
         return Cost(inside.products + _products(instruction, computation), traffic, added(inside.sent, sent))
 
     def _rounds(self, loop: Instruction, computation: Computation) -> float:
-        """How often a loop runs that counts up by one to a constant; ``rounds`` where its condition is another."""
+        """How often a loop runs that counts up by one to a constant, or whose name says it; ``rounds`` of any other."""
+        if loop.evenly:
+            return loop.evenly[0]
         condition = self.computations[loop.called("condition")]
         root = next(instruction for instruction in condition.values() if instruction.root)
         root = self._unfused(root)

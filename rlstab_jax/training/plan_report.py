@@ -153,7 +153,8 @@ NOTES = (
     "Memory is the compiler's account. TFLOP are of matrix products. Time is a lower bound: the longest of computing, "
     "moving bytes and sending them, at peak rates. Decoding is the mean step of responses that are all as long as they "
     'may be; all of rollout.attempts are made. "repeated" is work done more than once, by several devices or by a '
-    "dense form of grouped products. Not in it: evaluation, cold start, judging, checkpoints."
+    "dense or padded form of grouped products; tokens choose experts evenly. Not in it: evaluation, cold start, "
+    "judging, checkpoints."
 )
 
 

@@ -12,7 +12,9 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from rlstab_jax.learner import score, update
 from rlstab_jax.models import Kernels, ModelConfig, Precision, Transformer
 from rlstab_jax.models.attention_tpu import splash
+from rlstab_jax.models.experts import KERNELS, ExpertWeights, even_tiles, tile_size, tiling
 from rlstab_jax.models.grouped_dots import narrow
+from rlstab_jax.models.precision import Stored
 from rlstab_jax.training.plan_flops import products
 from rlstab_jax.types import RoutingReplay
 from tests import tiny
@@ -92,8 +94,55 @@ def test_grouped_products() -> None:
     arguments = shape(100, 32), shape(4, 32, 16), shape(4, dtype=jnp.int32)
     one = 2 * 100 * 32 * 16
     assert counted(loss, *arguments) == {"bfloat16": one}
-    assert counted(jax.grad(loss, (0, 1)), *arguments)["bfloat16"] == 3 * one
+    assert counted(jax.value_and_grad(loss, (0, 1)), *arguments)["bfloat16"] == 3 * one
     assert counted(loss, *arguments, used=0.25) == {"bfloat16": one / 4}
+
+
+D, F, EXPERTS, K = 32, 16, 64, 4
+
+
+def expert_weights(devices: int = 1) -> ExpertWeights:
+    gate, down = (Stored(shape(EXPERTS, *sizes), None) for sizes in ((D, F), (F, D)))
+    return ExpertWeights(gate, gate, down, devices)
+
+
+@pytest.mark.parametrize("tokens", [2, 8, 16, 32, 500, 4096])
+@pytest.mark.parametrize("kernel", ["tiles", "grouped", "ragged_dot"])
+def test_experts(kernel: str, tokens: int) -> None:
+    """Whatever the kernel, each token meets the gate, up and down matrices of K experts; their sums are left out."""
+    by_hand = tokens * K * 3 * 2 * D * F
+
+    def forward(x: jax.Array, weights: ExpertWeights, experts: jax.Array, gates: jax.Array) -> jax.Array:
+        return KERNELS[kernel](x, experts, gates, weights, Precision("bfloat16"))
+
+    arguments = shape(tokens, D), expert_weights(), shape(tokens, K, dtype=jnp.int32), shape(tokens, K)
+    assert counted(forward, *arguments)["bfloat16"] == pytest.approx(by_hand)
+    if kernel == "tiles":  # its gradient computes nothing again: two products for each one
+        gradient = jax.grad(lambda *a: forward(*a).sum(), (0, 1))
+        assert counted(gradient, *arguments)["bfloat16"] == pytest.approx(3 * by_hand)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 32, 500, 4096])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_even_tiles(tokens: int, devices: int) -> None:
+    """No more tiles than where each expert has an equal share; nearly as many as where tokens draw their experts."""
+    everywhere, weights = EXPERTS * devices, expert_weights(devices)
+    tile = tile_size(tokens * K, everywhere)
+
+    @jax.jit
+    @jax.vmap
+    def used(experts: jax.Array) -> jax.Array:
+        return tiling(jnp.where(experts < EXPERTS, experts, EXPERTS), EXPERTS, tile).used
+
+    equal = jnp.arange(tokens * K).reshape(1, tokens, K) % everywhere
+    plan = jax.eval_shape(lambda: tiling(equal[0], EXPERTS, tile))
+    rounds, held = even_tiles(plan, weights, tile)
+    assert rounds * tile * held == pytest.approx(tokens * K / devices)
+    # One token has its experts on one device or on the other.
+    assert rounds <= used(equal).item() / (1 if tokens > 1 else devices) + 1e-9
+    scores = jax.random.uniform(jax.random.key(0), (30, tokens, everywhere))
+    drawn = used(jax.lax.top_k(scores, K)[1]).mean()
+    assert 0.75 * drawn <= rounds <= 1.1 * drawn
 
 
 def test_a_kernel_that_states_its_products() -> None:
@@ -114,6 +163,7 @@ def test_loops_branches_and_maps() -> None:
     assert counted(scanned, w) == {"bfloat16": 5 * 1024}
     assert counted(lambda w: jax.lax.fori_loop(0, 7, lambda _, x: x @ w, w), w) == {"bfloat16": 7 * 1024}
     assert counted(lambda w: jax.lax.while_loop(lambda x: x.sum() > 0, lambda x: x @ w, w), w) == {"bfloat16": 1024}
+    assert counted(lambda w: (w @ w, w)[1], w) == {}  # nothing uses it
     either = counted(lambda w: jax.lax.cond(w[0, 0] > 0, lambda w: w @ w @ w, lambda w: w @ w, w), w)
     assert either == {"bfloat16": 2 * 1024}
     mesh = AbstractMesh((4,), ("data",), axis_types=(AxisType.Auto,))

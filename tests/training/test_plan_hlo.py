@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from rlstab_jax.models import Precision
+from rlstab_jax.models.experts import KERNELS, ExpertWeights
+from rlstab_jax.models.precision import Stored
 from rlstab_jax.training.plan_hlo import Array, arrays, group_size, parse, program_cost, round_cost
 
 
@@ -45,6 +48,28 @@ def test_loops_of_unknown_length() -> None:
     assert program_cost(text).products == 2 * one
     assert program_cost(text, rounds=10).products == 11 * one
     assert round_cost(text).products == one
+
+
+def test_loops_of_known_average() -> None:
+    """Eight tokens choose 4 of 64 experts, about 25.8 different ones; a tile of 8 rows moves one expert's matrices, and
+    on a CPU copies them first. Of the sizes of `grouped` the first is the one that equal shares need."""
+    d, f, tokens, k, experts = 128, 64, 8, 4, 64
+    rounds = experts * (1 - (1 - k / experts) ** tokens)
+
+    def moe(kernel: str, tokens: int) -> Any:
+        def run(x: Any, gates: Any, gate: Any, up: Any, down: Any) -> Any:
+            weights = ExpertWeights(*(Stored(values, None) for values in (gate, up, down)))
+            return KERNELS[kernel](x, gates.astype(int) % experts, gates, weights, Precision())
+
+        weights = [(experts, d, f), (experts, d, f), (experts, f, d)]
+        return program_cost(compiled(run, (tokens, d), (tokens, k), *weights).as_text())
+
+    cost, combined = moe("tiles", tokens), 2 * tokens * k * d
+    assert cost.products == pytest.approx(rounds * 8 * 6 * d * f + combined)
+    matrices = rounds * 3 * d * f * 4
+    assert matrices < cost.bytes < 3.5 * matrices
+    assert moe("grouped", tokens) == cost
+    assert moe("grouped", 8 * tokens).products == pytest.approx(8 * experts * 6 * d * f + 8 * combined)
 
 
 MODULE = """\
