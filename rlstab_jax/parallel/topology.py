@@ -28,7 +28,8 @@ class Chip:
     float32: float
     """Products of float32 in full precision, operations per second. TPUs make them of six bfloat16 ones."""
     memory: float
-    """Bytes that a program can use: what the compiler grants, somewhat less than the data sheet says."""
+    """Bytes: of TPUs what the compiler grants a program, somewhat less than the data sheet says; of GPUs all, of which
+    JAX takes a part (`Topology.memory`)."""
     memory_bandwidth: float
     """Bytes per second, reading or writing."""
     interconnect: float
@@ -36,13 +37,9 @@ class Chip:
     devices: int = 1
     """JAX devices that it appears as; they share all of the above."""
     across: float | None = None
-    """Bytes per second out of the chip to others than the ``island`` next to it; None where all are one network."""
+    """Bytes per second out of the chip to others than its ``island``; None where all are one network."""
     island: int = 0
-    """Chips that ``interconnect`` joins; more of them talk at the rate ``across``."""
-
-    def network(self, chips: int) -> float:
-        """Bytes per second out of a chip among so many."""
-        return self.interconnect if self.across is None or chips <= self.island else self.across
+    """Neighbours that ``interconnect`` joins; islands of them talk at the rate ``across``."""
 
 
 _TPU = "https://docs.cloud.google.com/tpu/docs/"
@@ -85,8 +82,8 @@ class Topology:
 
     @property
     def memory(self) -> float:
-        """Bytes of a device."""
-        return self.chip.memory / self.chip.devices
+        """Bytes of a device that arrays can have."""
+        return self.chip.memory * (_preallocated() if self.platform == "gpu" else 1) / self.chip.devices
 
     @property
     def larger(self) -> "Topology | None":
@@ -98,6 +95,17 @@ class Topology:
         shapes = TPUS[kind][1]
         following = shapes[shapes.index(shape) + 1 :]
         return topology(f"{kind}:{following[0]}") if following else None
+
+
+def _preallocated() -> float:
+    """The part of a GPU's memory that JAX takes for arrays: three quarters, unless the environment says otherwise."""
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    name = next((name for name in names if os.environ.get(name)), "")
+    text = os.environ.get(name, "0.75")
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"{name} = {text!r}: expected a number, such as 0.75; set it, or unset the variable") from None
 
 
 def topology(name: str) -> Topology:

@@ -16,7 +16,7 @@ from rlstab_jax.parallel.topology import Topology, topology_devices
 from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.engines import EnginePair, build_pair, resolved
 from rlstab_jax.training.plan_flops import products, scaled
-from rlstab_jax.training.plan_hlo import program_cost, round_cost
+from rlstab_jax.training.plan_hlo import Cost, program_cost, round_cost
 from rlstab_jax.training.plan_programs import AFFECTED, Program, Programs, device_bytes
 from rlstab_jax.training.validate import validate
 from rlstab_jax.types import UserError
@@ -166,7 +166,7 @@ def measure(programs: Programs, program: Program, topology: Topology) -> Phase:
             raise
         asked = _asked_for(error)
         needed = None if asked is None else asked + sum(kept.values())
-        seconds = _seconds(work, 0.0, {}, topology)
+        seconds = _seconds(work, 0.0, Cost(), topology)
         return Phase(program.name, runs, parts, kept, needed, False, work, 1.0, 0.0, {}, seconds)
     stated = compiled.memory_analysis()
     peak = float(stated.peak_memory_in_bytes)
@@ -180,7 +180,8 @@ def measure(programs: Programs, program: Program, topology: Topology) -> Phase:
         memory["gradients"] = min(parts["parameters"], memory["temporaries"])
         memory["temporaries"] -= memory["gradients"]
     # Decoding is counted by its steps; what a window takes besides is small.
-    cost = (round_cost if program.name == "decode" else program_cost)(compiled.as_text())
+    account = round_cost if program.name == "decode" else program_cost
+    cost = account(compiled.as_text(), island=topology.chip.island)
     # Beyond what the function has, of the products that both can see: all rows of the buffers of grouped ones included.
     visible = sum(products(program.traced.jaxpr, silent=False).values()) / devices
     more = max(cost.products - visible, 0.0)
@@ -189,7 +190,7 @@ def measure(programs: Programs, program: Program, topology: Topology) -> Phase:
     if program.name == "decode":
         work, traffic = _over_windows(programs, program, work, traffic, devices)
     needed = peak + sum(kept.values())
-    seconds = _seconds(scaled(work, repeated), traffic, cost.sent, topology)
+    seconds = _seconds(scaled(work, repeated), traffic, cost, topology)
     return Phase(
         program.name, runs, memory, kept, needed, needed <= topology.memory, work, repeated, traffic, cost.sent, seconds
     )
@@ -225,12 +226,12 @@ def _over_windows(programs: Programs, program: Program, work: Any, traffic: floa
     return work, max(traffic - missing * cache, 0.0)
 
 
-def _seconds(
-    work: Mapping[str, float], traffic: float, sent: Mapping[str, float], topology: Topology
-) -> dict[str, float]:
+def _seconds(work: Mapping[str, float], traffic: float, cost: Cost, topology: Topology) -> dict[str, float]:
     chip = topology.chip
     compute = sum(count / getattr(chip, rate) for rate, count in work.items())
-    network = sum(sent.values()) / chip.network(topology.chips)
+    network = sum(cost.sent.values()) / chip.interconnect
+    if chip.across is not None:  # at the same time
+        network = max(network, sum(cost.across.values()) / chip.across)
     # A chip's rates are shared by its devices.
     times = {"compute": compute, "memory": traffic / chip.memory_bandwidth, "network": network}
     return {resource: seconds * chip.devices for resource, seconds in times.items()}

@@ -13,8 +13,8 @@ import numpy as np
 
 from rlstab_jax.models.spread import cost_in
 from rlstab_jax.training.plan_flops import added, scaled
+from rlstab_jax.training.plan_sent import COLLECTIVES, scattered, sent
 
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
     "partition-id", "replica-id", "opt-barrier", "async-start", "async-update", "async-done",
@@ -83,28 +83,32 @@ Computation = dict[str, Instruction]
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one device. ``sent`` is by kind of collective, the share of its operand that must leave the device."""
+    """Of one device. ``sent`` is by kind of collective, the share of its operand that must leave the device, and
+    ``across`` what of it must leave its island."""
 
     products: float = 0.0
     bytes: float = 0.0
     sent: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    across: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __add__(self, other: "Cost") -> "Cost":
-        sent = added(self.sent, other.sent)
-        return Cost(self.products + other.products, self.bytes + other.bytes, sent)
+        sent, across = added(self.sent, other.sent), added(self.across, other.across)
+        return Cost(self.products + other.products, self.bytes + other.bytes, sent, across)
 
     def __mul__(self, times: float) -> "Cost":
-        return Cost(self.products * times, self.bytes * times, scaled(self.sent, times))
+        sent, across = scaled(self.sent, times), scaled(self.across, times)
+        return Cost(self.products * times, self.bytes * times, sent, across)
 
 
-def program_cost(text: str, rounds: float = 1.0) -> Cost:
-    """Cost of one run of a compiled module, given as text, whose loops of unknown length make so many ``rounds``."""
-    return _Module(*parse(text), rounds).cost
+def program_cost(text: str, rounds: float = 1.0, island: int = 0) -> Cost:
+    """Cost of one run of a compiled module, given as text, whose loops of unknown length make so many ``rounds``, on
+    islands of so many devices (0: all are one)."""
+    return _Module(*parse(text), rounds, island).cost
 
 
-def round_cost(text: str) -> Cost:
+def round_cost(text: str, island: int = 0) -> Cost:
     """Cost of one round of the loops of unknown length, without what comes before and after."""
-    return program_cost(text) + program_cost(text, 0.0) * -1.0
+    return program_cost(text, 1.0, island) + program_cost(text, 0.0, island) * -1.0
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
@@ -162,6 +166,7 @@ class _Module:
     computations: dict[str, Computation]
     entry: str
     rounds: float
+    island: int
 
     @property
     def cost(self) -> Cost:
@@ -199,10 +204,19 @@ class _Module:
             fused = instruction.called("calls")
             inside = self._cost(fused)
             if "reduce-scatter" in fused or "all-reduce-scatter" in fused:
-                inside = dataclasses.replace(inside, sent=_scattered(inside.sent))
-        sent = _sent(instruction, computation)
+                inside = dataclasses.replace(inside, sent=scattered(inside.sent), across=scattered(inside.across))
         traffic = 0.0 if opcode in _FREE else self._traffic(instruction, computation)
-        return Cost(inside.products + _products(instruction, computation), traffic, added(inside.sent, sent))
+        own = Cost(_products(instruction, computation), traffic, *self._sent(instruction, computation))
+        return dataclasses.replace(inside, bytes=0.0) + own
+
+    def _sent(self, instruction: Instruction, computation: Computation) -> tuple[dict[str, float], dict[str, float]]:
+        """Bytes that a collective makes a device send, and those that leave its island."""
+        kind = instruction.opcode.removesuffix("-start")
+        if kind not in COLLECTIVES:
+            return {}, {}
+        operand = sum(computation[name].bytes for name in instruction.operands if name in computation)
+        everywhere, across = sent(kind, operand, instruction.attributes, self.island)
+        return ({kind: everywhere} if everywhere else {}), ({kind: across} if across else {})
 
     def _rounds(self, loop: Instruction, computation: Computation) -> float:
         """How often a loop runs that counts up by one to a constant, or whose name says it; ``rounds`` of any other."""
@@ -313,40 +327,6 @@ class _Module:
 
 _SLICES = ("dynamic-slice", "slice", "gather")
 _PASSING = ("bitcast", "copy", "convert", "reshape", "transpose")  # inside a fusion: nothing but another view
-
-
-def _scattered(sent: Mapping[str, float]) -> dict[str, float]:
-    """A fusion that adds up over devices and keeps a slice of the sum sends half of what its ``all-reduce`` would."""
-    rest = {kind: size for kind, size in sent.items() if kind != "all-reduce"}
-    return added(rest, {"reduce-scatter": sent.get("all-reduce", 0.0) / 2}) if "all-reduce" in sent else dict(sent)
-
-
-def group_size(attributes: str) -> int:
-    """Devices of one group of a collective; its three notations are ``{{0,1},{2,3}}``, ``[2,2]<=[4]`` and axes of a
-    ``mesh['a'=2,'b'=2] {'a'}``."""
-    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
-        return len(found.group(1).split(","))
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attributes):
-        return int(found.group(2))
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found.group(1)))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found.group(2)))
-    return 1
-
-
-def _sent(instruction: Instruction, computation: Computation) -> dict[str, float]:
-    """Bytes that a collective makes a device send: by a ring, which is as little as possible."""
-    kind = instruction.opcode.removesuffix("-start")
-    if kind not in COLLECTIVES:
-        return {}
-    if kind == "collective-permute":
-        return {kind: instruction.arrays[0].bytes}
-    operand = sum(computation[name].bytes for name in instruction.operands if name in computation)
-    devices = group_size(instruction.attributes)
-    if devices < 2:
-        return {}
-    share = {"all-gather": devices - 1.0, "all-reduce": 2 * (devices - 1) / devices}.get(kind, (devices - 1) / devices)
-    return {kind: operand * share}
 
 
 def _products(instruction: Instruction, computation: Computation) -> float:

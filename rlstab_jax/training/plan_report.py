@@ -125,11 +125,12 @@ def as_json(plan: Plan, table: Sequence[PerN], price: float | None) -> dict[str,
 def print_plan(plan: Plan, table: Sequence[PerN], price: float | None, console: Console) -> None:
     """The plan as tables."""
     topology, chip = plan.topology, plan.topology.chip
+    across = "" if chip.across is None else f", {chip.across / 1e9:.0f} beyond {chip.island} chips"
     console.print(
         f"[bold]{topology.name}[/bold]: {topology.chips} chips, {topology.devices} devices of "
         f"{topology.memory / GIB:.2f} GiB; a chip makes {chip.bfloat16 / 1e12:.0f} TFLOP/s in bfloat16, "
         f"{chip.narrow_float / 1e12:.0f} in fp8, {chip.int8 / 1e12:.0f} in int8, moves "
-        f"{chip.memory_bandwidth / 1e9:.0f} GB/s, sends {chip.network(topology.chips) / 1e9:.0f} GB/s ({chip.source})"
+        f"{chip.memory_bandwidth / 1e9:.0f} GB/s, sends {chip.interconnect / 1e9:.0f} GB/s{across} ({chip.source})"
     )
     console.print(_memory_table(plan))
     console.print(_time_table(plan))

@@ -26,12 +26,20 @@ def test_tpus(name: str, chips: int, devices: int, memory: float) -> None:
     assert found.memory == pytest.approx(memory * 2**30)
 
 
-def test_gpus() -> None:
-    few, many = topology("cuda:h200:8"), topology("cuda:h100:64")
-    assert (many.chips, many.devices, many.platform, many.memory) == (64, 64, "gpu", 80e9)
+def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """JAX takes three quarters of a GPU's memory, or what the environment says."""
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    many = topology("cuda:h100:64")
+    assert (many.chips, many.devices, many.platform, many.memory) == (64, 64, "gpu", 60e9)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".9")
+    assert many.memory == pytest.approx(72e9)
+    assert topology("v5e:2x2").memory == 15.75 * 2**30
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "most")
+    with pytest.raises(UserError, match=r"XLA_CLIENT_MEM_FRACTION = 'most': expected a number, such as 0\.75"):
+        _ = many.memory
     # Eight have NVLink, 900 GB/s both ways; beyond, an adapter of 400 Gbit/s each.
-    assert few.chip.network(few.chips) == 450e9
-    assert many.chip.network(many.chips) == 50e9
+    assert (many.chip.interconnect, many.chip.across, many.chip.island) == (450e9, 50e9, 8)
 
 
 def test_rates_are_in_order() -> None:

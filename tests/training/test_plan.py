@@ -18,7 +18,8 @@ from rlstab_jax.parallel.mesh import MeshConfig, make_mesh
 from rlstab_jax.parallel.topology import Topology, topology
 from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.engines import EnginePair, build_pair
-from rlstab_jax.training.plan import PHASES, Change, Phase, Plan, _runs, measure, remedy
+from rlstab_jax.training.plan import PHASES, Change, Phase, Plan, _runs, _seconds, measure, remedy
+from rlstab_jax.training.plan_hlo import Cost
 from rlstab_jax.training.plan_programs import Programs, device_bytes
 from rlstab_jax.training.plan_report import as_json, by_minibatches, print_plan
 from tests.training import plan_config
@@ -164,6 +165,19 @@ def test_an_optimiser_in_the_hosts_memory() -> None:
     assert device_bytes(here.state) == 3 * parameters + 4 + 4
     assert device_bytes(there.state) == parameters + 4 + 4
     assert device_bytes(there.prepare.kept["optimiser"]) == 4
+
+
+def test_networks() -> None:
+    """1 GB over NVLink, and at once what of it leaves the node by its adapter; a TPU has one network."""
+    gpus, sent = topology("cuda:h100:64"), {"all-gather": 1e9}
+    for chips, across, seconds in (
+        (gpus, 0.0, 1 / 450),
+        (gpus, 1e9, 1 / 50),
+        (gpus, 1e8, 1 / 450),
+        (CHIP, 0.0, 1 / 200),
+    ):
+        cost = Cost(sent=sent, across={"all-gather": across})
+        assert _seconds({}, 0.0, cost, chips)["network"] == pytest.approx(seconds)
 
 
 GIB = 2.0**30

@@ -9,7 +9,8 @@ import pytest
 from rlstab_jax.models import Precision
 from rlstab_jax.models.experts import KERNELS, ExpertWeights
 from rlstab_jax.models.precision import Stored
-from rlstab_jax.training.plan_hlo import Array, arrays, group_size, parse, program_cost, round_cost
+from rlstab_jax.training.plan_hlo import Array, arrays, parse, program_cost, round_cost
+from rlstab_jax.training.plan_sent import groups_of, sent
 
 
 def compiled(f: Any, *shapes: tuple[int, ...]) -> Any:
@@ -126,10 +127,32 @@ def test_shapes_and_groups() -> None:
     assert arrays("f8e4m3fn[16,8]{1,0:T(8,128)(4,1)S(1)}") == (Array("f8e4m3fn", (16, 8), True),)
     found = arrays("(bf16[2,3]{1,0:T(8,128)}, pred[], u4[6]{0})")
     assert [array.bytes for array in found] == [12, 1, 3]
-    assert group_size("replica_groups={{0,2},{1,3}}, x") == 2
-    assert group_size("replica_groups=[4,16]<=[64]") == 16
-    assert group_size("replica_groups=mesh['a'=2,'b'=4,'c'=8] {'b', 'c'}, x") == 32
-    assert group_size("replica_groups=mesh['a'=2,'b'=4], device_ids=([2,2]T(1,0)) {'b'}, x") == 4
+    assert groups_of("replica_groups={{0,2},{1,3}}, x") == [[0, 2], [1, 3]]
+    assert groups_of("replica_groups=[2,3]<=[6], x") == [[0, 1, 2], [3, 4, 5]]
+    assert groups_of("replica_groups=[3,2]<=[2,3]T(1,0), x") == [[0, 3], [1, 4], [2, 5]]
+    assert groups_of("replica_groups=mesh['a'=2,'b'=3] {'a'}, x") == [[0, 3], [1, 4], [2, 5]]
+    assert len(groups_of("replica_groups=mesh['a'=2,'b'=4,'c'=8] {'b', 'c'}, x")[0]) == 32
+    assert groups_of("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}, x") == [[0, 2], [1, 3]]
+
+
+def test_islands() -> None:
+    """64 devices, of which 8 neighbours have a fast network: what stays there, what leaves it, what all of a group's
+    members on it send once together."""
+    neighbours, strided, all_of_them = "[8,8]<=[64]", "[8,8]<=[8,8]T(1,0)", "[1,64]<=[64]"
+
+    def gather(groups: str, kind: str = "all-gather") -> tuple[float, float]:
+        return sent(kind, 1.0, f"replica_groups={groups}, x", island=8)
+
+    assert gather(neighbours) == (7, 0)
+    assert gather(strided) == (7, 7)
+    assert gather(all_of_them) == (63, pytest.approx(56 / 8))
+    assert gather("[16,4]<=[2,4,8]T(0,2,1)") == (3, 3)
+    assert gather(all_of_them, "all-reduce") == (pytest.approx(2 * 63 / 64), pytest.approx(2 * 56 / 64 / 8))
+    assert gather(all_of_them, "all-to-all") == (pytest.approx(63 / 64), pytest.approx(56 / 64))
+    assert sent("all-gather", 1.0, f"replica_groups={all_of_them}, x", island=0) == (63, 0)
+    assert sent("collective-permute", 1.0, "source_target_pairs={{0,1},{1,0}}", island=8) == (1, 0)
+    assert sent("collective-permute", 1.0, "source_target_pairs={{7,8},{8,7}}", island=8) == (1, 1)
+    assert program_cost(MODULE, island=2).across == {"all-reduce": 3 * 3200 * 1.5 * (2 / 3) / 2}
 
 
 def test_convolutions() -> None:
