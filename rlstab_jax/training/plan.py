@@ -283,10 +283,9 @@ def remedy(
         after = measure(changed, program, topology) if program is not None else None
         if after is None or after.fits:
             return Change(phase.name, field, value, after.needed if after else 0.0, tuple(tried)), changed
-    larger = topology
-    while (following := larger.larger) is not None and (phase.needed or math.inf) > larger.memory * (
-        larger.devices / topology.devices
-    ):
+    # One step at least, and no more where the compiler gave no number to divide.
+    larger, needed = topology.larger or topology, phase.needed or 0.0
+    while (following := larger.larger) is not None and needed > larger.memory * (larger.devices / topology.devices):
         larger = following
     return Change(phase.name, "topology", larger.name, None, tuple(tried)), programs
 

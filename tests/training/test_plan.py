@@ -146,6 +146,11 @@ def test_a_remedy() -> None:
     hopeless = dataclasses.replace(refused, name="prepare", needed=3 * CHIP.memory)
     change, _ = remedy(programs, hopeless, CHIP, engines, lambda line: None)
     assert (change.field, change.value, change.needed) == ("topology", "v5e:4x4", None)
+    # Where the compiler gave no number it is one step; there is always a larger number of GPUs.
+    unknown, gpus = dataclasses.replace(hopeless, needed=None), topology("cuda:h100:8")
+    assert remedy(programs, unknown, gpus, engines, lambda line: None)[0].value == "cuda:h100:16"
+    much = dataclasses.replace(hopeless, needed=3 * gpus.memory)
+    assert remedy(programs, much, gpus, engines, lambda line: None)[0].value == "cuda:h100:32"
 
 
 def programs_of(config: RunConfig) -> Programs:
