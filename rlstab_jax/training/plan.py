@@ -204,10 +204,11 @@ def _runs(programs: Programs, name: str) -> float:
         return waves * (config.rollout.response_length - 1)
     # Where replay alters the old pass it runs once more, with live routes, to measure what that changes.
     passes = 2 if programs.engines.replay.alters_old and config.learner.live_gap else 1
-    passes += config.rollout.log_probs == "rescore"
+    rescores = config.rollout.log_probs == "rescore"
+    passes += rescores
     passes += config.learner.replay_of == "initial"
     passes += config.objective.needs_reference
-    each = {"prepare": attempts, "prefill": waves, "resize": waves * (len(programs.windows) - 1)}
+    each = {"prepare": attempts + rescores, "prefill": waves, "resize": waves * (len(programs.windows) - 1)}
     return {**each, "score": passes, "split": config.minibatches, "update": config.minibatches}.get(name, 1)
 
 

@@ -22,6 +22,7 @@ from rlstab_jax.learner import Minibatch, score, update
 from rlstab_jax.models.layers import PREDICTOR
 from rlstab_jax.parallel.host_memory import HOST
 from rlstab_jax.parallel.sharding import Layout
+from rlstab_jax.stability.monitor import Monitor
 from rlstab_jax.training.config import truncates
 from rlstab_jax.training.engines import EnginePair, initial_params, row_sharding
 from rlstab_jax.training.loop import first_train_state, minibatch, rollout_advantages
@@ -178,13 +179,15 @@ class Programs:
 
     @cached_property
     def _throughout(self) -> dict[str, Any]:
-        """What lies on the devices in every phase besides the training state: the parameters that RL began with, and
-        the batches that wait to be learnt from."""
+        """What lies on the devices in every phase besides the training state: the parameters that RL began with, the
+        batches that wait to be learnt from, and the state to go back to where the monitor may discard a step."""
         config, kept = self.engines.config, {}
         if config.needs_reference:
             kept["reference"] = self.params
         if config.rollout.lag:
             kept["waiting batches"] = self.engines.placed_like(lambda: blank(self.engines))
+        if Monitor(config.monitor).may_discard:
+            kept["previous state"] = self.state
         return kept
 
     @property
@@ -293,6 +296,8 @@ class Programs:
             observed_tokens=learner.predictor_tokens if predictor else 0,
         )
         kept = {"optimiser": self._optimiser, **self._throughout}
+        if engines.config.rollout.log_probs == "rescore":  # by these, after the pass that is compiled here
+            kept["weights"] = self.variables
         return Program("score", traced, {"parameters": variables, "rollout": self.rollout}, kept)
 
     @cached_property

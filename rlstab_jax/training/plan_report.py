@@ -82,7 +82,8 @@ def needed_with(plan: Plan, phase: Phase, growth: float, factor: float, waves: i
     others = held.get("waiting batches", 0.0) + held.get("earlier attempts", 0.0)
     if phase.name not in SAMPLING:
         return phase.needed + (batch + others) * (factor - 1)
-    fixed = held.get("weights", 0.0) + held["training state"] + held.get("reference", 0.0)
+    states = held["training state"] + held.get("previous state", 0.0)
+    fixed = held.get("weights", 0.0) + states + held.get("reference", 0.0)
     before = plan.bytes_of("score", "rollout") * factor if waves > 1 else 0.0
     return fixed + (phase.needed - fixed - batch - others) * growth + before + others * factor
 

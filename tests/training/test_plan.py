@@ -16,12 +16,13 @@ from rlstab_jax.models import Kernels
 from rlstab_jax.objectives import ObjectiveConfig
 from rlstab_jax.parallel.mesh import MeshConfig, make_mesh
 from rlstab_jax.parallel.topology import Topology, topology
+from rlstab_jax.stability.monitor import Check, MonitorConfig
 from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.engines import EnginePair, build_pair
 from rlstab_jax.training.plan import PHASES, Change, Phase, Plan, _runs, _seconds, measure, remedy
 from rlstab_jax.training.plan_hlo import Cost
 from rlstab_jax.training.plan_programs import Programs, device_bytes
-from rlstab_jax.training.plan_report import as_json, by_minibatches, print_plan
+from rlstab_jax.training.plan_report import as_json, by_minibatches, needed_with, print_plan
 from tests.training import plan_config
 
 ROOT = Path(__file__).parents[2]
@@ -232,6 +233,22 @@ def test_what_lies_on_the_devices_besides() -> None:
     }  # fmt: skip
 
 
+def test_copies() -> None:
+    """Of the training state, where the monitor may discard a step's updates, all the while; and of the inference
+    engine's weights, which are made once more for the log-probs of a scoring pass by them."""
+    config = plan_config.config()
+    rollout = dataclasses.replace(config.rollout, log_probs="rescore", attempts=2)
+    monitor = MonitorConfig(gradient=Check(2.5, "skip"))
+    plain, copying = programs_of(config), programs_of(dataclasses.replace(config, rollout=rollout, monitor=monitor))
+    state = device_bytes(plain.state)
+    for name in ("prepare", "prefill", "score", "split", "update"):
+        assert device_bytes(getattr(copying, name).kept["previous state"]) == state
+        assert "previous state" not in getattr(plain, name).kept
+    assert device_bytes(copying.score.kept["weights"]) == device_bytes(copying.prefill.parts["weights"]) > 0
+    assert "weights" not in plain.score.kept
+    assert [_runs(programs, "prepare") for programs in (plain, copying)] == [1, 2 + 1]
+
+
 def test_by_minibatches() -> None:
     """N = 1 has half the rows in flight. N = 8 has four times as many, 16 GiB: two waves of 8 would need 17 with
     weights, training state and the rollout of 4, so that four take them."""
@@ -254,6 +271,15 @@ def test_by_minibatches() -> None:
     # Peaks: of the update, or of decoding, with the responses that are kept meanwhile.
     assert two.needed == max(3 + 4 + 2, 2 + 3 + 4) * GIB
     assert eight.needed == max(3 + 4 + 8, 2 + 3 + 4 + 4) * GIB
+
+
+def test_what_does_not_grow() -> None:
+    """Four times the rows beside twice the training state: 2 + 3 + 3 GiB, of rows 16."""
+    plan = by_hand()
+    decode = dataclasses.replace(
+        plan.phases[1], needed=12 * GIB, kept={**plan.phases[1].kept, "previous state": 3 * GIB}
+    )
+    assert needed_with(plan, decode, growth=4.0, factor=4.0, waves=1) == (2 + 3 + 3 + 16) * GIB
 
 
 def test_no_wave_fits() -> None:
