@@ -101,7 +101,7 @@ def test_a_dense_model_has_no_layers_to_show(tmp_path, capsys):
         (["{checkpoint}"], "expected the path of a config file"),
         (["{checkpoint}", CONFIG, "--precisions", "fp4"], "unknown precision 'fp4'"),
         (["{empty}", CONFIG, "--prompts", "1000"], "1000 prompts: expected 1 to 16"),
-        (["{checkpoint}", CONFIG, "--model.embed-dim", "24"], "of another model"),
+        (["{checkpoint}", CONFIG, "--prompts", "16", "--model.embed-dim", "24"], "of another model"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_two(arguments, words, checkpoint, tmp_path, capsys):
