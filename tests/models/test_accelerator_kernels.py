@@ -324,7 +324,10 @@ def test_cudnn_is_lowered_to_its_fused_kernels(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(("dtype", "c"), [(jnp.float32, 16), (jnp.bfloat16, 12)])
 def test_cudnn_refuses(dtype: Any, c: int) -> None:
     arrays, fed = sequences(8, dtype)
-    with pytest.raises(UserError, match=r"kernels\.attention = 'cudnn' needs bfloat16 or float16 and model\.head_dim"):
+    with pytest.raises(
+        UserError,
+        match=r"kernels\.attention = 'cudnn' needs bfloat16 or float16 in both engines",
+    ):
         cudnn(*(a[..., :c] for a in arrays), fed)
 
 
