@@ -201,6 +201,16 @@ def test_numbers_of_an_evaluation(whole: Path, questions: Path, trained: Path):
     assert result["verifier_failures"] == sum("9" in text for text in texts)
 
 
+def test_a_runs_training_files_need_not_be_there(whole: Path, questions: Path, trained: Path, tmp_path: Path):
+    data = trained / "sums.jsonl"
+    moved = data.rename(tmp_path / "elsewhere.jsonl")
+    try:
+        assert evaluate(trained, questions, tmp_path / "out", "--right-from", 0.0) == 0
+    finally:
+        moved.rename(data)
+    assert (tmp_path / "out" / "responses.jsonl").read_bytes() == (whole / "responses.jsonl").read_bytes()
+
+
 def test_an_evaluation_that_was_killed_goes_on(
     whole: Path, questions: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 ):

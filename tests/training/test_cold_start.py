@@ -9,16 +9,17 @@ import jax
 import numpy as np
 import pytest
 
-from rlstab_jax.tasks import ArithmeticConfig, TaskConfig
+from rlstab_jax.tasks import ArithmeticConfig, Fields, TaskConfig
 from rlstab_jax.training import cold_start as cold_start_module
 from rlstab_jax.training.cold_start import ColdStart, cold_start, demonstrations
 from rlstab_jax.training.config import RunConfig
-from rlstab_jax.training.engines import Engines, build, initial_params
+from rlstab_jax.training.engines import Engines, beginning, build, initial_params
 from rlstab_jax.training.interrupt import Stop
 from rlstab_jax.training.lock import held
 from rlstab_jax.training.run import train
 from rlstab_jax.types import UserError
-from tests.training import tiny_run
+from tests.tasks.test_records import written
+from tests.training import dataset_run, tiny_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,6 +249,29 @@ def test_no_steps_are_random_parameters(tmp_path: Path) -> None:
     assert_same(started.params, initial_params(of.training, 3))
     assert started.steps == 0
     assert not any(tmp_path.iterdir())
+
+
+def test_updates_after_the_last_check_are_measured(tmp_path: Path) -> None:
+    started = cold_start(engines(max_steps=3, target_accuracy=0.0), tmp_path, say=lambda line: None)
+    assert started is not None
+    assert started.steps == 3
+
+
+def test_a_seed_of_32_bits() -> None:
+    of = engines(max_steps=0)
+    leaf = jax.tree.leaves(beginning(of, 2**32 - 2))[0]
+    assert not np.array_equal(leaf, jax.tree.leaves(beginning(of, 2**31 - 2))[0])
+
+
+def test_every_record_is_looked_at_before_the_first_update(tmp_path: Path) -> None:
+    """One of many demonstrates more than there is room for: its batch might come after hours."""
+    records = [{"prompt": f"{i}+1=", "answer": str(i + 1), "how": str(i + 1)} for i in range(40)]
+    data = written(tmp_path / "sums.jsonl", [*records, {"prompt": "0+0=", "answer": "0", "how": "0+0=0+0=0"}])
+    plain = dataset_run.config()
+    task = dataclasses.replace(plain.task, train=(str(data),), fields=Fields(demonstration="how"))
+    start = dataclasses.replace(config().cold_start, batch_size=2, check_prompts=2)
+    with pytest.raises(UserError, match=r"the demonstration of prompt \d+ \('0\+0='\) has 10 tokens, but rollout"):
+        cold_start(build(dataclasses.replace(plain, task=task, cold_start=start)), tmp_path, say=lambda line: None)
 
 
 def test_what_cannot_be(tmp_path: Path) -> None:
