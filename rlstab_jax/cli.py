@@ -258,7 +258,8 @@ def diagnose_command(arguments: Sequence[str], begin: Any) -> int:
         raise UserError("expected a checkpoint first: rlstab diagnose runs/my-run configs/quickstart.py")
     checkpoint, rest = Path(arguments[0]), arguments if arguments[0] in HELP else arguments[1:]
     path, options, config = parse("diagnose", rest, DiagnoseOptions())
-    out = options.out or Path("runs") / f"diagnose-{checkpoint.name}-{path.stem}"
+    run = checkpoint.parent if checkpoint.name == "checkpoints" else checkpoint
+    out = options.out or Path("runs") / f"diagnose-{run.name}-{path.stem}"
     prepare_jax(options.compilation_cache)
     step, gaps = diagnose(config, checkpoint, options.precisions, options.prompts, begin, lambda g: print(g.precision))
     print_table(gaps)

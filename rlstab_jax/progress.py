@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 
@@ -24,13 +25,14 @@ def progress(total: int) -> Iterator[tuple[Any, Any]]:
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("cold start", total=total)
+        say = partial(bar.console.print, markup=False, highlight=False)  # brackets in a path are no markup
 
         def watch(metrics: dict[str, float]) -> None:
             bar.update(task, completed=metrics["progress/gradient_steps"], description=line_of(metrics, short=True))
             if "eval/accuracy_training" in metrics:
-                bar.console.print(line_of(metrics))
+                say(line_of(metrics))
 
-        yield bar.console.print, watch
+        yield say, watch
 
 
 LINE = (

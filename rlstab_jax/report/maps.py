@@ -66,7 +66,8 @@ def _over_seeds(label: str, rows: list[int], measured: Sequence[tuple[np.ndarray
         seed[:, np.round((x - steps[0]) / length).astype(int)] = values
     values = _mean(seeds)
     if columns > COLUMNS:
-        parts = np.array_split(np.arange(columns), COLUMNS)
+        edges = np.linspace(0, columns, COLUMNS + 1).round().astype(int)
+        parts = np.split(np.arange(columns), edges[1:-1])
         values = np.stack([_mean(values[:, part].T) for part in parts], axis=1)
     return HeatMap(label, rows, float(steps[0] - length), float(steps[-1]), values)
 

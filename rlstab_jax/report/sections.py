@@ -1,6 +1,6 @@
 """The page's words: what runs there are, the monitor's remarks, the configs' differences, the samples."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +50,10 @@ def overview(groups: Sequence[Group], said: Said) -> Html:
     heads += ["held-out, inference engine", "monitor's remarks"]
     rows = []
     for i, group in enumerate(groups):
-        runs = [element("div", run.name, element("small", _state(run)), title=str(run.path)) for run in group.runs]
+        runs = [
+            element("div", run.name, element("small", _state(run) + survived(run.metrics)), title=str(run.path))
+            for run in group.runs
+        ]
         rows.append(
             [
                 joined(swatch(i) if len(groups) > 1 else "", group.label),
@@ -76,6 +79,21 @@ def _state(run: Run) -> str:
     if run.steps >= planned:
         return ", complete"
     return f", {run.steps} of {planned} steps, last written {run.written:%Y-%m-%d %H:%M} UTC"
+
+
+def survived(metrics: Mapping[str, np.ndarray]) -> str:
+    """In how many steps something went wrong and the run went on; curves leave out what is no finite number."""
+    steps = np.isfinite(metrics.get("reward/mean", np.array([])))
+
+    def times(what: str, name: str, wrong: Callable[[np.ndarray], np.ndarray]) -> str:
+        count = int((steps & wrong(metrics[name])).sum()) if name in metrics else 0
+        return f"; {what} in {count} step{'s' * (count > 1)}" if count else ""
+
+    return (
+        times("tokens that are no finite number", "learner/broken", lambda x: x > 0)
+        + times("a gradient that is none", "learner/grad_norm", lambda x: ~np.isfinite(x))
+        + times("failed verdicts", "reward/verifier_failures", lambda x: x > 0)
+    )
 
 
 def _last_tenth(run: Run) -> float:

@@ -50,9 +50,13 @@ def stop_on_signal() -> Iterator[Stop]:
         yield stop
         return
 
+    signalled = False  # by a signal: the loop may stop for a reason of its own
+
     def handle(number: int, frame: FrameType | None) -> None:
-        if stop.requested and number == signal.SIGINT:
+        nonlocal signalled
+        if signalled and number == signal.SIGINT:
             raise KeyboardInterrupt
+        signalled = True
         stop.reason = stop.reason or signal.Signals(number).name
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

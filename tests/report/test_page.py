@@ -16,6 +16,7 @@ from rlstab_jax.report.panels import GRADIENT, LAYER_MAPS, STALENESS_MAP, X
 from rlstab_jax.report.pictures import spoken
 from rlstab_jax.report.runs import group_runs, read_runs
 from rlstab_jax.report.samples import chosen, samples_table
+from rlstab_jax.report.sections import survived
 from rlstab_jax.report.timeline import monitor_config
 from rlstab_jax.rundir import plain
 from rlstab_jax.stability.monitor import LIVE, Check, MonitorConfig
@@ -225,6 +226,18 @@ def test_long_runs_have_coarser_maps():
     (one,) = heat_maps(LAYER_MAPS[2], {"a": [{X: x, "routing/layer_00/margin": x}]})
     assert one.values.shape == (1, COLUMNS)
     np.testing.assert_allclose(one.values[0, :2], [5.5, 15.5])
+    x = x[: COLUMNS * 3 // 2]  # no multiple: columns of one step and of two take turns
+    (one,) = heat_maps(LAYER_MAPS[2], {"a": [{X: x, "routing/layer_00/margin": x}]})
+    np.testing.assert_allclose(one.values[0], (np.arange(COLUMNS) + 0.5) * 1.5 + 0.5, atol=0.5)
+
+
+def test_steps_in_which_something_went_wrong_are_counted():
+    """Curves leave out what is no finite number."""
+    none = np.nan
+    metrics = {"reward/mean": np.array([1, 1, 1, none]), "learner/grad_norm": np.array([1, none, 1, none])}
+    metrics["learner/broken"] = np.array([0, 0.5, 0.1, none])
+    assert survived(metrics) == "; tokens that are no finite number in 2 steps; a gradient that is none in 1 step"
+    assert survived({"reward/mean": np.ones(3), "learner/grad_norm": np.ones(3)}) == ""
 
 
 def test_samples_are_the_best_and_the_worst_of_four_steps():
