@@ -206,6 +206,7 @@ def _final(runs: Sequence[Run]) -> tuple[float, float, float]:
 
 
 def collapsed(runs: Sequence[Run]) -> tuple[float, float, float]:
+    """The share of the runs that collapsed, with its exact interval."""
     count = sum(run.collapsed for run in runs)
     return (count / len(runs), *statistics.clopper_pearson(count, len(runs)))
 

@@ -252,14 +252,14 @@ def sft_command(arguments: Sequence[str], begin: Any) -> int:
 
 def diagnose_command(arguments: Sequence[str], begin: Any) -> int:
     from rlstab_jax.report.diagnose import draw_diagnosis
+    from rlstab_jax.rundir import run_of
     from rlstab_jax.training.diagnose import diagnose, print_table, write_json
 
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in HELP):
         raise UserError("expected a checkpoint first: rlstab diagnose runs/my-run configs/quickstart.py")
     checkpoint, rest = Path(arguments[0]), arguments if arguments[0] in HELP else arguments[1:]
     path, options, config = parse("diagnose", rest, DiagnoseOptions())
-    run = checkpoint.parent if checkpoint.name == "checkpoints" else checkpoint
-    out = options.out or Path("runs") / f"diagnose-{run.name}-{path.stem}"
+    out = options.out or Path("runs") / f"diagnose-{run_of(checkpoint).name}-{path.stem}"
     prepare_jax(options.compilation_cache)
     step, gaps = diagnose(config, checkpoint, options.precisions, options.prompts, begin, lambda g: print(g.precision))
     print_table(gaps)
@@ -315,12 +315,12 @@ def eval_command(arguments: Sequence[str], begin: Any) -> int:
 def config_of_run(checkpoint: Path) -> tuple[Path, Any]:
     """The config that a run was made with, and its file: by the command in its manifest, checked against the config
     there."""
-    from rlstab_jax.rundir import config_difference, read_manifest
+    from rlstab_jax.rundir import config_difference, read_manifest, run_of
     from rlstab_jax.training.config import MAY_CHANGE, defaults
 
     if not checkpoint.is_dir():
         raise UserError(f"{checkpoint}: there is no such directory; give a run's, such as runs/quickstart-seed0")
-    run = checkpoint.parent if checkpoint.name == "checkpoints" else checkpoint
+    run = run_of(checkpoint)
     help_ = f"name the config: rlstab eval {checkpoint} CONFIG ..."
     manifest = read_manifest(run) if (run / "manifest.json").exists() else {}
     command = manifest.get("command", []) if isinstance(manifest, dict) else []

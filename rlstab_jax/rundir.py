@@ -129,6 +129,11 @@ def _begun(path: Path) -> bool:
     )
 
 
+def run_of(checkpoint: Path) -> Path:
+    """The directory of the run that is named by itself or by the ``checkpoints`` in it."""
+    return checkpoint.parent if checkpoint.name == "checkpoints" else checkpoint
+
+
 def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
     """The manifest of the run directory ``path``. Raises UserError where there is none or it cannot be read."""
     try:

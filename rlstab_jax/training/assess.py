@@ -20,7 +20,7 @@ import numpy as np
 from rlstab_jax.inference import prepare, sample, sample_keys
 from rlstab_jax.models import Transformer
 from rlstab_jax.own_code import code_of
-from rlstab_jax.rundir import append, cut_lines, json_line, open_run, plain, write_aside
+from rlstab_jax.rundir import append, cut_lines, json_line, open_run, plain, run_of, write_aside
 from rlstab_jax.tasks import AnsweredTask, Dataset, DescribedTask, Prompt, encode_prompts
 from rlstab_jax.tasks.dataset import DatasetConfig, numbered
 from rlstab_jax.tasks.records import Layout, Question, read_questions
@@ -167,7 +167,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _without_training(config: RunConfig, checkpoint: Path, asked: Assessment) -> RunConfig:
     """The config without what need not be there: a run's demands on its held-out prompts, its files where other prompts
     are asked, and the parameters that it began from."""
-    run, task = checkpoint.parent if checkpoint.name == "checkpoints" else checkpoint, config.task
+    run, task = run_of(checkpoint), config.task
     if asked.data and isinstance(task, DatasetConfig):
         task = dataclasses.replace(task, train=(), heldout=())
     if config.initial and (run / "manifest.json").exists():
