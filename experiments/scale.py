@@ -15,9 +15,10 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 # Named by the longest answer, in tokens: longer chains, and steps written in full. With as many wrong steps as in short
 # ones hardly a demonstration would end right, and no cold start would reach its accuracy.
+PATIENCE: dict[str, Any] = {"cold_start.max_steps": 1500}
 LENGTHS: dict[str, dict[str, Any]] = {
-    "len33": {"task.operands": (8, 16), "task.demonstration_noise": 0.1},
-    "len73": {"task.operands": (6, 12), "task.demonstration_noise": 0.1, "task.scratchpad": 3},
+    "len33": {"task.operands": (8, 16), "task.demonstration_noise": 0.1, **PATIENCE},
+    "len73": {"task.operands": (6, 12), "task.demonstration_noise": 0.1, "task.scratchpad": 3, **PATIENCE},
 }
 MAIN = {
     "n8-clip-live": updates(8) | replay("live"),

@@ -26,7 +26,7 @@ commands:
   sft CONFIG     the cold start alone
   plan CONFIG --topology v5p:4x4x4
                  memory, time and cost on accelerators that are not there
-  diagnose CHECKPOINT CONFIG
+  diagnose CHECKPOINT [CONFIG]
                  the gaps between the engines before training, for a list of precisions
   eval CHECKPOINT [CONFIG] --data FILE
                  accuracy, pass@k and majority votes on a file of prompts
@@ -253,15 +253,13 @@ def sft_command(arguments: Sequence[str], begin: Any) -> int:
 def diagnose_command(arguments: Sequence[str], begin: Any) -> int:
     from rlstab_jax.report.diagnose import draw_diagnosis
     from rlstab_jax.rundir import run_of
-    from rlstab_jax.training.diagnose import diagnose, print_table, write_json
+    from rlstab_jax.training.diagnose import diagnose, print_line, print_table, write_json
 
-    if not arguments or (arguments[0].startswith("-") and arguments[0] not in HELP):
-        raise UserError("expected a checkpoint first: rlstab diagnose runs/my-run configs/quickstart.py")
-    checkpoint, rest = Path(arguments[0]), arguments if arguments[0] in HELP else arguments[1:]
-    path, options, config = parse("diagnose", rest, DiagnoseOptions())
+    example = "runs/my-run --precisions float32 fp8_e4m3"
+    checkpoint, path, options, config = parse_checkpoint("diagnose", arguments, DiagnoseOptions(), example)
     out = options.out or Path("runs") / f"diagnose-{run_of(checkpoint).name}-{path.stem}"
     prepare_jax(options.compilation_cache)
-    step, gaps = diagnose(config, checkpoint, options.precisions, options.prompts, begin, lambda g: print(g.precision))
+    step, gaps = diagnose(config, checkpoint, options.precisions, options.prompts, begin, print_line)
     print_table(gaps)
     write_json(out / "gaps.json", checkpoint, step, gaps)
     draw_diagnosis([dataclasses.asdict(g) for g in gaps], out / "gaps.png", f"{checkpoint.name}, step {step}")
@@ -295,14 +293,8 @@ def plan_command(arguments: Sequence[str], begin: Any) -> int:
 def eval_command(arguments: Sequence[str], begin: Any) -> int:
     from rlstab_jax.training.assess import assess, line_of_result
 
-    if arguments and arguments[0] in HELP:
-        parse("eval", arguments, eval_options())
-    if not arguments or arguments[0].startswith("-"):
-        raise UserError("expected a checkpoint first: rlstab eval runs/my-run --data aime.jsonl --layout aime")
-    checkpoint, rest = Path(arguments[0]), list(arguments[1:])
-    own = not rest or rest[0].startswith("-")
-    path, default = config_of_run(checkpoint) if own else (Path(rest.pop(0)), None)
-    _, options, config = parse("eval", [str(path), *rest], eval_options(), default)
+    example = "runs/my-run --data aime.jsonl --layout aime"
+    checkpoint, _, options, config = parse_checkpoint("eval", arguments, eval_options(), example)
     data = options.data.stem if options.data else "heldout"
     out = options.out or Path("runs") / f"eval-{checkpoint.name}-{data}-{options.engine}"
     prepare_jax(options.compilation_cache)
@@ -312,22 +304,34 @@ def eval_command(arguments: Sequence[str], begin: Any) -> int:
     return 0
 
 
-def config_of_run(checkpoint: Path) -> tuple[Path, Any]:
+def parse_checkpoint(command: str, arguments: Sequence[str], known: Any, example: str) -> tuple[Path, Path, Any, Any]:
+    """The checkpoint that comes first, and what `parse` returns for the rest: a config is named, or is the run's."""
+    if arguments and arguments[0] in HELP:
+        parse(command, arguments, known)
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError(f"expected a checkpoint first: rlstab {command} {example}")
+    checkpoint, rest = Path(arguments[0]), list(arguments[1:])
+    own = not rest or rest[0].startswith("-")
+    path, default = config_of_run(checkpoint, command) if own else (Path(rest.pop(0)), None)
+    return checkpoint, *parse(command, [str(path), *rest], known, default)
+
+
+def config_of_run(checkpoint: Path, command: str) -> tuple[Path, Any]:
     """The config that a run was made with, and its file: by the command in its manifest, checked against the config
-    there."""
+    there. ``command`` is the one that asks."""
     from rlstab_jax.rundir import config_difference, read_manifest, run_of
     from rlstab_jax.training.config import MAY_CHANGE, defaults
 
     if not checkpoint.is_dir():
         raise UserError(f"{checkpoint}: there is no such directory; give a run's, such as runs/quickstart-seed0")
     run = run_of(checkpoint)
-    help_ = f"name the config: rlstab eval {checkpoint} CONFIG ..."
+    help_ = f"name the config: rlstab {command} {checkpoint} CONFIG ..."
     manifest = read_manifest(run) if (run / "manifest.json").exists() else {}
-    command = manifest.get("command", []) if isinstance(manifest, dict) else []
-    if "train" not in command or not isinstance(manifest.get("config"), dict):
+    made_by = manifest.get("command", []) if isinstance(manifest, dict) else []
+    if "train" not in made_by or not isinstance(manifest.get("config"), dict):
         raise UserError(f"{checkpoint}: no manifest there says which config it was made with; {help_}")
     try:
-        path, _, config = parse("train", command[command.index("train") + 1 :])
+        path, _, config = parse("train", made_by[made_by.index("train") + 1 :])
     except UserError as error:
         raise UserError(f"{error}; {help_}") from None
     for name, there, here in config_difference(manifest["config"], config, defaults()):

@@ -109,6 +109,7 @@ METRICS: dict[str, Metric] = {
         "share of tokens",
         "1",
     ),
+    "learner/discarded": Metric("updates of the step that a monitor's policy skip took back", "count", "updates"),
     "learner/packed_rows": Metric("rows that a mini-batch was packed into", "mean, updates of the step", "rows"),
     "learner/learning_rate": Metric("learning rate of the step's last update", "last", "1"),
     "time/sample": Metric(
@@ -136,7 +137,7 @@ METRICS: dict[str, Metric] = {
 }
 
 # Those that only some runs have: with a gap of live routing, verifiers of their own, a punishment for length, dynamic
-# sampling, packing, PR2.
+# sampling, a monitor that may skip updates, packing, PR2.
 _OF_SOME_RUNS = (
     "discrepancy/decode_vs_score/",
     "discrepancy_live/",
@@ -144,6 +145,7 @@ _OF_SOME_RUNS = (
     "reward/verifier_",
     "reward/overlong",
     "dynamic/",
+    "learner/discarded",
     "learner/packed_rows",
     "predictor/",
 )

@@ -103,7 +103,7 @@ def open_run(
     """
     path = Path(path)
     if fresh and path.exists():
-        say(f"{path} is kept as {_set_aside(path)}")
+        say(f"{path} is kept as {set_aside(path)}")
     manifest, file = plain(manifest), path / "manifest.json"
     if file.exists():
         before = read_manifest(path)
@@ -252,7 +252,8 @@ def _same_config(path: Path, differences: Iterable[tuple[str, Any, Any]], may_ch
         )
 
 
-def _set_aside(path: Path) -> Path:
+def set_aside(path: Path) -> Path:
+    """Renames ``path`` to the next free ``<path>.old-<number>``, and returns that."""
     return path.rename(_free(path))
 
 

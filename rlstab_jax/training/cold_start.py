@@ -28,7 +28,7 @@ from rlstab_jax.learner.update import LearnerConfig, LearnerNumbers, accumulate,
 from rlstab_jax.models import Transformer
 from rlstab_jax.own_code import code_of
 from rlstab_jax.parallel.distributed import by_first, first
-from rlstab_jax.rundir import plain
+from rlstab_jax.rundir import plain, set_aside
 from rlstab_jax.tasks import Dataset, DemonstratedTask, DescribedTask, Prompt, encode_prompts, prompt_iterator
 from rlstab_jax.training.checkpoint import Checkpoints
 from rlstab_jax.training.checksum import checksums
@@ -134,17 +134,17 @@ def _saves(directory: Path, entry: Path, say: Callable[[str], None]) -> Iterator
 
 
 def _from_cache(engines: Engines, entry: Path, template: dict, say: Callable[[str], None]) -> ColdStart | None:
-    """What is kept in ``entry``; None if it is not there, or damaged, which is said, and it is removed."""
+    """What is kept in ``entry``; None if it is not there, or cannot be used, which is said, and it is set aside."""
     if not by_first(entry.exists):
         return None
     try:
         with Checkpoints(entry, read_only=True, notify=lambda line: None) as checkpoints:
-            restored = checkpoints.restore({"params": template})
-    except UserError:
-        restored = None
+            restored, why = checkpoints.restore({"params": template}), f"{entry} holds no checkpoint"
+    except UserError as error:
+        restored, why = None, str(error)
     if restored is None:
-        say(f"cold start: the one in {entry} is damaged; making it again")
-        by_first(lambda: shutil.rmtree(entry))
+        aside = by_first(lambda: set_aside(entry))
+        say(f"cold start: it is made again, since the kept one cannot be used and is now {aside}: {why}")
         return None
     steps, state, progress = restored
     say(f"cold start: accuracy {progress['accuracy']:.3f} after {steps} updates, from {entry}")

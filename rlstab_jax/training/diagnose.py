@@ -19,6 +19,8 @@ import numpy as np
 from rlstab_jax.inference import prepare, sample, sample_keys
 from rlstab_jax.learner.score import policy_scores
 from rlstab_jax.models import Precision, Transformer, fp8, quantised
+from rlstab_jax.models.expert_parallel import shared_scales
+from rlstab_jax.parallel.sharding import Layout
 from rlstab_jax.rundir import plain
 from rlstab_jax.stability.gaps import discrepancy, routing_discrepancy
 from rlstab_jax.stability.reduce import Statistics, mean_of, merge
@@ -27,6 +29,7 @@ from rlstab_jax.tasks import Prompt, encode_prompts
 from rlstab_jax.training import pretrained
 from rlstab_jax.training.config import RunConfig, truncates
 from rlstab_jax.training.engines import Engines, build, initial_params, judge
+from rlstab_jax.training.kernel_check import check_kernels
 from rlstab_jax.types import Rollout, UserError, take_rows
 
 PRECISIONS = {
@@ -109,7 +112,8 @@ def diagnose(
       The step of the checkpoint (a run's best one, its newest if it has never been evaluated), and the gaps.
 
     Raises:
-      UserError: an unknown precision, no checkpoint there, one of another model, or more prompts than are held out.
+      UserError: a precision that is unknown or that the model, the mesh or a kernel does not take, no checkpoint there,
+        one of another model, or more prompts than are held out.
     """
     for name in precisions:
         if name not in PRECISIONS:
@@ -117,6 +121,7 @@ def diagnose(
     if not precisions:
         raise UserError("no precision given: name at least one")
     engines = build(config)
+    samplers = {name: _sampler(engines, name) for name in precisions}
     heldout = engines.task.split("heldout")
     rows = engines.row_shards
     if not (1 <= prompts <= len(heldout) and prompts % rows == 0):
@@ -125,10 +130,28 @@ def diagnose(
     begin()
     asked = [heldout[i] for i in range(prompts)]
     gaps = []
-    for name in precisions:
-        gaps.append(_gaps_of(engines, params, asked, name))
+    for name, sampler in samplers.items():
+        gaps.append(_gaps_of(engines, sampler, params, asked, name))
         watch(gaps[-1])
     return step, gaps
+
+
+def _sampler(engines: Engines, name: str) -> Transformer:
+    """The inference engine of one precision. Raises UserError where the model's sizes, the mesh or a kernel do not take
+    it."""
+    config, precision = engines.config, PRECISIONS[name]
+    precision.validate(config.model, f"precision {name}")
+    if config.model.num_moe_layers:
+        shared_scales(config.model.expert_dim, precision, Layout(engines.mesh))
+    sampler = engines.inference.clone(precision=precision)
+    rollout = dataclasses.replace(config.rollout, precision=precision)
+    check_kernels(dataclasses.replace(config, rollout=rollout), engines.training, sampler, engines.sampling)
+    return sampler
+
+
+def print_line(g: Gaps) -> None:
+    """Prints that a precision is measured, with its main numbers: the last ones may take long, or fail."""
+    print(f"{g.precision}: k3 {g.k3:.1e} nats, sets differ {g.routing_disagreement:.1%}, accuracy {g.accuracy:.3f}")
 
 
 def print_table(gaps: Sequence[Gaps]) -> None:
@@ -181,9 +204,9 @@ def load_parameters(engines: Engines, path: Path, *, best: bool = True) -> tuple
     return pretrained.load_parameters(path, engines.placed_like(lambda: initial_params(engines.training, 0)), best=best)
 
 
-def _gaps_of(engines: Engines, params: dict, asked: list[Prompt], name: str) -> Gaps:
+def _gaps_of(engines: Engines, sampler: Transformer, params: dict, asked: list[Prompt], name: str) -> Gaps:
     config = engines.config
-    rollout = _responses(engines, params, asked, PRECISIONS[name])
+    rollout = _responses(engines, sampler, params, asked)
     _, rewards = judge(engines.task, asked, rollout)
     rows = rollout.tokens.shape[0]
     part = max(1, config.responses_per_step // config.learner.score_micro_batches)
@@ -211,13 +234,13 @@ def _gaps_of(engines: Engines, params: dict, asked: list[Prompt], name: str) -> 
     )
 
 
-def _responses(engines: Engines, params: dict, asked: list[Prompt], precision: Precision) -> Rollout:
-    """What an inference engine of that precision answers, with log-probs and routes; draws depend on the seed alone."""
+def _responses(engines: Engines, sampler: Transformer, params: dict, asked: list[Prompt]) -> Rollout:
+    """What an inference engine answers, with log-probs and routes; draws depend on the seed alone."""
     config = engines.config
     tokens, mask = encode_prompts(asked, engines.task.tokenizer, config.rollout.prompt_length)
     return sample(
-        engines.inference.clone(precision=precision),
-        prepare(params, precision, engines.mesh),
+        sampler,
+        prepare(params, sampler.precision, engines.mesh),
         engines.place_rows(tokens),
         engines.place_rows(mask),
         sample_keys(jax.random.key(config.seed), 0, [prompt.id for prompt in asked], config.samples_per_prompt),

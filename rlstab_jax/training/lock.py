@@ -1,6 +1,6 @@
 """One process at a time works on a run: two that append to it, or cut it back to a checkpoint, would tear it.
 
-A run under ``gs://`` is locked on each host by itself: nothing keeps another host from the same bucket.
+A run under ``gs://`` is locked on each host by itself; of two hosts, the later one goes on (`home.Home.own`).
 """
 
 import contextlib

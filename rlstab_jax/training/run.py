@@ -127,9 +127,8 @@ def _work(
 
         cache = run.path.parent / "cold_start" if home.bucket is None else None
         begun = resume_or_begin(engines, run, checkpoints, cache, say, stop)
-        if begun is not None:
-            _train(engines, run, save, *begun, stop, profile, say, watch)
-        stopped = stop.agreed()
+        complete = begun is not None and _train(engines, run, save, *begun, stop, profile, say, watch)
+        stopped = not complete and stop.agreed()
     if first() and run.metrics_path.exists():  # a run may have been stopped before its first step
         draw_run(read_metrics(run.path), run.report_path, title=run.path.name)
     by_first(home.store)
@@ -153,6 +152,7 @@ def open_home(
             _check_content(engines, path)
         open_run(path, manifest(engines, config), fresh, MAY_CHANGE, say, defaults())
         keep_card(path, config.initial, engines.task.tokenizer)
+        home.own()
         home.store()
         return (path / "manifest.json").read_bytes()
 
@@ -214,7 +214,8 @@ def _train(
     profile: int | None,
     say: Callable[[str], None],
     watch: Callable[[Metrics], None],
-) -> None:
+) -> bool:
+    """From ``state`` to the run's end, or to a stop; returns whether it is complete."""
     config = engines.config
     state = dataclasses.replace(state, reference=engines.making.place(state.reference))  # once
     data = prompt_iterator(engines.task.split("train"), config.prompts_per_step, seed=config.seed)
@@ -236,9 +237,12 @@ def _train(
             lowered = _at_rate(engines, monitor.learning_rate_scale)
             state, metrics, samples = global_step(lowered, state, data, step)
         metrics = of_first(metrics)
-        if previous is not None and monitor.discards(metrics):
-            state = dataclasses.replace(state, train=previous)
-            say(f"monitor: the updates of global step {step} are discarded")
+        if previous is not None:
+            discards = monitor.discards(metrics)
+            metrics["learner/discarded"] = config.minibatches * discards
+            if discards:
+                state = dataclasses.replace(state, train=previous)
+                say(f"monitor: the updates of global step {step} are discarded")
         before = progress.gradient_steps
         progress.advance(config, metrics, data.get_state(), state.queue)
         accuracy = math.nan
@@ -261,6 +265,7 @@ def _train(
             save(step, state, dataclasses.asdict(progress), accuracy)
     if progress.global_steps:
         save(progress.global_steps, state, dataclasses.asdict(progress), accuracy)
+    return progress.gradient_steps >= config.gradient_steps
 
 
 def alarms(metrics: Metrics) -> Iterator[str]:

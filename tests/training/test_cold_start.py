@@ -127,7 +127,11 @@ def test_a_damaged_one_is_made_again(first: ColdStart, cache: Path, tmp_path: Pa
     again = cold_start(engines(), cache, lines.append)
     assert again is not None
     assert_same(again.params, first.params)
-    assert lines[0] == f"cold start: the one in {entry} is damaged; making it again"
+    assert lines[0].startswith(
+        f"cold start: it is made again, since the kept one cannot be used and is now {entry}.old-1: "
+    )
+    assert "no good checkpoint" in lines[0]
+    assert any(Path(f"{entry}.old-1").iterdir())
     kept = cold_start(engines(), cache, lines.append)
     assert kept is not None
     assert "from" in lines[-1]

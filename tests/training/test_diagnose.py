@@ -98,7 +98,7 @@ def test_a_dense_model_has_no_layers_to_show(tmp_path, capsys):
         ([], "expected a checkpoint first"),
         (["{empty}", CONFIG, "--prompts", "16"], "holds no checkpoint"),
         (["{empty}/nowhere", CONFIG, "--prompts", "16"], "holds no checkpoint"),
-        (["{checkpoint}"], "expected the path of a config file"),
+        (["{checkpoint}"], "name the config: rlstab diagnose"),
         (["{checkpoint}", CONFIG, "--precisions", "fp4"], "unknown precision 'fp4'"),
         (["{empty}", CONFIG, "--prompts", "1000"], "1000 prompts: expected 1 to 16"),
         (["{checkpoint}", CONFIG, "--prompts", "16", "--model.embed-dim", "24"], "of another model"),
@@ -110,6 +110,17 @@ def test_bad_input_is_one_line_and_exit_code_two(arguments, words, checkpoint, t
     assert main(["diagnose", *filled, *options]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line
+
+
+def test_without_a_config_it_is_the_runs(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    command = ["train", CONFIG, "--out", str(run), "--gradient-steps", "4", "--samples-per-prompt", "2"]
+    monkeypatch.setattr("sys.argv", ["rlstab", *command])
+    assert main(command) == 0
+    options = ["--prompts", str(PROMPTS), "--precisions", "float32", "--out", str(tmp_path / "out")]
+    assert main(["diagnose", str(run), *options]) == 0
+    (gaps,) = json.loads((tmp_path / "out" / "gaps.json").read_text())["gaps"]
+    assert gaps["responses"] == 2 * PROMPTS
 
 
 def test_no_precision_is_refused(checkpoint):
@@ -124,3 +135,9 @@ def test_a_picture_of_hard_cases(tmp_path):
         rows = [{"precision": name, "layers": layers, **row} for name in PRECISIONS]
         draw_diagnosis(rows, tmp_path / "gaps.png", "no gap at all")
         assert (tmp_path / "gaps.png").stat().st_size > 1000
+
+
+def test_a_precision_that_the_model_does_not_allow_is_refused_before_any_work(checkpoint, monkeypatch):
+    monkeypatch.setattr("rlstab_jax.models.precision.INT8_TERMS", 4)
+    with pytest.raises(UserError, match=r"embed_dim.*an int32 holds the sum of 4 products.*precision int8.scales"):
+        diagnose(config(), checkpoint, ("float32", "int8"), PROMPTS, begin=lambda: pytest.fail("work had begun"))

@@ -48,7 +48,8 @@ def steps_of(lines: bytes) -> list[dict]:
 def test_a_run_in_a_bucket(stand_in: Bucket, tmp_path: Path) -> None:
     said: list[str] = []
     train(config(4), OUT, say=said.append)
-    assert f"logs are written to {tmp_path}/copies/bucket/runs/first, and copied to {OUT} with each checkpoint" in said
+    copy = tmp_path / "copies" / "bucket%2Fruns" / "first"
+    assert f"logs are written to {copy}, and copied to {OUT} with each checkpoint" in said
     shutil.rmtree(tmp_path / "copies")  # another machine
     said.clear()
     train(config(8), OUT, say=said.append)
@@ -65,7 +66,7 @@ def test_a_run_in_a_bucket(stand_in: Bucket, tmp_path: Path) -> None:
     kept = {name.split("/")[1] for name in stored if name.startswith("checkpoints/")}
     assert kept == {"4"}
     assert "checkpoints/4/commit_success.txt" in stored
-    assert not (tmp_path / "copies" / "bucket" / "runs" / "first" / "checkpoints").exists()
+    assert not (copy / "checkpoints").exists()
 
     with pytest.raises(UserError, match=f"{OUT} holds a run already"):
         train(config(8), OUT, fresh=True)
@@ -82,11 +83,33 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(stand_in: Bucket, 
     stand_in.put("runs/first/manifest.json", b"{}")
     stand_in.put("runs/first/profile/deep/trace", b"\r\n\x00")
     stand_in.put("runs/first/checkpoints/1/header/metadata", b"{}")
+    stand_in.put("runs/first/second/manifest.json", b"another run's")
+    stand_in.put("runs/first/owner.txt", b"")
     assert where.begun
     where.fetch()
     found = {str(file.relative_to(where.path)) for file in where.path.rglob("*") if file.is_file()}
     assert found == {"manifest.json", "profile/deep/trace"}
     assert (where.path / "profile/deep/trace").read_bytes() == b"\r\n\x00"
+
+
+def test_no_copy_is_inside_anothers(stand_in: Bucket) -> None:
+    outer, inner = home_of("gs://bucket/runs"), home_of(OUT)
+    assert not inner.path.is_relative_to(outer.path)
+    assert inner.path != home_of("gs://bucket/runs-first").path
+
+
+def test_of_two_that_work_on_a_run_the_later_one_goes_on(stand_in: Bucket, tmp_path: Path) -> None:
+    taken: list[dict] = []
+
+    def take_over(_: object) -> None:
+        if not taken:
+            home_of(OUT).own()
+            taken.append(dict(stand_in.objects))
+
+    with pytest.raises(UserError, match=rf"{OUT}: process \d+ on .* has taken over this run"):
+        train(config(8), OUT, watch=take_over)
+    assert stand_in.objects == taken[0]  # nothing was written after it
+    assert train(config(8), OUT) is None
 
 
 def test_a_bucket_that_does_not_answer(stand_in: Bucket, tmp_path: Path) -> None:

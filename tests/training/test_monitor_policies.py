@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 import jax
+import numpy as np
 
 from rlstab_jax.cli import STOPPED
 from rlstab_jax.rundir import read_manifest, read_metrics
@@ -56,6 +57,8 @@ def test_discarded_updates_leave_the_parameters_as_they_were(tmp_path):
     _, metrics, lines = run(tmp_path / "whole", monitor=skipping)
     assert len(metrics["learner/grad_norm"]) == 12  # steps count, whether their updates are kept or not
     discarded = [int(line.split("global step ")[1].split()[0]) for line in lines if "are discarded" in line]
+    assert (np.flatnonzero(metrics["learner/discarded"] == config().minibatches) + 1).tolist() == discarded
+    assert metrics["learner/discarded"].sum() == config().minibatches * len(discarded)
     for step in (discarded[0] - 1, discarded[0]):
         run(tmp_path / str(step), monitor=skipping, gradient_steps=2 * step)
     template = {"params": build(config()).placed_like(lambda: initial_params(build(config()).training, 0))}
@@ -67,11 +70,14 @@ def test_discarded_updates_leave_the_parameters_as_they_were(tmp_path):
 
 
 def test_stop_ends_the_run_with_a_checkpoint_and_an_exit_code_of_its_own(tmp_path):
-    stopped, metrics, lines = run(tmp_path, monitor=replace(TOUCHY, largest_ratio=Check(1.0001, "stop")))
+    stops = replace(TOUCHY, largest_ratio=Check(1.0001, "stop"))
+    stopped, metrics, lines = run(tmp_path, monitor=stops)
     assert stopped == "monitor"
     assert STOPPED[stopped] == 3
     assert "the largest ratio" in lines[-1]
     last = int(metrics["progress/global_steps"][-1])
     assert last < 12
+    complete = run(tmp_path / "complete", monitor=stops, gradient_steps=2 * last)
+    assert complete[0] is None  # the step that would have stopped it was its last
     assert (tmp_path / "checkpoints" / str(last)).is_dir()
     assert read_manifest(tmp_path)["config"]["monitor"]["largest_ratio"] == {"factor": 1.0001, "policy": "stop"}
