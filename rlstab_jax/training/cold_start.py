@@ -32,6 +32,7 @@ from rlstab_jax.rundir import plain, set_aside
 from rlstab_jax.tasks import Dataset, DemonstratedTask, DescribedTask, Prompt, encode_prompts, prompt_iterator
 from rlstab_jax.training.checkpoint import Checkpoints
 from rlstab_jax.training.checksum import checksums
+from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.engines import Engines, beginning, initial_params
 from rlstab_jax.training.evaluate import accuracy, plain_sampling
 from rlstab_jax.training.interrupt import Stop
@@ -167,6 +168,8 @@ def _fingerprint(engines: Engines, initial: dict[str, int] | None = None, **but:
     }
     if code := code_of(config.task):  # a task of one's own is known by its source, not by its fields alone
         determines["code"] = code
+    if (parts := _micro_batches(config, engines.row_shards)) > 1:  # sums in another order
+        determines["micro_batches"] = parts
     if initial is not None:
         determines["initial"] = initial
     return hashlib.sha256(json.dumps(plain(determines), sort_keys=True).encode()).hexdigest()[:16]
@@ -198,6 +201,8 @@ def _train(
         samples=1,
         sampling=plain_sampling(engines),
     )
+    logits_per_chunk = engines.config.learner.logits_per_chunk
+    micro_batches = _micro_batches(engines.config, engines.row_shards)
     step, best, saved = 0, 0.0, time.monotonic()
     if begun is None:
         state = engines.place(init_state(params, numbers))
@@ -227,9 +232,8 @@ def _train(
     while step < config.max_steps:
         step += 1
         batch = demonstrations(engines, task, next(prompts), seed=step)
-        state, _ = supervised_update(
-            engines.training, state, engines.place_rows(batch), numbers, engines.config.learner.logits_per_chunk
-        )
+        rows = engines.place_rows(batch)
+        state, _ = supervised_update(engines.training, state, rows, numbers, logits_per_chunk, micro_batches)
         if engines.mesh.size > 1:
             state = engines.settle(engines.place(state))
         if step % config.check_every == 0 or step == config.max_steps:
@@ -311,9 +315,25 @@ def _check_demonstrations(engines: Engines, task: DemonstratedTask) -> None:
             _demonstrated(engines, task, source[i], seed=0)
 
 
-@partial(jax.jit, static_argnames=("model", "logits_per_chunk"), donate_argnames="state")
+def _micro_batches(config: RunConfig, row_shards: int) -> int:
+    """Into how many parts a batch of demonstrations is split: where RL's mini-batches are split, no part has more rows
+    than theirs, if the sizes allow it."""
+    learner, batch = config.learner, config.cold_start.batch_size
+    if learner.micro_batches == 1:
+        return 1
+    rows = config.prompts_per_minibatch * config.samples_per_prompt // learner.micro_batches
+    fitting = (size for size in range(rows, 0, -1) if batch % size == 0 and size % row_shards == 0)
+    return batch // next(fitting, batch)
+
+
+@partial(jax.jit, static_argnames=("model", "logits_per_chunk", "micro_batches"), donate_argnames="state")
 def supervised_update(
-    model: Transformer, state: TrainState, batch: Rollout, numbers: LearnerNumbers, logits_per_chunk: int
+    model: Transformer,
+    state: TrainState,
+    batch: Rollout,
+    numbers: LearnerNumbers,
+    logits_per_chunk: int,
+    micro_batches: int = 1,
 ) -> tuple[TrainState, Float[Array, ""]]:
     """One step on the mean negative log-likelihood of the response tokens; returns that loss too, in nats."""
     tokens = batch.response_mask.sum()
@@ -322,6 +342,6 @@ def supervised_update(
         scores, _ = policy_scores(model, {"params": params}, part, None, logits_per_chunk)
         return -scores.log_probs.sum() / tokens, {}
 
-    value, _, gradient = accumulate(loss, state.params, batch, 1)
+    value, _, gradient = accumulate(loss, state.params, batch, micro_batches)
     state, _ = apply_gradient(state, gradient, numbers)
     return state, value

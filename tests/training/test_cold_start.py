@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from rlstab_jax.tasks import ArithmeticConfig, Fields, TaskConfig
+from rlstab_jax.learner import init_state
+from rlstab_jax.learner.update import LearnerConfig
+from rlstab_jax.tasks import ArithmeticConfig, DemonstratedTask, Fields, TaskConfig
 from rlstab_jax.training import cold_start as cold_start_module
-from rlstab_jax.training.cold_start import ColdStart, cold_start, demonstrations
+from rlstab_jax.training.cold_start import ColdStart, cold_start, demonstrations, supervised_update
 from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.engines import Engines, beginning, build, initial_params
 from rlstab_jax.training.interrupt import Stop
@@ -303,3 +306,32 @@ def test_demonstrations_lie_as_rollouts_do() -> None:
         assert tokenizer.decode(ids) == prompt.text + demonstration + "<stop>"
     assert batch.response_mask[:, 0].all()
     assert batch.tokens.shape == (4, of.config.rollout.prompt_length + of.config.rollout.response_length)
+
+
+def test_demonstrations_are_fed_in_parts_where_minibatches_are() -> None:
+    """Each no larger than RL's, whose memory is what was planned for; the gradient is the whole batch's."""
+
+    def parts(micro_batches: int, batch: int, row_shards: int = 1) -> int:
+        of = config(batch_size=batch)
+        learner = dataclasses.replace(of.learner, micro_batches=micro_batches)
+        return cold_start_module._micro_batches(dataclasses.replace(of, learner=learner), row_shards)
+
+    rows = config().prompts_per_minibatch * config().samples_per_prompt
+    assert rows == 8
+    assert [parts(1, 64), parts(2, 64), parts(4, 64), parts(2, 12), parts(2, 7)] == [1, 16, 32, 3, 7]
+    assert parts(2, 16, row_shards=4) == 4
+    assert parts(4, 16, row_shards=4) == 1  # two rows do not divide over four devices
+
+    of = engines()
+    numbers = LearnerConfig(learning_rate=1e-2, warmup_steps=0).numbers()
+    task = of.task
+    assert isinstance(task, DemonstratedTask)
+    batch = demonstrations(of, task, [task.split("train")[i] for i in range(8)], seed=1)
+    states = [init_state(initial_params(of.training, 0), numbers) for _ in range(2)]
+    (whole, loss), (summed, same) = (
+        supervised_update(of.training, state, batch, numbers, 2**20, parts)
+        for state, parts in zip(states, (1, 4), strict=True)
+    )
+    np.testing.assert_allclose(loss, same, rtol=1e-6)
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    jax.tree.map(close, whole.opt_state[1].mu, summed.opt_state[1].mu)  # the gradients
