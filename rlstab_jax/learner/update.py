@@ -48,8 +48,8 @@ class LearnerConfig:
     router_z: float = 0.0
     """Coefficient of the routers' z loss (mean squared logsumexp)."""
     micro_batches: int = 1
-    """Parts that a mini-batch is computed in, with accumulated gradients: less memory, the same update. The cold start's
-    batches are split likewise, into parts of no more rows."""
+    """Parts that a mini-batch is computed in, with accumulated gradients: less memory, the same update. A cold
+    start's batches are split likewise, into parts of no more rows."""
     score_micro_batches: int = 1
     """Parts that the old pass scores a global batch in."""
     logits_per_chunk: int = 2**20
