@@ -11,8 +11,8 @@ import matplotlib
 import numpy as np
 
 from experiments import statistics
-from experiments.pairing import blocks, span, tens
-from experiments.study import Run, Study
+from experiments.pairing import Block, blocks, span, tens
+from experiments.study import ACCURACY, Panel, Run, Study
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -36,6 +36,7 @@ def draw(study: Study, runs: Runs, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name, rows in tables(study, runs).items():
         write_csv(out / name, rows)
+    (out / "README.md").write_text(page(study, runs))
     panels(study, runs, out / "curves.png")
     if study.picture is not None:
         study.picture(runs, out)
@@ -61,6 +62,26 @@ def cell_table(study: Study, runs: Runs) -> list[dict[str, Any]]:
         known = [run.seconds for run in done if math.isfinite(run.seconds)]
         rows.append(row | {"seconds": float(np.median(known)) if known else math.nan})
     return rows
+
+
+def page(study: Study, runs: Runs) -> str:
+    """The study's page: how its cells ended, and which have not been run."""
+    parts = ("final", "final_low", "final_high", "collapsed", "degraded", "runs", "pairs")
+    lines = ["| cell | final accuracy | 95% interval | collapsed | degraded | of runs | pairs |", "|" + " --- |" * 7]
+    for row in cell_table(study, runs):
+        final, low, high, *counts = (row[part] for part in parts)
+        interval_ = "" if math.isnan(low) else f"[{low:.2f}, {high:.2f}]"
+        lines.append(f"| {row['cell']} | {final:.2f} | {interval_} | " + " | ".join(map(str, counts)) + " |")
+    none = [name for name, done in runs.items() if not done]
+    return (
+        f"# {study.question}\n\nDrawn by `python -m experiments.{study.name} --draw` from [`runs.jsonl`](runs.jsonl) "
+        "and from runs of other studies that are of the same config; [`cells.csv`](cells.csv) has more. Lines of one "
+        "cell are of other cold starts; only lines of the same pairs, from the same cold starts, compare. Verdicts are "
+        "on [the page of all studies](../README.md).\n\n"
+        + "\n".join(lines)
+        + (f"\n\nNot yet run: {', '.join(none)}." if none else "")
+        + "\n\n![accuracy and collapses over gradient steps](curves.png)\n"
+    )
 
 
 def ended(runs: Sequence[Run]) -> dict[str, Any]:
@@ -112,17 +133,8 @@ def panels(study: Study, runs: Runs, path: Path) -> None:
     for ax in (ax for place in places[len(shown) :] for ax in place):
         ax.remove()
     for (above, below), (panel, block) in zip(places, shown, strict=False):
-        plain(above)
         plain(below)
-        above.set_title(f"{panel.title}\n(pairs {block.pairs})", fontsize=9, loc="left")
-        for name, done in block.runs.items():
-            i = panel.cells.index(name)
-            style = {
-                "color": COLOURS[i % len(COLOURS)],
-                "linestyle": STYLES[(i + i // len(COLOURS)) % len(STYLES)],
-                "linewidth": 1.4,
-            }
-            _curve(above, done, f"{study.cell(name).label or name} ({len(done)})", style)
+        for done, style in _lines(above, study, panel, block, ACCURACY):
             _survival(below, done, style)
         above.set_ylim(0, 1)
         below.set_ylim(-0.03, 1.03)
@@ -141,11 +153,44 @@ def panels(study: Study, runs: Runs, path: Path) -> None:
     plt.close(figure)
 
 
-def _curve(ax: Axes, runs: Sequence[Run], label: str, style: Mapping[str, Any]) -> None:
+def over_steps(study: Study, runs: Runs, metric: str, label: str, path: Path) -> None:
+    """A metric of evaluations over gradient steps, a panel beside the other, as the accuracy in `panels`."""
+    shown = [(panel, block) for panel in study.panels for block in blocks({name: runs[name] for name in panel.cells})]
+    if not shown:
+        return
+    size = (3.6 * len(shown) + 0.6, 3.4)
+    figure, axes = plt.subplots(1, len(shown), figsize=size, dpi=150, layout="constrained", squeeze=False)
+    for ax, (panel, block) in zip(axes[0], shown, strict=True):
+        _lines(ax, study, panel, block, metric)
+        ax.set_xlabel("gradient steps", fontsize=8)
+        ax.legend(fontsize=7, frameon=False)
+    axes[0, 0].set_ylabel(f"{label}\n(mean, 10th to 90th percentile)", fontsize=8)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def _lines(ax: Axes, study: Study, panel: Panel, block: Block, metric: str) -> list[tuple[list[Run], dict[str, Any]]]:
+    """Draws a curve for each cell of a block; returns its runs and its style."""
+    plain(ax)
+    ax.set_title(f"{panel.title}\n(pairs {block.pairs})", fontsize=9, loc="left")
+    drawn = []
+    for name, done in block.runs.items():
+        i = panel.cells.index(name)
+        style = {
+            "color": COLOURS[i % len(COLOURS)],
+            "linestyle": STYLES[(i + i // len(COLOURS)) % len(STYLES)],
+            "linewidth": 1.4,
+        }
+        _curve(ax, done, metric, f"{study.cell(name).label or name} ({len(done)})", style)
+        drawn.append((done, style))
+    return drawn
+
+
+def _curve(ax: Axes, runs: Sequence[Run], metric: str, label: str, style: Mapping[str, Any]) -> None:
     steps = runs[0].steps
-    accuracy = np.array([run.accuracy for run in runs if len(run.accuracy) == len(steps)])
-    low, high = np.quantile(accuracy, [0.1, 0.9], axis=0)
-    ax.plot(steps, accuracy.mean(axis=0), label=label, **style)
+    values = np.array([run.metrics[metric][run.evaluated] for run in runs if len(run.steps) == len(steps)])
+    low, high = np.quantile(values, [0.1, 0.9], axis=0)
+    ax.plot(steps, values.mean(axis=0), label=label, **style)
     ax.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 

@@ -41,7 +41,7 @@ def cell(
 ) -> Cell:
     """``modes`` says for each mode of routing its label and what it changes."""
     label, routing = modes[mode]
-    label = f"N = {number}, {'clip' if clip else 'no clip'}, {label}"
+    label = f"N = {number}, {'clip' if clip else 'no clip'}, {label}{suffix.replace('-', ', ')}"
     return Cell(name(number, clip, mode) + suffix, updates(number) | clipping(clip) | routing | changes, label)
 
 
@@ -82,6 +82,15 @@ STUDY = Study(
     panels=(
         *(Panel(f"N = {n}", tuple(name(n, *method) for method in methods(n))) for n in UPDATES),
         Panel(f"Learning rate {HIGHER_RATE:g}", tuple(name(*method) + HIGHER for method in AT_HIGHER)),
+        *(
+            Panel(title, tuple(name(8, True, mode) + suffix for suffix in suffixes))
+            for title, mode, suffixes in (
+                ("N = 8, live, mini-batch of 128 or 64 responses", "live", ("", "-batch64")),
+                ("N = 8, R3, mini-batch of 128, 64 or 256 responses", "r3", ("", "-batch64", "-batch256")),
+                ("N = 8, live, the weight's cap", "live", ("", "-nocap", "-capfactor")),
+                ("N = 8, R3, the weight's cap", "r3", ("", "-nocap")),
+            )
+        ),
     ),
     picture=picture,
 )

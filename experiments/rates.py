@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from experiments import drawing, high_rates, off_policy, tuning
 from experiments.claims import ENOUGH
-from experiments.pairing import blocks
+from experiments.pairing import blocks, common
 from experiments.setting import LEARNING_RATE, RATES
 from experiments.study import RESULTS, Run, runs_of
 
@@ -33,11 +35,13 @@ def confirmatory(records: Mapping[str, dict[str, Any]]) -> dict[str, list[Run]]:
 
 
 def best(method: str, records: Mapping[str, dict[str, Any]]) -> float:
-    """The rate of the highest mean final accuracy in tuning; NaN before every rate of the grid has runs."""
+    """The rate of the highest mean final accuracy in tuning, over the pairs that ran at every rate of the grid from one
+    cold start; NaN without any."""
     short = "n1" if method.startswith("n1-") else method
-    runs = runs_of(tuning.STUDY, records)
-    ends = {rate: drawing.mean_of(runs[name], "final").mean for rate in RATES if runs[name := tuning.name(short, rate)]}
-    return max(ends, key=ends.__getitem__) if len(ends) == len(RATES) else math.nan
+    names = [tuning.name(short, rate) for rate in RATES]
+    tuned = common(runs_of(tuning.STUDY, records), names)
+    ends = {rate: np.mean([run.final for run in done]) for rate, done in zip(RATES, tuned, strict=True) if done}
+    return max(ends, key=ends.__getitem__, default=math.nan)
 
 
 def lasts(method: str, runs: Mapping[str, list[Run]]) -> float:

@@ -5,6 +5,7 @@ python -m experiments.verdicts --protocol-only    # prints PROTOCOL.md's tables 
 """
 
 import csv
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,7 +34,9 @@ from experiments import (
 )
 from experiments.claims import (
     ALL,
+    BY_SCALE,
     CAUSES,
+    DESCRIBED,
     ENOUGH,
     LATER,
     LEADS,
@@ -42,15 +45,15 @@ from experiments.claims import (
     REFUTED,
     REPRODUCED,
     RULES,
-    UNASKED,
     UNDECIDED,
     Contrast,
     Verdict,
     judge,
     verdicts,
 )
+from experiments.pairing import common
 from experiments.setting import LEARNING_RATE, RATES
-from experiments.study import RESULTS, RUNS, read, read_records, runs_of
+from experiments.study import RESULTS, RUNS, Run, read, read_records, runs_of
 
 CONFIRMATORY = tuple(
     module.STUDY
@@ -73,7 +76,8 @@ def page(results: Path) -> str:
     parts = [
         "# Verdicts on the paper's claims",
         "`python -m experiments.verdicts` writes this page from the committed metrics (`*/runs.jsonl`); "
-        "[`PROTOCOL.md`](../PROTOCOL.md) has the rules, which were fixed before the runs.",
+        "[`PROTOCOL.md`](../PROTOCOL.md) has the rules, fixed before the runs; what has been added or corrected since "
+        "is dated at its end.",
         f'A verdict is "{REPRODUCED}", "{UNDECIDED}" or "{REFUTED}", and needs {ENOUGH} pairs of a cold start and a '
         f'seed; before that it is "{NOT_YET}". Differences are of held-out accuracy, paired, with 95% intervals of a '
         "hierarchical bootstrap; counts have exact intervals; p is adjusted by Holm within a study's primary "
@@ -81,8 +85,7 @@ def page(results: Path) -> str:
         "and not 0, though its interval may reach into the margin.",
         "## The paper's own claims (PAPER.md, section 6)",
         _table(PAPER, judged),
-        f"Seen, and not asked beforehand, so without a verdict: {UNASKED.says}. Training without it ends "
-        f"above training with it by {judge(UNASKED, runs[UNASKED.study]).figures}.",
+        _discrepancies(runs["on_policy"]),
         "Claim (m): the ablated gradients are neither equal to nor linearly correlated with the true one. Enumerated: "
         + enumerated(results),
         "In training, by large samples of the runs of MiniRL on-policy (`python -m experiments.gradients`):",
@@ -107,6 +110,12 @@ def page(results: Path) -> str:
         "An earlier look saw N = 8 collapse at 2e-3 without clipping and replay, and recover the on-policy level with "
         "both at 1.5e-3, from one cold start. The same on fresh seeds and ten cold starts:",
         _table(LEADS, judged),
+        "## By model size and length of responses",
+        "The main contrasts in final accuracy, with 95% intervals and the runs that collapsed, where ten pairs have "
+        "run (`python -m experiments.scale`, [pictures](scale/curves.png)): small is d 32 with 8 experts, large is 4 "
+        "layers of d 96 with 32 experts, answers are of 7 to 17 tokens; len33 and len73 are of the base's size with "
+        "answers of up to 33 and 73 tokens. No verdict, and no claim about larger models.",
+        _by_scale(runs["scale"]),
         "## By learning rate",
         "Final accuracy (95% interval) and collapses of the main methods on confirmatory seeds, where there are "
         f"{ENOUGH} pairs or more; only lines of the same pairs may be compared. {LEARNING_RATE:g} is the common rate; "
@@ -126,8 +135,14 @@ def page(results: Path) -> str:
         "and the cosine of MiniRL's gradients with that of equal engines (95% intervals), at the end of on-policy runs "
         "([more](engine_gaps/engine_gaps.csv), [picture](engine_gaps/engine_gaps.png)). No verdict.",
         _engines(results),
+        "## Other differences",
+        "Of final accuracy, over pairs, with 95% intervals; no claim asks for them, or they were not asked beforehand. "
+        "No verdict.",
+        _described(runs),
         "## What has been run",
+        "A study's page has the mean, the interval and the collapses of each of its cells.",
         _progress(records, results),
+        _not_yet(runs),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -179,6 +194,58 @@ def _progress(records: Mapping[str, dict[str, Any]], results: Path) -> str:
         rows.append((link, "", "", str(measured), str(measured), f"`python -m experiments.{name} --draw`"))
     head = ("study", "cells", f"with {ENOUGH} pairs", "runs", "not of a study above", "tables and pictures")
     return _rows(head, rows)
+
+
+def _not_yet(runs: Mapping[str, Mapping[str, Sequence[Run]]]) -> str:
+    """The cells of confirmatory studies that lack runs, by name."""
+    lines = []
+    for study, cells in runs.items():
+        short = [f"{name} ({len(done)})" for name, done in cells.items() if len(done) < ENOUGH]
+        lines += [f"- `{study}`: {', '.join(short)}"] if short else []
+    if not lines:
+        return "No cell lacks runs."
+    return (
+        f"**Not yet run**, or with fewer than {ENOUGH} pairs (their number), besides what "
+        "[the protocol](../PROTOCOL.md) says was dropped:\n\n" + "\n".join(lines)
+    )
+
+
+def _described(runs: Mapping[str, Mapping[str, Sequence[Run]]]) -> str:
+    lines = []
+    for contrast in DESCRIBED:
+        verdict = judge(contrast, runs[contrast.study])
+        if verdict.pairs >= ENOUGH:
+            lines.append((contrast.says, contrast.study, verdict.figures, str(verdict.pairs)))
+    return _rows(("A less B", "study", "difference", "pairs"), lines)
+
+
+def _by_scale(runs: Mapping[str, Sequence[Run]]) -> str:
+    def shown(of: str, contrast: Contrast) -> str:
+        cells = tuple(f"{of}-{name}" for name in contrast.a + contrast.b)
+        verdict = judge(dataclasses.replace(contrast, a=cells[:1], b=cells[1:]), runs)
+        if verdict.pairs < ENOUGH:
+            return verdict.text(math.nan)
+        a, b = (sum(run.collapsed for run in done) for done in common(runs, cells))
+        return f"{verdict.figures}; {a} and {b} of {verdict.pairs}"
+
+    scales = (*scale.SIZES, *scale.LENGTHS)
+    lines = [(of, *(shown(of, contrast) for contrast in BY_SCALE)) for of in scales]
+    return _rows(("", *(contrast.says for contrast in BY_SCALE)), lines)
+
+
+def _discrepancies(runs: Mapping[str, Sequence[Run]]) -> str:
+    """R3's own figures (section 7), on-policy."""
+
+    def mean(cell: str, name: str) -> float:
+        return float(np.mean([run.mean(name) for run in runs[cell]]))
+
+    return (
+        "Beside (l), what the authors of R3 report (KL halves, a tenth of the routers' choices differs, and the share "
+        "of tokens with a ratio beyond 2, F(2)), as means over on-policy runs with e4m3 rollouts: KL (k3) "
+        f"{mean('r3', 'discrepancy_live/k3'):.2g} with live routing and {mean('r3', 'discrepancy/k3'):.2g} with R3 on "
+        f"the same batches; {mean('minirl', 'routing/rollout_vs_old'):.1%} of the choices differ; F(2) is "
+        f"{mean('minirl', 'discrepancy/f2'):.2%} with live routing and {mean('r3', 'discrepancy/f2'):.2%} with R3."
+    )
 
 
 def _gradients(results: Path) -> str:

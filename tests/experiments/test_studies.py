@@ -7,17 +7,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
 from experiments import (
     claims,
+    cold_start,
     controls,
     drawing,
     monitor_study,
     off_policy,
     on_policy,
     rates,
+    scale,
     statistics,
     study,
     tuning,
@@ -335,7 +338,12 @@ def test_every_claim_names_cells_of_its_study() -> None:
     for contrast in claims.ALL:
         assert {*contrast.a, *contrast.b} <= cells[contrast.study], contrast
         assert len(contrast.levels) in (0, len(contrast.a)), contrast
-    assert {contrast.claim for contrast in claims.PAPER} == set("abcdefghijkln")  # m has cells nowhere yet
+    assert {contrast.claim for contrast in claims.PAPER} == set("abcdefghijkln")  # m is of gradients, not of runs
+    for contrast in claims.DESCRIBED:
+        assert {*contrast.a, *contrast.b} <= cells[contrast.study], contrast
+    for contrast in claims.BY_SCALE:
+        for of in (*scale.SIZES, *scale.LENGTHS):
+            assert {f"{of}-{name}" for name in contrast.a + contrast.b} <= cells["scale"], contrast
 
 
 def test_what_two_studies_have_in_common_is_one_run() -> None:
@@ -368,6 +376,19 @@ def test_committed_tables_are_drawn_from_the_committed_metrics(given: Study, tmp
     for name, rows in drawn.items():
         drawing.write_csv(tmp_path / name, rows)
         assert (tmp_path / name).read_text() == (folder / name).read_text()
+    if drawn:
+        assert (folder / "README.md").read_text() == drawing.page(given, runs)
+
+
+@pytest.mark.parametrize("given", [cold_start.STUDY, off_policy.STUDY], ids=lambda given: given.name)
+def test_committed_pictures_are_drawn_from_the_committed_metrics(given: Study, tmp_path: Path) -> None:
+    """The one with a picture over steps, the one with a picture by level; the panels are of all studies."""
+    drawing.draw(given, study.runs_of(given, study.read_records(RESULTS)), tmp_path)
+    committed = sorted((RESULTS / given.name).glob("*.png"))
+    assert [path.name for path in committed] == sorted(path.name for path in tmp_path.glob("*.png"))
+    for path in committed:
+        before, now = (plt.imread(at).shape for at in (path, tmp_path / path.name))
+        assert before == now, path.name
 
 
 def test_committed_verdicts_follow_from_the_committed_metrics() -> None:
