@@ -1,5 +1,5 @@
-"""The claims of PAPER.md, sections 6 and 7, and our own leads, each as a contrast of cells with a rule that turns it
-into a verdict.
+"""The claims of the paper (arXiv 2512.01374) and of later work, and our own leads, each as a contrast of cells with a
+rule that turns it into a verdict.
 
 Written before any run of the cells they compare, or dated in PROTOCOL.md, which says why. All contrasts are paired:
 same cold start, prompts and keys.

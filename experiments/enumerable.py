@@ -159,7 +159,7 @@ class Enumeration:
         return jnp.sum(c * jnp.abs(delta)) / c.sum(), jnp.sum(c * delta**2) / c.sum()
 
     def value_error(self, log_pi: Array, log_mu: Array, advantage: Array) -> Array:
-        """|J_seq - J_token - E_mu[(1 - |y|) A]| / E_mu |A|, which PAPER section 2 says is of second order."""
+        """|J_seq - J_token - E_mu[(1 - |y|) A]| / E_mu |A|, which the paper says is of second order."""
         p, delta = self.probability(log_mu), jnp.expm1(log_pi - log_mu) * self.mask
         remainder = jnp.expm1((log_pi - log_mu).sum(1)) - delta.sum(1)
         return jnp.abs(jnp.sum(p * advantage * remainder)) / jnp.sum(p * jnp.abs(advantage))

@@ -1,4 +1,4 @@
-"""The token-level gradient against the sequence-level one (PAPER.md, Eqs. 4 and 2) at the weights of trained runs.
+"""The token-level gradient against the sequence-level one (PAPER, Eqs. 4 and 2) at the weights of trained runs.
 
 At the cold start of each on-policy MiniRL run and at its end, and each time at those weights and after seven more
 updates (as in the last mini-batch of N = 8), a large fresh sample of mu_old gives the gradient of Eq. 2 and those of

@@ -1,4 +1,4 @@
-"""The verdicts on the claims of PAPER.md, sections 6 and 7, from the committed metrics of all studies.
+"""The verdicts on the claims of the paper and of later work, from the committed metrics of all studies.
 
 python -m experiments.verdicts                 # draws all studies, and writes experiments/results/README.md
 python -m experiments.verdicts --protocol-only    # prints PROTOCOL.md's tables of contrasts and of cells
@@ -75,6 +75,8 @@ def page(results: Path) -> str:
     judged = verdicts(ALL, runs)  # all at once: a family may stand in several tables
     parts = [
         "# Verdicts on the paper's claims",
+        "The paper is [arXiv 2512.01374](https://arxiv.org/abs/2512.01374). Letters name its claims, in the order in "
+        "which this project lists them.",
         "`python -m experiments.verdicts` writes this page from the committed metrics (`*/runs.jsonl`); "
         "[`PROTOCOL.md`](../PROTOCOL.md) has the rules, fixed before the runs; what has been added or corrected since "
         "is dated at its end.",
@@ -83,7 +85,7 @@ def page(results: Path) -> str:
         "hierarchical bootstrap; counts have exact intervals; p is adjusted by Holm within a study's primary "
         "contrasts, and within its secondary ones. An equivalence is refuted where the difference is beyond the margin "
         "and not 0, though its interval may reach into the margin.",
-        "## The paper's own claims (PAPER.md, section 6)",
+        "## The paper's own claims",
         _table(PAPER, judged),
         _discrepancies(runs["on_policy"]),
         "Claim (m): the ablated gradients are neither equal to nor linearly correlated with the true one. Enumerated: "
@@ -99,7 +101,7 @@ def page(results: Path) -> str:
         "and at the end of on-policy runs ([more](gradients/gradients.csv)). Products and lengths are estimated by "
         "halves of the samples, so that noise may put a cosine or a projection beyond 1. No verdict.",
         _projections(results),
-        "## Claims of later work (section 7)",
+        "## Claims of later work",
         _table(LATER, judged),
         "## Where the claims on staleness could bite",
         "At the common rate no cell without clipping collapses. What was turned up in search of a regime where "
@@ -234,14 +236,15 @@ def _by_scale(runs: Mapping[str, Sequence[Run]]) -> str:
 
 
 def _discrepancies(runs: Mapping[str, Sequence[Run]]) -> str:
-    """R3's own figures (section 7), on-policy."""
+    """What the authors of R3 report of it, on-policy."""
 
     def mean(cell: str, name: str) -> float:
         return float(np.mean([run.mean(name) for run in runs[cell]]))
 
     return (
-        "Beside (l), what the authors of R3 report (KL halves, a tenth of the routers' choices differs, and the share "
-        "of tokens with a ratio beyond 2, F(2)), as means over on-policy runs with e4m3 rollouts: KL (k3) "
+        "Beside (l), what the authors of R3 report ([2510.11370](https://arxiv.org/abs/2510.11370): KL "
+        "halves, a tenth of the routers' choices differs; F(2) is the share of tokens with a ratio "
+        "beyond 2), as means over on-policy runs with e4m3 rollouts: KL (k3) "
         f"{mean('r3', 'discrepancy_live/k3'):.2g} with live routing and {mean('r3', 'discrepancy/k3'):.2g} with R3 on "
         f"the same batches; {mean('minirl', 'routing/rollout_vs_old'):.1%} of the choices differ; F(2) is "
         f"{mean('minirl', 'discrepancy/f2'):.2%} with live routing and {mean('r3', 'discrepancy/f2'):.2%} with R3."

@@ -53,7 +53,7 @@ METRICS: dict[str, Metric] = {
     "reward/overlong": Metric("the punishment for length, in addition to R", "mean, responses trained on", "1"),
     "response/count": Metric("responses sampled for this step, whether trained on or not", "count", "responses"),
     "response/length": Metric("response tokens", "mean, responses", "tokens"),
-    "response/truncated": Metric("responses that met the length limit without a stop token", "share of responses", "1"),
+    "response/truncated": Metric("responses that met the length limit and did not stop", "share of responses", "1"),
     "dynamic/attempts": Metric("batches sampled for this step", "count", "batches"),
     "dynamic/unfilled": Metric(
         "groups trained on without signal, since the attempts were used up", "share of groups trained on", "1"

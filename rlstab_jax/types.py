@@ -24,7 +24,7 @@ class UserError(ValueError):
 
 
 class RoutingReplay(enum.Enum):
-    """Which recorded experts the training engine uses (PAPER section 4; gate weights are always live)."""
+    """Which recorded experts the training engine uses (gate weights are always live)."""
 
     LIVE = "live"  # none: each pass routes by its own scores
     R2 = "r2"  # e^pi_old: recorded by the training engine's `old` pass, replayed in the updates
@@ -38,21 +38,39 @@ class RoutingReplay(enum.Enum):
 
 
 @struct.dataclass
+class MinimalLength:
+    """Responses of at least ``tokens`` tokens before a stop token: none of ``stop_ids`` could be drawn earlier."""
+
+    tokens: Int[Array, "batch"]
+    stop_ids: Int[Array, "batch stops"]
+
+    def barred(self, response_length: int, vocab_size: int) -> Int[Array, "batch response_length stops"]:
+        """What could not be drawn at each position; places not in use hold the vocabulary's size.
+
+        >>> MinimalLength(jnp.array([1]), jnp.array([[3, 5]])).barred(2, 9).tolist()
+        [[[3, 5], [9, 9]]]
+        """
+        early = jnp.arange(response_length)[:, None] < self.tokens[:, None, None]
+        return jnp.where(early, self.stop_ids[:, None], vocab_size)
+
+
+@struct.dataclass
 class Rollout:
     """Responses y ~ mu_old, with what the inference engine recorded while it sampled them.
 
     Attributes:
       tokens: prompt and response of each row.
       prompt_mask: True on real prompt tokens (right-aligned).
-      response_mask: True up to and including the stop token (left-aligned).
+      response_mask: True up to and including the stop token, or the token that completes a stop string (left-aligned).
       log_probs: log mu_old of each sampled token under the very distribution it was drawn from, in nats; 0 outside the
         mask.
-      truncated: True where the response met the length limit without a stop token.
+      truncated: True where the response met the length limit without a stop token or a stop string.
       routes: experts used by the inference engine, or None for a dense model or where recording was off.
       temperature: sampling temperature of each row; the training engine scores at the same one.
       support: the tokens that each draw was made from, in no order, where sampling was truncated (top-k, top-p, min-p);
         places not in use hold the vocabulary's size. The training engine renormalises over it, so that the importance
-        ratio is taken at the true distribution on both sides (PAPER section 2). None: the whole vocabulary.
+        ratio is taken at the true distribution on both sides. None: the whole vocabulary.
+      minimum: where stop tokens were barred from the first draws. The training engine bars them too. None: nowhere.
       version: under partial rollouts, the global steps that the parameters which drew each token had taken; 0 outside
         the mask. None: they are the same for all tokens.
     """
@@ -65,6 +83,7 @@ class Rollout:
     routes: Routes | None
     temperature: Float[Array, "batch"]
     support: Int[Array, "batch response_length kept"] | None = None
+    minimum: MinimalLength | None = None
     version: Int[Array, "batch response_length"] | None = None
 
     @property
@@ -90,17 +109,17 @@ class Rollout:
 class Scores:
     """What an objective sees of a mini-batch: arrays of log-probs, never a model. ``R`` is the response length.
 
-    Log-probs are those of the sampled tokens, at the sampling temperature. The three policies are PAPER section 1's:
+    Log-probs are those of the sampled tokens, at the sampling temperature. The three policies are the paper's:
     ``rollout`` mu_old, ``old`` pi_old, ``target`` pi_theta. Only ``target``, ``entropy`` and ``router_target`` carry
-    gradients.
+    gradients, and only regularisers differentiate what they make of them (see `Objective`).
 
     Attributes:
-      mask: True on response tokens up to and including the stop token.
+      mask: True on response tokens up to and including the stop token, or the token that completes a stop string.
       groups: equal numbers in [0, batch) for the responses of one prompt; None where only a part of a mini-batch is
         seen, which may hold some of them alone.
       reference: log-probs of a frozen reference policy, for KL regularisers.
-      entropy: entropy of pi_theta on each prefix, in nats, for an entropy regulariser: over the tokens that sampling
-        kept, if it was truncated, else over the vocabulary.
+      entropy: entropy of pi_theta on each prefix, in nats, for an entropy regulariser: over the tokens that could be
+        drawn.
       router_old, router_target: log router probabilities of the experts that pi_old used, [batch, R, layer * k], for
         RSPO. A run has them where its objective fails without.
     """

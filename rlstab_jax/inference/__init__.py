@@ -1,6 +1,6 @@
 """The inference engine mu: its own precision, a jitted sampler, log-probs and routes of what was really sampled."""
 
-from rlstab_jax.inference.continuous import sample_continuously
+from rlstab_jax.inference.continuous import sample_continuously, sampler_for
 from rlstab_jax.inference.matched import sample_matched, score_matched
 from rlstab_jax.inference.partial import sample_on, with_room
 from rlstab_jax.inference.quantize import prepare
@@ -19,6 +19,7 @@ __all__ = [
     "sample_keys",
     "sample_matched",
     "sample_on",
+    "sampler_for",
     "score_matched",
     "stop_strings",
     "with_room",

@@ -4,7 +4,7 @@ The host decides who gets a slot, from two small arrays a round; tokens, log-pro
 are those of `sample`: their keys know nothing of slots.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from rlstab_jax.checks import INT32_MAX
+from rlstab_jax.inference.sampler import sample
 from rlstab_jax.inference.sampling import Sampling, check_keys, check_prompts
 from rlstab_jax.inference.slots import (
     Prefill,
@@ -32,6 +34,13 @@ from rlstab_jax.inference.stop_strings import StopStrings
 from rlstab_jax.models.config import ModelConfig
 from rlstab_jax.models.transformer import Transformer
 from rlstab_jax.types import Rollout, UserError, route_dtype
+
+
+def sampler_for(stop: StopStrings | None, slots: int = 0) -> Callable[..., Rollout]:
+    """`sample`, or `sample_continuously` where strings end responses or ``slots`` are limited; 0: all are in flight."""
+    if stop is None and not slots:
+        return sample
+    return partial(sample_continuously, slots=slots or INT32_MAX, stop=stop)
 
 
 def sample_continuously(
@@ -188,6 +197,7 @@ def _begin(
         routes=routes,
         temperature=sampling.temperature,
         support=empty.support,
+        minimum=sampling.minimum,
     )
     return state, results
 

@@ -127,6 +127,7 @@ def matched_pass(
         routes=by_layer.get("used"),
         temperature=sampling.temperature,
         support=out.get("support"),
+        minimum=sampling.minimum,
     )
     return MatchedPass(rollout, out["entropy"], by_layer.get("live"), by_layer.get("margin"), by_layer.get("router"))
 

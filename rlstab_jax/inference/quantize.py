@@ -16,9 +16,9 @@ from rlstab_jax.parallel.sharding import INFERENCE, TRAINING, constrain
 def prepare(params: dict, precision: Precision, mesh: Mesh | None = None) -> dict:
     """Casts, quantises and lays out parameters for an engine, in one compiled call.
 
-    Linear layers and experts are stored in ``precision.weights``; router and LM head as the precision says (a tied
-    embedding is stored as the LM head is, by channel one scale per token). The rest is cast to ``precision.dtype``;
-    norms and an unquantised router stay float32.
+    Linear layers and experts are stored in ``precision.weights``; router and LM head as ``precision.router``
+    and ``precision.lm_head`` say (a tied embedding is stored as the LM head is, by channel one scale per token). The
+    rest is cast to ``precision.dtype``; norms stay float32.
 
     Args:
       params: the "params" collection of `Transformer`, float32.
@@ -34,16 +34,20 @@ def prepare(params: dict, precision: Precision, mesh: Mesh | None = None) -> dic
     tied = ("lm_head", "kernel") not in flat
     values, scales = {}, {}
     for path, leaf in flat.items():
-        router, head = "router" in path, path[0] == ("embedding" if tied else "lm_head")
-        exempt = (router and not precision.quantise_router) or (head and not precision.quantise_lm_head)
-        exempt |= path[0] == "embedding" and not tied
+        of = precision
+        if "router" in path:
+            of = precision.router
+        elif path[0] == ("embedding" if tied else "lm_head"):
+            of = precision.lm_head
+        elif path[0] == "embedding":
+            of = precision.exempt()
         if path[-1] == "gain":
             value, scale = leaf, None
-        elif precision.weights == "none" or exempt:
-            value, scale = leaf if router else saturate(leaf, precision.dtype), None
+        elif of.weights == "none":
+            value, scale = saturate(leaf, of.dtype), None
         else:
             # Kernels are [.., in, out]; the embedding is [vocab, d], the transpose of the head's kernel.
-            stored = store_weight(leaf, precision, transposed=path[0] == "embedding")
+            stored = store_weight(leaf, of, transposed=path[0] == "embedding")
             value, scale = stored.values, stored.scale
         if mesh is not None and mesh.size > 1:
             # First the layout of the parameters: what moves between devices is then the narrow values.

@@ -147,5 +147,6 @@ def sample_batch(
         routes=routes,
         temperature=sampling.temperature,
         support=None if records.support is None or first.support is None else joined(first.support, records.support),
+        minimum=sampling.minimum,
     )
     return rows_over_devices(rollout)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlstab_jax.checks import HUGE, INT32_MAX, TINY, check_range
 from rlstab_jax.parallel.distributed import on_host
-from rlstab_jax.types import UserError
+from rlstab_jax.types import MinimalLength, UserError
 
 
 @struct.dataclass
@@ -32,8 +32,8 @@ class Sampling:
       min_p: then keep tokens at least this many times as likely as the likeliest, in [0, 1].
       uniform: share u, in [0, 1], of the mixture mu = (1 - u) softmax + u U, with U uniform over the tokens that may be
         drawn; 0 changes nothing, and neither does any u at temperature 0. None for all rows: no mixture.
-      min_new_tokens: no stop token is drawn before so many others. Log-probs are of the tokens that are left: to train
-        on such responses, sample them with a support, which records these.
+      min_new_tokens: no stop token is drawn before so many others. Log-probs are of the tokens that are left. None for
+        all rows: no minimum.
       max_new_tokens: at most the response buffer's length; 0 draws nothing.
       stop_ids: [n] or [rows, n] tokens that end a response; the stop token belongs to the response. Where rows have
         lists of unequal length, repeat an id.
@@ -45,7 +45,7 @@ class Sampling:
     top_p: Any = 1.0
     min_p: Any = 0.0
     uniform: Any = None
-    min_new_tokens: Any = 0
+    min_new_tokens: Any = None
     max_new_tokens: Any = 2**30
     stop_ids: Any = struct.field(default_factory=lambda: np.zeros(0, np.int32))
     pad_id: Any = 0
@@ -60,6 +60,11 @@ class Sampling:
             return jnp.broadcast_to(x, (rows, *x.shape[-1:]) if name == "stop_ids" else (rows,))
 
         return Sampling(**{field.name: spread(field.name, _DTYPES[field.name]) for field in fields(self)})
+
+    @property
+    def minimum(self) -> MinimalLength | None:
+        """What a rollout says of ``min_new_tokens``, where these numbers are `per_row`."""
+        return None if self.min_new_tokens is None else MinimalLength(self.min_new_tokens, self.stop_ids)
 
     def validate(self, rows: int) -> None:
         """Raises UserError for numbers outside their range or of another count than ``rows``; traced ones pass."""
@@ -163,7 +168,7 @@ def distribution(
     rows, vocab = logits.shape
     temperature = sampling.temperature[:, None]
     scaled = logits / jnp.where(temperature == 0, 1.0, temperature)
-    if sampling.stop_ids.shape[-1]:
+    if sampling.min_new_tokens is not None:
         early = jnp.where(position < sampling.min_new_tokens, -jnp.inf, 0.0)[:, None]
         scaled = scaled.at[jnp.arange(rows)[:, None], sampling.stop_ids].add(early, mode="drop")
     whole = scaled

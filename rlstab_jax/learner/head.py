@@ -69,11 +69,12 @@ class Tiles:
 
 @struct.dataclass
 class Rows:
-    """(A block of) the rows to score: which token, at which temperature, among which tokens (None: all)."""
+    """(A block of) the rows to score: which token, at which temperature, among which tokens (None: all) but which."""
 
     target: Int[Array, "rows"]
     temperature: Float[Array, "rows"]
     support: Int[Array, "rows kept"] | None
+    barred: Int[Array, "rows stops"] | None
 
 
 @struct.dataclass
@@ -115,10 +116,11 @@ def head_log_probs(
     temperature: Float[Array, "rows"],
     support: Int[Array, "rows kept"] | None,
     logits_per_chunk: int,
+    barred: Int[Array, "rows stops"] | None = None,
 ) -> tuple[Float[Array, "rows"], Float[Array, "rows"]]:
-    """Log-probs of ``targets`` and entropies over ``support``, in nats; ``logits_per_chunk`` logits exist at once (of a
-    quantised head those of 128 rows a device at least). A target outside its support has -inf, which the loss counts as
-    broken; a row without any support, 0.
+    """Log-probs of ``targets`` and entropies over ``support`` without ``barred`` tokens, in nats; ``logits_per_chunk``
+    logits exist at once (of a quantised head those of 128 rows a device at least). A target that is not among them has
+    -inf, which the loss counts as broken; a row without any support, 0.
 
     Differentiable in hidden states and the head's weight, unless the head is quantised. The weight's gradient is
     accumulated in float32.
@@ -129,7 +131,7 @@ def head_log_probs(
     if support is not None:  # what lies outside a response has none: an arbitrary one keeps its numbers finite
         drawn = (support < vocab).any(-1)
         support, certain = jnp.where(drawn[:, None], support, 0), greedy | ~drawn
-    rows = Rows(targets, jax.lax.stop_gradient(jnp.where(greedy, 1.0, temperature)), support)
+    rows = Rows(targets, jax.lax.stop_gradient(jnp.where(greedy, 1.0, temperature)), support, barred)
     precision, weight = head_of(model, variables)
     if weight.scale is not None or precision.activations != "none":
         # Whole rows: a floor keeps the passes over the weight few where a chunk holds a handful of them.
@@ -252,11 +254,16 @@ def _scaled(
     if tiles.vocab % tiles.columns:
         z = jnp.where(column >= block * tiles.columns, z, -jnp.inf)
     if rows.support is not None:
-        at = rows.support - start
-        at = jnp.where(at < 0, tiles.columns, at)  # negative indices would count from the end
-        inside = jnp.zeros(z.shape, bool).at[jnp.arange(len(at))[:, None], at].set(True, mode="drop")
-        z = jnp.where(inside, z, -jnp.inf)
+        z = jnp.where(_holds(z, rows.support - start), z, -jnp.inf)
+    if rows.barred is not None:
+        z = jnp.where(_holds(z, rows.barred - start), -jnp.inf, z)
     return z, column
+
+
+def _holds(z: Float[Array, "height columns"], at: Int[Array, "height n"]) -> Bool[Array, "height columns"]:
+    """True in the columns ``at`` of each row; those that lie in other tiles are left out."""
+    at = jnp.where(at < 0, z.shape[1], at)  # negative indices would count from the end
+    return jnp.zeros(z.shape, bool).at[jnp.arange(len(at))[:, None], at].set(True, mode="drop")
 
 
 def _columns(tiles: Tiles, tied: bool, weight: Array, start: Array) -> Array:

@@ -26,7 +26,7 @@ class PolicyScores:
     Attributes:
       log_probs: log pi of each sampled token at the sampling temperature, nats; 0 outside the mask.
       entropy: of pi's distribution on each prefix, nats: over the rollout's support, if it has one, else over the
-        vocabulary; 0 outside the mask.
+        vocabulary, without stop tokens where they were barred; 0 outside the mask.
       routes: experts in use, None for a dense model. ``live`` are the live choices, also under replay.
       router: log router probability of the experts in use (those watched, by a model that does not replay) at each
         response token's prefix, [batch, R, layer * k]; None for a dense model, and where it was not asked for.
@@ -81,6 +81,9 @@ def policy_scores(
     first = rollout.prompt_length - 1  # the last prompt token predicts the first response token
     hidden = output.hidden[:, first:]
     batch, length, d = hidden.shape
+    barred = None
+    if rollout.minimum is not None and rollout.support is None:  # a support holds none of them
+        barred = rollout.minimum.barred(length, model.config.vocab_size).reshape(batch * length, -1)
     with jax.named_scope("lm_head"):
         log_probs, entropy = head_log_probs(
             model,
@@ -90,6 +93,7 @@ def policy_scores(
             jnp.repeat(rollout.temperature, length),
             None if rollout.support is None else rollout.support.reshape(batch * length, -1),
             logits_per_chunk,
+            barred,
         )
     mask = rollout.response_mask
     log_probs, entropy = (masked(x.reshape(batch, length), mask) for x in (log_probs, entropy))

@@ -3,7 +3,6 @@
 Modules of Flax; `transformer` makes layers and the model of them. Routes are an input and an output of `MoE`.
 """
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 
@@ -206,8 +205,7 @@ def route(
     """Chooses experts: the recorded ones where a token has them, else the live top-k. Gates are always live.
 
     Gates are gathered from the full scores, so the router receives gradient under replay, and renormalised after the
-    gather and in log space, so that nothing is 0/0, however unlikely a replayed expert has become (PAPER sections 4
-    and 8).
+    gather and in log space, so that nothing is 0/0, however unlikely a replayed expert has become.
 
     Returns:
       experts in use, their gates, the live top-k, and the live margin (k-th minus (k+1)-th probability; 0 if k is all).
@@ -253,10 +251,7 @@ class MoE(nn.Module):
         batch, time, d = x.shape
         flat = x.reshape(batch * time, d)
         with jax.named_scope("router"):
-            # The router is float32 in every precision, unless its stored values are quantised by choice.
-            precision = dataclasses.replace(self.precision, dtype="float32")
-            precision = precision if self.precision.quantise_router else precision.exempt()
-            logits = Linear(cfg.num_experts, precision, out="float32", name="router")(flat)
+            logits = Linear(cfg.num_experts, self.precision.router, out="float32", name="router")(flat)
             normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
             log_probs = logits - normaliser
             recorded = None if routes is None else routes.reshape(batch * time, -1)

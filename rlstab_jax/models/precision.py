@@ -53,6 +53,21 @@ class Precision:
     """Whether the router's weights and inputs are quantised as well."""
     quantise_lm_head: bool = True
     """Whether the LM head's weights and inputs are quantised as well."""
+    float32_lm_head: bool = False
+    """Whether an LM head that is not quantised is float32, as such a router is: its stored weights and both operands of
+    its products. A tied embedding is stored so too, and looked up in ``dtype``."""
+
+    @property
+    def router(self) -> "Precision":
+        """The router's: float32 in every precision, unless its stored values are quantised by choice."""
+        wide = dataclasses.replace(self, dtype="float32")
+        return wide if self.quantise_router else wide.exempt()
+
+    @property
+    def lm_head(self) -> "Precision":
+        """The LM head's."""
+        head = dataclasses.replace(self, dtype="float32") if self.float32_lm_head else self
+        return head if self.quantise_lm_head else head.exempt()
 
     def exempt(self) -> "Precision":
         """The precision of a layer that is exempt from quantisation."""
@@ -67,6 +82,11 @@ class Precision:
             raise UserError(
                 f"{name}.scales = 'block', but neither weights nor activations are quantised: choose a format for one "
                 "of them, or scales = 'channel'"
+            )
+        if self.float32_lm_head and self.quantise_lm_head and quantised:
+            raise UserError(
+                f"{name}.float32_lm_head and {name}.quantise_lm_head with weights in {self.weights} and activations in "
+                f"{self.activations}: the LM head is float32 or quantised; set one of the two to False"
             )
         if self.products == "native" and not _multipliable(self.weights, self.activations):
             raise UserError(

@@ -140,12 +140,7 @@ class Transformer(nn.Module):
         ]
         self.final_norm = RMSNorm(cfg.norm_eps)
         if not cfg.tie_embeddings:
-            self.lm_head = Linear(cfg.vocab_size, self.head_precision, out="float32")
-
-    @property
-    def head_precision(self) -> Precision:
-        """Of the LM head."""
-        return self.precision if self.precision.quantise_lm_head else self.precision.exempt()
+            self.lm_head = Linear(cfg.vocab_size, self.precision.lm_head, out="float32")
 
     def __call__(
         self,
@@ -198,7 +193,7 @@ class Transformer(nn.Module):
             return self.layout.constrain(self.lm_head(hidden), "batch", "vocab")
         scale: Array | None = self.get_variable(SCALE, "embedding")
         weight = Stored(self.embedding.T, None if scale is None else scale.T)
-        return self.layout.constrain(matmul(hidden, weight, self.head_precision, "float32"), "batch", "vocab")
+        return self.layout.constrain(matmul(hidden, weight, self.precision.lm_head, "float32"), "batch", "vocab")
 
 
 def positions_in(segments: Segments) -> Int[Array, "batch time"]:
@@ -251,7 +246,7 @@ def head_of(model: Transformer, variables: dict) -> tuple[Precision, Stored]:
             node = node.get(name, {})
         return node if not isinstance(node, dict) else None
 
-    return model.head_precision, Stored(of("params"), of(SCALE))
+    return model.precision.lm_head, Stored(of("params"), of(SCALE))
 
 
 def logits_of(model: Transformer, variables: dict, hidden: Float[Array, "rows d"]) -> Float[Array, "rows vocab"]:

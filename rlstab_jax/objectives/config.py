@@ -43,7 +43,7 @@ class ObjectiveConfig:
     """
 
     name: RecipeName = "minirl"
-    """A recipe; not read where a config gives a function of its own."""
+    """A recipe; left alone where a config gives a function of its own."""
     recipe: Annotated[Callable[..., Objective] | None, tyro.conf.Suppress] = None
     """A function of one's own that returns an `Objective`, called with the numbers below that are set."""
     eps_low: float | None = None
@@ -115,15 +115,30 @@ def build(config: ObjectiveConfig) -> Objective:
     """
     check_fields(config, "objective")
     check_ranges(config, RANGES, "objective")
+    if config.recipe is not None and config.name != ObjectiveConfig.name:
+        raise UserError(
+            f"objective.name = {config.name!r}, but the config has a recipe of its own, {_label(config)}: leave one out"
+        )
     recipe = config.recipe or getattr(recipes, config.name)
+    if not callable(recipe):
+        raise UserError(f"objective.recipe = {recipe!r}: expected a function that returns an Objective")
     numbers = {field.name: getattr(config, field.name) for field in fields(config)}
     numbers = {name: value for name, value in numbers.items() if name not in _NOT_OF_THE_RECIPE and value is not None}
     taken = set(inspect.signature(recipe).parameters)
     if unknown := sorted(numbers.keys() - taken):
-        label = "recipe" if config.recipe else config.name
         known = ", ".join(sorted(taken)) or "none"
-        raise UserError(f"objective.{unknown[0]}: {label} has no such number; it takes: {known}")
-    return _regularised(recipe(**numbers), config)
+        raise UserError(f"objective.{unknown[0]}: {_label(config)} has no such number; it takes: {known}")
+    try:
+        objective = recipe(**numbers)
+    except TypeError as error:  # e.g. a number without a default
+        raise UserError(f"objective: {_label(config)} cannot be called: {error}") from error
+    if not isinstance(objective, Objective):
+        raise UserError(f"objective: {_label(config)} returned {objective!r}, expected an Objective")
+    return _regularised(objective, config)
+
+
+def _label(config: ObjectiveConfig) -> str:
+    return getattr(config.recipe, "__name__", "recipe") if config.recipe else config.name
 
 
 @functools.cache

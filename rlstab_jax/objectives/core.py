@@ -63,6 +63,9 @@ class Regulariser:
 class Objective:
     """The pieces of an objective. All see arrays only; none sees a model.
 
+    All but the regularisers are under stop-gradient: the gradient of a token is -c weight gate A grad log pi_theta. So
+    a soft gate is the derivative of what is meant, not the function itself.
+
     ``weight``, ``truncate``, ``trust`` and the regularisers see micro-batches, which may hold a part of a group:
     ``scores.groups`` is None there. What depends on a whole group belongs into ``advantage``, ``normalise`` or
     ``reward``.

@@ -1,7 +1,7 @@
 """Published objectives, each a composition of pieces. Their gradients are those of the papers, but for what `rspo` says
 of its own; loss values need not be.
 
-Symbols as in PAPER section 1: ``rollout`` mu_old, ``old`` pi_old, ``target`` pi_theta; r = pi_theta/pi_old, A the
+Symbols as in the paper: ``rollout`` mu_old, ``old`` pi_old, ``target`` pi_theta; r = pi_theta/pi_old, A the
 advantage, c the normalisation. Numbers are traced: two objectives of one recipe that differ in numbers alone share one
 compiled program, and an infinite cap or eps switches a truncation or a clip off without compiling again.
 """

@@ -18,7 +18,10 @@ from rlstab_jax.types import UserError
 
 # Fields in which the runs of one group may always differ: how long they are, and what they cost.
 INDIFFERENT = (
-    "gradient_steps", "checkpoint_every", "keep_checkpoints", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor",
+    "gradient_steps", "checkpoint_every", "keep_checkpoints", "logged_samples", "task.max_verifier_failures",
+    "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor", "rollout.waves", "kernels.expert_chunk",
+    "learner.micro_batches", "learner.score_micro_batches", "learner.logits_per_chunk", "learner.remat",
+    "learner.unroll", "learner.offload_optimizer", "learner.live_gap",
 )  # fmt: skip
 PROVENANCE = ("code", "versions", "devices", "mesh", "rollout_mesh", "resolved")  # of a manifest, besides the config
 

@@ -1,7 +1,7 @@
 """The gaps between the three policies, from log-probs of sampled tokens alone: unreduced statistics (`reduce`).
 
 All log-probs are [batch, R] in nats; ``mask`` is True on real response tokens, and what lies outside it, NaN included,
-is never read. Log-ratios are clipped to +-`LOG_RATIO_LIMIT`. PAPER, section 1 names the policies: ``rollout`` mu_old,
+is never read. Log-ratios are clipped to +-`LOG_RATIO_LIMIT`. The policies are the paper's: ``rollout`` mu_old,
 ``old`` pi_old, ``target`` pi_theta.
 """
 
@@ -78,7 +78,7 @@ def trust_statistics(gate: LogProbs, advantage: LogProbs, mask: Mask) -> Statist
 
 
 def first_order(target: LogProbs, rollout: LogProbs, mask: Mask) -> Statistics:
-    """How far the paper's first-order approximation is off (PAPER section 2), with r_t = pi_theta/mu_old.
+    """How far the paper's first-order approximation is off, with r_t = pi_theta/mu_old.
 
     Returns:
       sequence_gap: mean over sequences of |prod_t r_t - 1 - sum_t (r_t - 1)|: the value's second-order remainder.

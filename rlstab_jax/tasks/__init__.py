@@ -16,16 +16,18 @@ from rlstab_jax.tasks.protocol import (
     Task,
     TaskConfig,
     Tokenizer,
+    check_judge,
 )
 from rlstab_jax.tasks.records import Fields
 from rlstab_jax.tasks.tokenizer import CharTokenizer
-from rlstab_jax.tasks.verify import ExactMatch, MathVerify, Numeric, Reward, Verifier
+from rlstab_jax.tasks.verify import BatchVerifier, ExactMatch, MathVerify, Numeric, Reward, Verdict, Verifier
 
 __all__ = [
     "AnsweredTask",
     "Arithmetic",
     "ArithmeticConfig",
     "BatchTask",
+    "BatchVerifier",
     "CharTokenizer",
     "Dataset",
     "DatasetConfig",
@@ -44,7 +46,9 @@ __all__ = [
     "Task",
     "TaskConfig",
     "Tokenizer",
+    "Verdict",
     "Verifier",
+    "check_judge",
     "decode_responses",
     "encode_prompts",
     "prompt_iterator",

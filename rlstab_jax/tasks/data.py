@@ -71,12 +71,19 @@ def encode_prompts(
 def decode_responses(
     tokens: Int[np.ndarray, "batch response_length"],
     mask: Bool[np.ndarray, "batch response_length"],
+    truncated: Bool[np.ndarray, "batch"],
     tokenizer: Tokenizer,
+    stop: Sequence[str] = (),
 ) -> list[tuple[str, bool]]:
-    """Each response's text without its stop token, and whether it stopped. ``mask`` is True up to and including it."""
+    """Each response's text before its stop token or the first of the ``stop`` strings, and whether it stopped.
+
+    ``mask`` is True up to and including the stop token, or the token that completes a stop string; ``truncated`` where
+    there was none.
+    """
     responses = []
-    for row, keep in zip(np.asarray(tokens), np.asarray(mask, bool), strict=True):
+    for row, keep, cut_off in zip(tokens, mask, truncated, strict=True):
         ids = row[keep].tolist()
-        stopped = bool(ids) and ids[-1] in tokenizer.stop_ids
-        responses.append((tokenizer.decode(ids[:-1] if stopped else ids), stopped))
+        text = tokenizer.decode(ids[:-1] if ids and ids[-1] in tokenizer.stop_ids else ids)
+        end = min((text.index(string) for string in stop if string in text), default=len(text))
+        responses.append((text[:end], not cut_off))
     return responses

@@ -53,7 +53,10 @@ class DatasetConfig(TaskConfig):
     rewards: Annotated[tuple[Reward, ...], tyro.conf.Suppress] = (Reward("math", MathVerify()),)
     """Verifiers, and their weights in the reward."""
     judge_truncated: bool = False
-    """Whether a response that met the length limit is judged like any other; if not, its reward is 0."""
+    """Whether a response that met the length limit is judged like any other; if not, see ``truncated_reward``."""
+    truncated_reward: float | None = None
+    """Reward of a response that met the length limit. None is 0, and refuses verifiers that give less than that: not to
+    stop would be better than a wrong answer."""
     max_verifier_failures: float = 0.1
     """A run stops when a verifier fails on more than this share of a batch; a failure's reward is 0."""
     answer_in: Extract = "any"
@@ -123,7 +126,10 @@ class Dataset:
         return numbered(self._unique([path], layout or self.config.layout)[0])
 
     def rewards(self, prompts: Sequence[Prompt], responses: Sequence[tuple[str, bool]]) -> Rewards:
-        """See `verify.judge`. No verifier is shown a response that did not stop, unless ``judge_truncated``."""
+        """See `verify.judge`. No verifier is shown a response that did not stop, unless ``judge_truncated``.
+
+        Raises UserError for a reward below 0 where ``truncated_reward`` is not given.
+        """
         config = self.config
         shown = [row for row, (_, stopped) in enumerate(responses) if stopped or config.judge_truncated]
         judged = judge(
@@ -132,13 +138,20 @@ class Dataset:
             [responses[row][0] for row in shown],
         )
 
-        def spread(values: np.ndarray) -> np.ndarray:
-            whole = np.zeros(len(responses))
+        if config.truncated_reward is None and not config.judge_truncated and (judged.total < 0).any():
+            raise UserError(
+                f"a response was judged to be worth {judged.total.min():g}, less than the 0 of one that meets the "
+                "length limit, so that never to stop would pay: set task.truncated_reward, e.g. to your lowest reward, "
+                "or task.judge_truncated"
+            )
+
+        def spread(values: np.ndarray, others: float = 0.0) -> np.ndarray:
+            whole = np.full(len(responses), others)
             whole[shown] = values
             return whole
 
         return Rewards(
-            spread(judged.total),
+            spread(judged.total, config.truncated_reward or 0.0),
             {name: spread(values) for name, values in judged.components.items()},
             tuple(dataclasses.replace(failure, row=shown[failure.row]) for failure in judged.failures),
             judged.gave_up,
@@ -272,5 +285,6 @@ def _check(config: DatasetConfig) -> None:
     require(not config.stop or bool(config.tokenizer), "stop", "(), without a tokenizer that has special tokens")
     require(config.max_prompt_tokens >= 0, "max_prompt_tokens", "0 (no limit) or more")
     require(config.response_tokens >= 1, "response_tokens", "at least 1")
+    require(math.isfinite(config.truncated_reward or 0.0), "truncated_reward", "a finite number, or None")
     require(0 <= config.max_verifier_failures <= 1, "max_verifier_failures", "a share from 0 to 1")
     check_rewards_config(config.rewards)

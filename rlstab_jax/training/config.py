@@ -57,6 +57,12 @@ class RolloutConfig:
     """Longest response, in tokens, the stop token included; 0 takes what the task needs."""
     prompt_length: int = 0
     """Space for a prompt, in tokens; 0 takes what the task needs."""
+    min_new_tokens: int = 0
+    """Tokens of a response before which no stop token can be drawn: both policies are distributions over the others
+    there. Evaluations do likewise. A stop string ends a response at any length."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a response, as a stop token does, in rollouts and evaluations; what is judged is the text before.
+    The host looks for them between rounds of 16 tokens, on one device; with or without ``slots``."""
     attempts: int = 1
     """Batches sampled at most for one global step. Above 1, groups whose rewards are all equal are replaced by those of
     further prompts (DAPO's dynamic sampling), while attempts last."""
@@ -111,7 +117,7 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """One run. A global step samples N mini-batches of prompts x G responses and makes N updates (PAPER section 5)."""
+    """One run. A global step samples N mini-batches of prompts x G responses and makes N updates."""
 
     seed: int = 0
     """Of prompts' order, draws and mini-batches."""
@@ -166,9 +172,13 @@ class RunConfig:
         return self.objective.needs_reference or self.learner.replay_of == "initial"
 
 
-# Fields that may differ when a run goes on: how long it is, and what it costs, never what it computes.
+# Fields that may differ when a run goes on: how long it is, what it costs and shows, never what it computes but for the
+# order of sums.
 MAY_CHANGE = (
-    "gradient_steps", "checkpoint_every", "keep_checkpoints", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor",
+    "gradient_steps", "checkpoint_every", "keep_checkpoints", "logged_samples", "task.max_verifier_failures",
+    "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor", "rollout.waves", "kernels.expert_chunk",
+    "learner.micro_batches", "learner.score_micro_batches", "learner.logits_per_chunk", "learner.remat",
+    "learner.unroll", "learner.offload_optimizer", "learner.live_gap",
 )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlstab_jax.inference import prepare, sample, sample_keys
+from rlstab_jax.inference import prepare, sample_keys, sampler_for
 from rlstab_jax.learner.score import policy_scores
 from rlstab_jax.models import Precision, Transformer, fp8, quantised
 from rlstab_jax.models.expert_parallel import shared_scales
@@ -207,7 +207,7 @@ def load_parameters(engines: Engines, path: Path, *, best: bool = True) -> tuple
 def _gaps_of(engines: Engines, sampler: Transformer, params: dict, asked: list[Prompt], name: str) -> Gaps:
     config = engines.config
     rollout = _responses(engines, sampler, params, asked)
-    _, rewards = judge(engines.task, asked, rollout)
+    _, rewards = judge(engines.task, asked, rollout, config.rollout.stop)
     rows = rollout.tokens.shape[0]
     part = max(1, config.responses_per_step // config.learner.score_micro_batches)
     statistics: Statistics = {}
@@ -238,7 +238,7 @@ def _responses(engines: Engines, sampler: Transformer, params: dict, asked: list
     """What an inference engine answers, with log-probs and routes; draws depend on the seed alone."""
     config = engines.config
     tokens, mask = encode_prompts(asked, engines.task.tokenizer, config.rollout.prompt_length)
-    return sample(
+    return sampler_for(engines.stop)(
         sampler,
         prepare(params, sampler.precision, engines.mesh),
         engines.place_rows(tokens),

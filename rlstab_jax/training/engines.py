@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from rlstab_jax.inference import Sampling
+from rlstab_jax.inference import Sampling, StopStrings, stop_strings
 from rlstab_jax.learner import Minibatch, PolicyScores, TrainState, state_shardings
 from rlstab_jax.learner.optimizer import check_frozen, offloaded
 from rlstab_jax.learner.update import LearnerNumbers
@@ -25,7 +25,7 @@ from rlstab_jax.parallel.distributed import exchange, on_host, put, share, toget
 from rlstab_jax.parallel.host_memory import check_offload
 from rlstab_jax.parallel.mesh import make_mesh
 from rlstab_jax.parallel.sharding import INFERENCE, TRAINING, Layout, check_divides, shardings
-from rlstab_jax.tasks import BatchTask, Dataset, Prompt, Rewards, Task, decode_responses
+from rlstab_jax.tasks import BatchTask, Dataset, Prompt, Rewards, Task, check_judge, decode_responses
 from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.kernel_check import check_kernels
 from rlstab_jax.training.pretrained import load_parameters, matched
@@ -142,19 +142,18 @@ def row_sharding(mesh: Mesh, leaf: Any) -> NamedSharding:
 
 @dataclasses.dataclass(frozen=True)
 class Engines(EnginePair):
-    """Engines with the task that they are trained on."""
+    """Engines with the task that they are trained on, and the strings that end its responses, if there are any."""
 
     task: Task
+    stop: StopStrings | None
 
 
 def build(config: RunConfig) -> Engines:
     """Checks ``config`` and builds what it describes. Raises UserError before any long work."""
     validate(config)
     task = config.task.build()
-    if config.learner.remat == "offload":
-        check_offload(jax.local_devices(), "learner.remat = 'offload'")
-    if config.learner.offload_optimizer:
-        check_offload(jax.local_devices(), "learner.offload_optimizer = True")
+    check_judge(task)
+    check_host_memory(config, jax.local_devices())
     if config.initial:
         config = dataclasses.replace(config, model=matched(config.model, Path(config.initial)))
     config = resolved(config, task)
@@ -170,7 +169,17 @@ def build(config: RunConfig) -> Engines:
         )
     tokenizer = task.tokenizer
     pair = build_pair(config, *meshes(config), jax.default_backend(), tokenizer.stop_ids, tokenizer.pad_id)
-    return Engines(**vars(pair), task=task)
+    texts = config.rollout.stop
+    stop = stop_strings(texts, tokenizer.encode, tokenizer.decode) if texts else None
+    return Engines(**vars(pair), task=task, stop=stop)
+
+
+def check_host_memory(config: RunConfig, devices: Sequence[Any]) -> None:
+    """Raises UserError where ``config`` keeps something in the host's memory, and one of ``devices`` cannot read it."""
+    if config.learner.remat == "offload":
+        check_offload(devices, "learner.remat = 'offload'")
+    if config.learner.offload_optimizer:
+        check_offload(devices, "learner.offload_optimizer = True")
 
 
 def resolved(config: RunConfig, task: Task) -> RunConfig:
@@ -197,6 +206,11 @@ def resolved(config: RunConfig, task: Task) -> RunConfig:
     if rollout.overlong_margin > rollout.response_length:
         raise UserError(
             f"rollout.overlong_margin = {rollout.overlong_margin} exceeds the response's space of "
+            f"{rollout.response_length} tokens: lower it"
+        )
+    if rollout.min_new_tokens >= rollout.response_length:
+        raise UserError(
+            f"rollout.min_new_tokens = {rollout.min_new_tokens} leaves no room for a stop token in the response's "
             f"{rollout.response_length} tokens: lower it"
         )
     if rollout.partial and (rollout.lag - 1) * rollout.partial >= rollout.response_length:
@@ -233,6 +247,11 @@ def build_pair(
         raise UserError(
             f"rollout.slots = {rollout.slots} on {sampling_mesh.size} devices: continuous batching runs on one device; "
             "use 0"
+        )
+    if rollout.stop and max(mesh.size, sampling_mesh.size) > 1:  # evaluations sample where updates run
+        raise UserError(
+            f"rollout.stop = {rollout.stop} on {max(mesh.size, sampling_mesh.size)} devices: strings are looked for "
+            "between rounds of continuous batching, which runs on one device; use (), and stop tokens"
         )
     rows, rollout_rows = Layout(mesh).row_parts, Layout(sampling_mesh).row_parts
     batches = {"prompts_per_minibatch": (config.prompts_per_minibatch, rows, "mesh")}
@@ -273,6 +292,7 @@ def build_pair(
         top_p=np.float32(rollout.top_p),
         min_p=np.float32(rollout.min_p),
         uniform=np.float32(rollout.uniform) if rollout.uniform else None,
+        min_new_tokens=np.int32(rollout.min_new_tokens) if rollout.min_new_tokens else None,
         stop_ids=np.array(stop_ids, np.int32),
         pad_id=np.int32(pad_id),
     )
@@ -345,18 +365,22 @@ def beginning(engines: Engines, seed: int, say: Callable[[str], None] = print) -
     return engines.place(params)
 
 
-def judge(task: Task, prompts: Sequence[Prompt], rollout: Rollout, *, whole: bool = True) -> tuple[list[str], Rewards]:
+def judge(
+    task: Task, prompts: Sequence[Prompt], rollout: Rollout, stop: Sequence[str] = (), *, whole: bool = True
+) -> tuple[list[str], Rewards]:
     """Texts and rewards of a rollout's responses; rows of one prompt are adjacent. Each process judges its share of
-    them, and all return all.
+    them, and all return all. A text ends before the first of the ``stop`` strings.
 
     Raises UserError for a reward that is no finite number, and for a verifier that fails too often, unless the rollout
     is no ``whole`` batch, so that a single prompt may be too many.
     """
-    tokens, mask = on_host((rollout.tokens, rollout.response_mask))
+    tokens, mask, truncated = on_host((rollout.tokens, rollout.response_mask, rollout.truncated))
     rows, samples = share(len(tokens)), len(tokens) // len(prompts)
     every = [prompts[row // samples] for row in range(len(tokens))]
     of_row = every[rows]
-    responses = decode_responses(tokens[rows, rollout.prompt_length :], mask[rows], task.tokenizer)
+    responses = decode_responses(
+        tokens[rows, rollout.prompt_length :], mask[rows], truncated[rows], task.tokenizer, stop
+    )
 
     def verdicts() -> Rewards:
         if isinstance(task, BatchTask):

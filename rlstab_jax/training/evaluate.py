@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlstab_jax.inference import Sampling, prepare, sample, sample_keys
+from rlstab_jax.inference import Sampling, StopStrings, prepare, sample_keys, sampler_for
 from rlstab_jax.models import Transformer
 from rlstab_jax.parallel.distributed import on_host
 from rlstab_jax.tasks import Prompt, encode_prompts
@@ -34,8 +34,9 @@ def accuracy(
     samples: int,
     sampling: Sampling,
     support: int = 0,
+    stop: StopStrings | None = None,
 ) -> Accuracy:
-    """Samples held-out prompts with ``model`` as the engine and judges the responses.
+    """Samples held-out prompts with ``model`` as the engine and judges the responses, which ``stop`` may end.
 
     Each call with equal ``key`` draws with equal keys, so that evaluations along a run are paired.
     """
@@ -49,7 +50,7 @@ def accuracy(
 
     def wave(fed: list[Prompt]) -> Rollout:
         tokens, mask = encode_prompts(fed, engines.task.tokenizer, rollout_config.prompt_length)
-        rollout = sample(
+        rollout = sampler_for(stop)(
             model,
             variables,
             engines.place_rows(tokens),
@@ -66,7 +67,7 @@ def accuracy(
     waves = [wave(fed[i : i + at_once]) for i in range(0, len(fed), at_once)]
     whole = jax.tree.map(lambda *parts: np.concatenate(parts, axis=row_axis(parts[0])), *waves)
     rollout = take_rows(whole, jnp.arange(prompts * samples))
-    _, rewards = judge(engines.task, asked, rollout)
+    _, rewards = judge(engines.task, asked, rollout, stop.texts if stop else ())
     return Accuracy(float(rewards.total.mean()), float(rollout.response_mask.sum(1).mean()))
 
 
@@ -79,8 +80,8 @@ def _prompts_at_once(engines: Engines, prompts: int, samples: int) -> int:
 
 
 def plain_sampling(engines: Engines) -> Sampling:
-    """Draws from the model's own distribution, at temperature 1 and untruncated, whatever the config's rollouts and
-    evaluations do."""
+    """Draws from the model's own distribution, at temperature 1, untruncated and of any length, whatever the config's
+    rollouts and evaluations do."""
     return dataclasses.replace(
         engines.sampling,
         temperature=np.float32(1),
@@ -88,13 +89,14 @@ def plain_sampling(engines: Engines) -> Sampling:
         top_p=np.float32(1),
         min_p=np.float32(0),
         uniform=None,
+        min_new_tokens=None,
     )
 
 
 def evaluation_sampling(engines: Engines) -> tuple[Sampling, int]:
     """How the config's evaluation draws, and the bound on the tokens kept, 0 without truncation.
 
-    Never from a mixture: that belongs to the rollouts alone.
+    Responses end as rollouts do, but are never drawn from a mixture, which belongs to the rollouts alone.
     """
     evaluation = engines.config.evaluation
     sampling = dataclasses.replace(
@@ -103,6 +105,7 @@ def evaluation_sampling(engines: Engines) -> tuple[Sampling, int]:
         top_k=np.int32(evaluation.top_k),
         top_p=np.float32(evaluation.top_p),
         min_p=np.float32(evaluation.min_p),
+        min_new_tokens=engines.sampling.min_new_tokens,
     )
     return sampling, evaluation.support if truncates(evaluation) else 0
 
@@ -112,7 +115,12 @@ def evaluate(engines: Engines, params: dict, key: jax.Array) -> dict[str, float]
     evaluation = engines.config.evaluation
     sampling, support = evaluation_sampling(engines)
     drawn = partial(
-        accuracy, prompts=evaluation.prompts, samples=evaluation.samples, sampling=sampling, support=support
+        accuracy,
+        prompts=evaluation.prompts,
+        samples=evaluation.samples,
+        sampling=sampling,
+        support=support,
+        stop=engines.stop,
     )
     rollout = drawn(engines, engines.inference, params, key)
     by_training = drawn(engines, engines.training_sampler, params, key)

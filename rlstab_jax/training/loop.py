@@ -117,7 +117,7 @@ def produce(
         with timed("sample") as sampling_time:
             rollout = jax.block_until_ready(sample_responses(engines, params, asked, step, attempt))
         with timed("judge") as judging_time:
-            texts, rewards = judge(engines.task, asked, rollout)
+            texts, rewards = judge(engines.task, asked, rollout, config.rollout.stop)
         return Responses(asked, rollout, texts, rewards, sampling_time | judging_time)
 
     batch = collect(respond, prompts, further, config.rollout.attempts)

@@ -11,11 +11,10 @@ from jaxtyping import Array
 
 from rlstab_jax.inference import (
     prepare,
-    sample,
-    sample_continuously,
     sample_keys,
     sample_matched,
     sample_on,
+    sampler_for,
     score_matched,
 )
 from rlstab_jax.inference.matched import MatchedPass
@@ -44,9 +43,8 @@ def sample_responses(
     rollout = config.rollout
     tokens, mask = encode_prompts(prompts, engines.task.tokenizer, rollout.prompt_length)
     keys = sample_keys(jax.random.key(config.seed), step, ids, config.samples_per_prompt, attempt)
-    sampler: Callable[..., Rollout] = sample_matched if rollout.log_probs == "matched" else sample
-    if rollout.slots:
-        sampler = partial(sample_continuously, slots=rollout.slots)
+    matched = rollout.log_probs == "matched"
+    sampler: Callable[..., Rollout] = sample_matched if matched else sampler_for(engines.stop, rollout.slots)
     variables = engines.settle(prepare(params, rollout.precision, engines.mesh))
 
     def wave(number: int) -> Rollout:

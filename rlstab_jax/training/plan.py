@@ -6,15 +6,15 @@ rate and all overlapping. No real run is as fast; what bounds it, and what chang
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rlstab_jax.learner import LearnerConfig
 from rlstab_jax.parallel.mesh import make_mesh
 from rlstab_jax.parallel.topology import Topology, topology_devices
 from rlstab_jax.training.config import RunConfig
-from rlstab_jax.training.engines import EnginePair, build_pair, resolved
+from rlstab_jax.training.engines import EnginePair, build_pair, check_host_memory, resolved
 from rlstab_jax.training.plan_flops import products, scaled
 from rlstab_jax.training.plan_hlo import Cost, program_cost, round_cost
 from rlstab_jax.training.plan_programs import AFFECTED, Program, Programs, device_bytes
@@ -116,10 +116,11 @@ def make_plan(config: RunConfig, topology: Topology, say: Callable[[str], None] 
     if not (model.vocab_size and rollout.prompt_length and rollout.response_length):
         task = config.task.build()
         config, stop_ids = resolved(config, task), task.tokenizer.stop_ids
-    if config.rollout.slots or config.rollout.log_probs == "matched":
+    if config.rollout.slots or config.rollout.stop or config.rollout.log_probs == "matched":
         raise UserError(
-            f"rollout.slots = {config.rollout.slots}, rollout.log_probs = {config.rollout.log_probs!r}: a plan is made "
-            "for sampling in whole batches; use 0 slots and 'decode' or 'rescore'"
+            f"rollout.slots = {config.rollout.slots}, rollout.stop = {config.rollout.stop}, rollout.log_probs = "
+            f"{config.rollout.log_probs!r}: a plan is made for sampling in whole batches; use 0 slots, no stop strings "
+            "and 'decode' or 'rescore'"
         )
     if config.rollout.devices or config.rollout.partial:
         raise UserError(
@@ -129,6 +130,8 @@ def make_plan(config: RunConfig, topology: Topology, say: Callable[[str], None] 
     devices = topology_devices(topology)
 
     def engines(config: RunConfig) -> EnginePair:
+        validate(config)
+        check_host_memory(config, devices)
         return build_pair(config, make_mesh(config.mesh, devices), None, topology.platform, stop_ids, 0)
 
     programs = Programs(engines(config))
@@ -261,29 +264,29 @@ def remedy(
     engines: Callable[[RunConfig], EnginePair],
     say: Callable[[str], None],
 ) -> tuple[Change, Programs]:
-    """The smallest change that makes a phase fit: estimated, then compiled; the next larger one where that fails.
+    """The change of least harm that alone makes a phase fit: estimated, then compiled; the next one where that fails.
 
-    A part of a batch needs the part of what is no argument. Where no number of parts is enough, the next larger
-    topologies are named by division, and not compiled.
+    Of a field three values are compiled at most. Where no field is enough, the next larger topologies are named by
+    division, and not compiled.
+
+    Args:
+      engines: those of a config; it raises UserError for one that cannot run on the topology, which is no remedy then.
     """
-    config = programs.engines.config
-    field, values = _lever(programs, phase.name)
-    tried = []
-    now = _get(config, field) if field else 1
-    grows = ("temporaries", "KV cache", "records", "prompts")
-    fixed = sum(size for name, size in {**phase.memory, **phase.kept}.items() if name not in grows)
-    variable = max((phase.needed or math.inf) - fixed, 0.0)
-    for value in values:
-        estimate = fixed + variable * now / value
-        if math.isfinite(estimate) and estimate > topology.memory and value != values[-1]:
-            continue
-        say(f"{phase.name} does not fit: trying {field} = {value}")
-        tried.append(f"{field} = {value}")
-        changed = programs.changed(engines(_set(config, field, value)), field)
-        program = getattr(changed, phase.name)
-        after = measure(changed, program, topology) if program is not None else None
-        if after is None or after.fits:
-            return Change(phase.name, field, value, after.needed if after else 0.0, tuple(tried)), changed
+    config, tried = programs.engines.config, []
+    for field, values in _levers(programs, phase.name):
+        needs = {value: _at_least(programs, phase, field, value) for value in values}
+        likely = [value for value, least in needs.items() if least <= topology.memory]
+        for value in dict.fromkeys([*likely[:2], *likely[-1:]]):
+            try:
+                changed = programs.changed(engines(_set(config, field, value)), field)
+            except UserError:
+                continue
+            say(f"{phase.name} does not fit: trying {field} = {value}")
+            tried.append(f"{field} = {value}")
+            program = getattr(changed, phase.name)
+            after = measure(changed, program, topology) if program is not None else None
+            if after is None or after.fits:
+                return Change(phase.name, field, value, after.needed if after else 0.0, tuple(tried)), changed
     # One step at least, and no more where the compiler gave no number to divide.
     larger, needed = topology.larger or topology, phase.needed or 0.0
     while (following := larger.larger) is not None and needed > larger.memory * (larger.devices / topology.devices):
@@ -291,18 +294,56 @@ def remedy(
     return Change(phase.name, "topology", larger.name, None, tuple(tried)), programs
 
 
-def _lever(programs: Programs, phase: str) -> tuple[str, list[int]]:
-    """The field that splits a phase's batch, and its larger values that the batch and the devices divide by."""
+PARTS = ("rollout.waves", "learner.score_micro_batches", "learner.micro_batches")
+STATE = ("learner.offload_optimizer", "learner.moments_dtype")
+
+
+def _levers(programs: Programs, phase: str) -> list[tuple[str, list[Any]]]:
+    """Fields that a phase's memory depends on, each with values that need less than the config's.
+
+    In the order of the harm that they do: parts of a batch and smaller tiles of logits cost little time, computing
+    again and the way to the host's memory more, and rounded moments change the numbers.
+    """
     config, rows = programs.engines.config, programs.row_devices
-    field, whole = {
-        **dict.fromkeys(SAMPLING, ("rollout.waves", config.prompts_per_step)),
-        "score": ("learner.score_micro_batches", config.responses_per_step),
-        "update": ("learner.micro_batches", config.prompts_per_minibatch * config.samples_per_prompt),
-    }.get(phase, ("", 0))
-    if not field:
-        return "", []
-    now = _get(config, field)
-    return field, [parts for parts in range(now + 1, whole + 1) if whole % parts == 0 and whole // parts % rows == 0]
+    learner, minibatch = config.learner, config.prompts_per_minibatch * config.samples_per_prompt
+
+    def parts(field: str, whole: int) -> tuple[str, list[Any]]:
+        """Those that the batch and the devices divide by."""
+        more = range(_get(config, field) + 1, whole + 1)
+        return field, [parts for parts in more if whole % parts == 0 and whole // parts % rows == 0]
+
+    smallest = LearnerConfig.logits_per_chunk * programs.engines.mesh.size  # below it, devices' units would idle
+    tiles = [learner.logits_per_chunk // 4**i for i in range(1, 20)]
+    head = ("learner.logits_per_chunk", [tile for tile in tiles if tile >= smallest])
+    again: dict[str, list[Any]] = {"none": ["dots", "full"], "dots": ["full"]}
+    own: list[tuple[str, list[Any]]] = []
+    if phase in SAMPLING:
+        own = [parts("rollout.waves", config.prompts_per_step)]
+    elif phase == "score":
+        own = [parts("learner.score_micro_batches", config.responses_per_step), head]
+    elif phase == "update":
+        own = [parts("learner.micro_batches", minibatch), head, ("learner.remat", again.get(learner.remat, []))]
+    offload = [] if learner.offload_optimizer else [True]
+    narrow = [] if learner.moments_dtype == "bfloat16" else ["bfloat16"]
+    return [*own, *zip(STATE, (offload, narrow), strict=True)]
+
+
+def _at_least(programs: Programs, phase: Phase, field: str, value: Any) -> float:
+    """Bytes that a phase needs, at about the least, with a field changed.
+
+    A part of a batch needs the part of what is no argument. Other fields may spare all of that in their own phase; of
+    the optimiser's state the bytes are known, and an update alone has more of it than lies there.
+    """
+    if phase.needed is None:  # nothing to divide: the compiler is to say
+        return 0.0
+    grows = ("temporaries", "KV cache", "records", "prompts")
+    fixed = sum(size for name, size in {**phase.memory, **phase.kept}.items() if name not in grows)
+    if field in PARTS:
+        return fixed + max(phase.needed - fixed, 0.0) * _get(programs.engines.config, field) / value
+    if field not in STATE:
+        return fixed
+    spared = device_bytes(programs.state.opt_state) * (1 + ("previous state" in phase.kept))
+    return (fixed if phase.name == "update" else phase.needed) - spared * (1.0 if value is True else 0.5)
 
 
 def _get(config: Any, field: str) -> Any:

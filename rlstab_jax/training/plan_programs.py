@@ -29,11 +29,18 @@ from rlstab_jax.training.loop import first_train_state, minibatch, rollout_advan
 from rlstab_jax.training.queue import blank
 from rlstab_jax.types import Rollout
 
-# What is made anew when a field changes.
+# What is made anew when a field changes. The optimiser's state lies on the devices in every phase; of the programs of
+# which it is no argument only that changes, and JAX does not compile them again.
+_STATE = ("engines", "state", "_throughout", "prepare", "prefill", "resize", "decode", "score", "split", "update")
+_SCORING = ("engines", "score", "whole", "split", "update")
 AFFECTED = {
     "rollout.waves": ("engines", "rows", "records", "prefill", "resize", "decode"),
-    "learner.score_micro_batches": ("engines", "score", "whole", "split", "update"),
+    "learner.score_micro_batches": _SCORING,
+    "learner.logits_per_chunk": _SCORING,
     "learner.micro_batches": ("engines", "update"),
+    "learner.remat": ("engines", "update"),
+    "learner.offload_optimizer": _STATE,
+    "learner.moments_dtype": _STATE,
 }
 
 
@@ -162,6 +169,7 @@ class Programs:
             shape = (routes.shape[0], rows, prompt + response - 1, routes.shape[3])
             routes = jax.ShapeDtypeStruct(shape, routes.dtype)
         shapes: dict[str, Any] = {
+            "minimum": jax.eval_shape(lambda: engines.sampling.per_row(rows).minimum),
             "tokens": jax.ShapeDtypeStruct((rows, prompt + response), jnp.int32),
             "prompt_mask": jax.ShapeDtypeStruct((rows, prompt), jnp.bool_),
             "truncated": jax.ShapeDtypeStruct((rows,), jnp.bool_),

@@ -156,7 +156,7 @@ NOTES = (
     "moving bytes and sending them, at peak rates. Decoding is the mean step of responses that are all as long as they "
     'may be; all of rollout.attempts are made. "repeated" is work done more than once, by several devices or by a '
     "dense or padded form of grouped products; tokens choose experts evenly. Not in it: evaluation, cold start, "
-    "judging, checkpoints."
+    "judging, checkpoints, the slower way to the host's memory."
 )
 
 

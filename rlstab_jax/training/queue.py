@@ -96,6 +96,7 @@ def blank(engines: EnginePair) -> Queue:
         routes=routes,
         temperature=rewards,
         support=support,
+        minimum=engines.sampling.per_row(batch).minimum,
         version=jnp.zeros((batch, length), jnp.int32) if rollout.partial else None,
     )
     scores = Scores(of_tokens, of_tokens, of_tokens, response_mask, groups, reference, router_old=router)

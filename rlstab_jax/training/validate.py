@@ -34,6 +34,7 @@ RANGES: dict[str, dict[str, Range]] = {
         "slots": (0, INT32_MAX, "0 (all at once) or more"),
         "response_length": _ANY,
         "prompt_length": _ANY,
+        "min_new_tokens": _NONE,
         "attempts": _ONE,
         "overlong_margin": _ANY,
     },
@@ -153,8 +154,14 @@ def _asynchronous(config: RunConfig) -> None:
 
 
 def _rollout(config: RunConfig) -> None:
-    """Waves and overlong responses."""
+    """Waves, stop strings and overlong responses."""
     rollout = config.rollout
+    if rollout.stop and (rollout.partial or rollout.log_probs == "matched"):
+        raise UserError(
+            f"rollout.stop = {rollout.stop} with rollout.partial = {rollout.partial} and rollout.log_probs = "
+            f"{rollout.log_probs!r}: the host sees no text while these draw; use (), or partial = 0 and 'decode' or "
+            "'rescore'"
+        )
     _require(
         config.prompts_per_step % rollout.waves == 0,
         "rollout.waves",

@@ -11,6 +11,7 @@ import tiny
 from rlstab_jax.inference import prepare, sample, sample_matched, score_matched
 from rlstab_jax.inference.matched import MatchedPass
 from rlstab_jax.learner import score
+from rlstab_jax.models import Precision
 from rlstab_jax.types import Rollout, take_rows
 
 CONFIG = dataclasses.replace(tiny.MIXED, num_layers=2, dense_layers=(1,))
@@ -19,9 +20,9 @@ SAMPLING = tiny.sampling(temperature=np.float32(0.7 + ROWS / 10), top_p=np.float
 OPTIONS = {"response_length": tiny.RESPONSE, "samples_per_prompt": 2, "support": 12}
 
 
-def arguments() -> tuple:
-    variables = prepare(tiny.parameters(CONFIG), tiny.FLOAT32)
-    return tiny.model(CONFIG), variables, *tiny.prompts(), tiny.keys(), SAMPLING
+def arguments(precision: Precision = tiny.FLOAT32) -> tuple:
+    variables = prepare(tiny.parameters(CONFIG), precision)
+    return tiny.model(CONFIG, precision), variables, *tiny.prompts(), tiny.keys(), SAMPLING
 
 
 @cache
@@ -43,6 +44,12 @@ def test_scores_are_the_samplers_bit_for_bit() -> None:
     assert lengths.min() < tiny.RESPONSE == lengths.max()
     assert_equal(scored(rollout).rollout, rollout)
     assert_equal(scored(rollout, routes=rollout.routes).rollout, rollout)
+
+
+def test_a_bfloat16_engine_with_a_float32_head_too() -> None:
+    model, variables, *drawn = arguments(Precision("bfloat16", float32_lm_head=True))
+    rollout = sample_matched(model, variables, *drawn, **OPTIONS)
+    assert_equal(score_matched(model, variables, rollout, SAMPLING).rollout, rollout)
 
 
 def test_rows_beside_it_and_their_number_change_no_bit() -> None:

@@ -16,7 +16,8 @@ ROUNDS = (0, 4, tiny.RESPONSE)
 
 def drawn(*weights: dict) -> Rollout:
     """Each round by the next of ``weights``."""
-    sampling, support = tiny.sampling(top_k=np.int32(6), top_p=np.float32(0.9)), 6
+    minimum = np.int32(np.arange(8) % 2 * 6)  # of every other row, above the first round
+    sampling, support = tiny.sampling(top_k=np.int32(6), top_p=np.float32(0.9), min_new_tokens=minimum), 6
     config, stop = tiny.MIXED, ROUNDS[1] if len(weights) > 1 else tiny.RESPONSE
     options: dict[str, Any] = {"samples_per_prompt": tiny.SAMPLES, "support": support}
     first = prepare(weights[0], tiny.FLOAT32)

@@ -18,7 +18,7 @@ from flax import traverse_util
 from rlstab_jax.inference import prepare
 from rlstab_jax.models import Precision, fp8, quantised
 from rlstab_jax.models.layers import SCALE
-from rlstab_jax.models.transformer import forward, logits_of
+from rlstab_jax.models.transformer import embed, forward, logits_of
 
 UNTIED = dataclasses.replace(tiny.MIXED, tie_embeddings=False)
 LINEAR = {"q", "k", "v", "o", "gate", "up", "down"}
@@ -74,6 +74,26 @@ def test_plain_engines() -> None:
         for path, leaf in flat.items():
             kept = path[-1] == "gain" or "router" in path
             assert leaf.dtype == (jnp.float32 if kept else jnp.dtype(dtype)), path
+
+
+@pytest.mark.parametrize("precision", [Precision("bfloat16"), fp8(dtype="bfloat16", quantise_lm_head=False)])
+def test_a_float32_head_in_a_narrow_engine(precision: Precision) -> None:
+    """Its weight stays as it is, and all else as it was; a tied embedding's rows are looked up in bfloat16."""
+    wide = dataclasses.replace(precision, float32_lm_head=True)
+    for config, head in ((tiny.MIXED, ("embedding",)), (UNTIED, ("lm_head", "kernel"))):
+        params = tiny.parameters(config)
+        plain, variables = prepare(params, precision), prepare(params, wide)
+        before, after, source = (traverse_util.flatten_dict(t) for t in (plain["params"], variables["params"], params))
+        assert before.pop(head).dtype == jnp.bfloat16
+        np.testing.assert_array_equal(after.pop(head), source[head], strict=True)
+        jax.tree.map(functools.partial(np.testing.assert_array_equal, strict=True), after, before)
+        jax.tree.map(np.testing.assert_array_equal, variables[SCALE], plain[SCALE])
+        found, wanted = (
+            embed(tiny.model(config, of), at_rest, np.arange(17))
+            for of, at_rest in ((wide, variables), (precision, plain))
+        )
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(found, wanted)
 
 
 def test_float16_weights_saturate() -> None:

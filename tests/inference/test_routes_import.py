@@ -1,4 +1,4 @@
-"""Routes of other engines: translated, or refused with the row, token and layer that is wrong (PAPER section 8)."""
+"""Routes of other engines: translated, or refused with the row, token and layer that is wrong."""
 
 import dataclasses
 from collections.abc import Callable

@@ -243,6 +243,29 @@ def test_no_stop_token_comes_too_early() -> None:
             np.testing.assert_array_equal(early.support, [[1, 2, 3]] * 2000)
 
 
+@pytest.mark.parametrize("sampler", [sample, partial(sample_continuously, slots=3), sample_matched])
+def test_barred_stop_tokens_are_barred_from_the_scores_too(sampler: Any) -> None:
+    """pi is a distribution over the tokens that could be drawn, at each row's own minimal length: mu at equal weights.
+    One over the whole vocabulary would differ in the first tokens by what stop tokens hold."""
+    rows = np.arange(8)
+    minimum = np.int32(rows // 2 * 2)
+    sampling = tiny.sampling(temperature=np.float32(0.7 + rows / 10), min_new_tokens=minimum)
+    variables = prepare(tiny.parameters(), tiny.FLOAT32)
+    rollout = sampler(
+        tiny.model(), variables, *tiny.prompts(), tiny.keys(), sampling, response_length=tiny.RESPONSE,
+        samples_per_prompt=tiny.SAMPLES,
+    )  # fmt: skip
+    mask, early = np.asarray(rollout.response_mask), np.arange(tiny.RESPONSE) < minimum[:, None]
+    assert early.sum() == mask[early].sum()
+    assert mask[~early].sum() < mask[~early].size
+    scores, _ = score(tiny.model(), {"params": tiny.parameters()}, rollout)
+    np.testing.assert_allclose(scores.log_probs, rollout.log_probs, atol=1e-5)
+    whole, _ = score(tiny.model(), {"params": tiny.parameters()}, dataclasses.replace(rollout, minimum=None))
+    np.testing.assert_allclose(whole.log_probs[~early], rollout.log_probs[~early], atol=1e-5)
+    assert np.asarray(rollout.log_probs - whole.log_probs)[early].min() > 1e-3
+    assert np.asarray(scores.entropy != whole.entropy)[early].all()
+
+
 def test_draws_follow_the_distribution() -> None:
     p = np.array([0.5, 0.3, 0.15, 0.05])
     tokens = drawn(jnp.broadcast_to(jnp.log(jnp.asarray(p, jnp.float32)), (20_000, 4))).token
@@ -277,7 +300,7 @@ def test_greedy_is_a_point_mass(support: int) -> None:
 
 
 def test_under_truncation_equal_engines_have_equal_log_probs() -> None:
-    """pi is renormalised over what mu could draw, at each row's own temperature (PAPER section 2). Where mu is a
+    """pi is renormalised over what mu could draw, at each row's own temperature. Where mu is a
     mixture, pi is none, and what was recorded is the mixture of pi made by hand."""
     prompts, mask = tiny.prompts()
     rows = np.arange(len(prompts) * tiny.SAMPLES)

@@ -14,6 +14,7 @@ from rlstab_jax.inference import prepare
 from rlstab_jax.learner import score
 from rlstab_jax.learner.head import Tiles, head_log_probs
 from rlstab_jax.models import ModelConfig, Precision, fp8
+from rlstab_jax.models.transformer import logits_of
 from rlstab_jax.types import Rollout
 
 D, ROWS, VOCAB = 8, 7, 300
@@ -90,6 +91,29 @@ def test_values_and_gradients_of_the_plain_log_softmax(tied: bool, truncated: bo
 
 
 @pytest.mark.parametrize("logits", [2**20, 900])
+def test_barred_tokens_are_left_out(logits: int) -> None:
+    """As if all others were the support, in values and gradients."""
+    barred = np.array([[1, 299], [300, 300], [128, 41], [127, 255], [300, 7], [254, 256], [0, 0]])
+    others = [np.setdiff1d(np.arange(VOCAB), row) for row in barred]
+    support = np.stack([np.pad(row, (0, VOCAB - len(row)), constant_values=VOCAB) for row in others])
+
+    def outputs(hidden: jax.Array, weight: jax.Array, **among: Any) -> tuple:
+        params = {"lm_head": {"kernel": weight}}
+        rows = jnp.asarray(TARGETS), jnp.asarray(TEMPERATURE)
+        log_probs, entropies = head_log_probs(
+            tiny.model(CONFIG), {"params": params}, hidden, *rows, among.get("support"), logits, among.get("barred")
+        )
+        return OF_LOG_PROB @ log_probs + OF_ENTROPY @ entropies, (log_probs, entropies)
+
+    run = jax.jit(jax.grad(outputs, argnums=(0, 1), has_aux=True))
+    jax.tree.map(
+        partial(np.testing.assert_allclose, atol=1e-5),
+        run(*arrays(), barred=jnp.asarray(barred)),
+        run(*arrays(), support=jnp.asarray(support)),
+    )
+
+
+@pytest.mark.parametrize("logits", [2**20, 900])
 def test_bfloat16_products_sum_in_float32(logits: int) -> None:
     """The weight's gradient over rows of one sign: a sum kept in bfloat16 would stop growing."""
     hidden, weight = (jnp.asarray(x, jnp.bfloat16) for x in arrays())
@@ -100,6 +124,28 @@ def test_bfloat16_products_sum_in_float32(logits: int) -> None:
     for i, (mine, exact) in enumerate(zip(got, wanted, strict=True)):
         assert mine.dtype == (jnp.bfloat16 if i == 2 else jnp.float32)
         np.testing.assert_allclose(np.asarray(mine, np.float32), exact, atol=1e-5 if i < 2 else 2e-2)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_float32_head_of_a_bfloat16_engine(tied: bool) -> None:
+    """What remains is float32's rounding, 2^-24 of logits of up to 10; a bfloat16 head rounds its weights by 2^-9.
+    Hidden states and their gradients stay bfloat16. The sampler's head gives the same."""
+    hidden, weight = arrays()
+    hidden = jnp.asarray(hidden, jnp.bfloat16)
+    wanted = oracle(np.asarray(hidden, np.float32), weight, False)
+    narrow, wide = Precision("bfloat16"), Precision("bfloat16", float32_lm_head=True)
+    got = {of: run(hidden, weight, tied=tied, truncated=False, logits=900, precision=of) for of in (narrow, wide)}
+    assert [x.dtype for x in got[wide]] == [jnp.float32, jnp.float32, jnp.bfloat16, jnp.float32]
+    for i, tolerance in enumerate((1e-5, 1e-5, 2e-2, 1e-5)):
+        np.testing.assert_allclose(np.asarray(got[wide][i], np.float32), wanted[i], atol=tolerance)
+    for i in (0, 1, 3):
+        errors = {of: np.abs(got[of][i] - wanted[i]).max() for of in got}
+        assert errors[narrow] > 1e-3 > 100 * errors[wide]
+
+    config = ModelConfig(**(vars(CONFIG) | {"tie_embeddings": tied}))
+    variables = prepare({"embedding": weight.T} | ({} if tied else {"lm_head": {"kernel": weight}}), wide)
+    log_p = jax.nn.log_softmax(logits_of(tiny.model(config, wide), variables, hidden) / TEMPERATURE[:, None])
+    np.testing.assert_allclose(log_p[np.arange(ROWS), TARGETS], got[wide][0], atol=1e-5)
 
 
 def test_a_quantised_head_is_the_model_s_own() -> None:

@@ -384,6 +384,10 @@ def test_activations_by_block_are_stored_by_token() -> None:
         (quantised("int8", scales="block", block=0), r"rollout.precision.block = 0: expected at least 1"),
         (Precision(scales="block"), r"rollout.precision.scales = 'block', but neither"),
         (Precision(scales="block", kv_cache="int8"), r"rollout.precision.scales = 'block', but neither"),
+        (
+            fp8(activations="none", float32_lm_head=True),
+            r"rollout.precision.float32_lm_head and rollout.precision.quantise_lm_head with weights in float8_e4m3fn",
+        ),
         (Precision(products="native"), r"products = 'native' with weights in none and activations in none"),
         (Precision(weights="int8", products="native"), r"'native' with weights in int8 and activations in none"),
         (
@@ -396,6 +400,11 @@ def test_contradictions_are_one_line(precision: Precision, message: str) -> None
     with pytest.raises(UserError, match=message) as error:
         precision.validate(tiny.MIXED, "rollout.precision")
     assert "\n" not in str(error.value)
+
+
+def test_a_float32_head_goes_with_what_quantises_no_head() -> None:
+    for precision in (Precision("bfloat16"), Precision(kv_cache="int8"), fp8(quantise_lm_head=False)):
+        dataclasses.replace(precision, float32_lm_head=True).validate(tiny.MIXED)
 
 
 def test_sizes_that_int8_cannot_sum() -> None:

@@ -39,6 +39,31 @@ def test_a_recipe_of_ones_own_has_a_reference_if_it_reads_one() -> None:
     assert not ObjectiveConfig(recipe=o.minirl).needs_reference
 
 
+def unfinished() -> Objective:
+    return piece(regularisers.k3)
+
+
+def needs_a_number(slope: float) -> Objective:
+    return o.minirl(cap=slope)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            ObjectiveConfig("grpo", recipe=o.minirl),
+            "objective.name = 'grpo', but .* a recipe of its own, minirl",
+        ),
+        (ObjectiveConfig(recipe=needs_a_number), "needs_a_number cannot be called: .*slope"),
+        (ObjectiveConfig(recipe=unfinished), "unfinished returned .*, expected an Objective"),
+        (ObjectiveConfig(recipe="grpo"), "objective.recipe"),
+    ],
+)
+def test_a_recipe_that_makes_no_objective_is_refused(config: ObjectiveConfig, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build(config)
+
+
 def by_group(scores: Scores, *_: jax.Array) -> jax.Array:
     return jnp.ones_like(scores.target) * jax.ops.segment_sum(jnp.ones(len(scores.target)), scores.groups)[0]
 

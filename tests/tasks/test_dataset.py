@@ -1,6 +1,7 @@
 """Tasks made of files: ids, splits, templates, what is left out, and how responses are judged."""
 
 import json
+import math
 import string
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from rlstab_jax.tasks import (
     AnsweredTask,
+    ArithmeticConfig,
     BatchTask,
     CharTokenizer,
     DatasetConfig,
@@ -16,6 +18,8 @@ from rlstab_jax.tasks import (
     ExactMatch,
     Fields,
     Reward,
+    Rewards,
+    check_judge,
     dataset,
     prompt_iterator,
 )
@@ -182,6 +186,43 @@ def test_judging(sums):
     assert config(sums, answer_in="boxed").build().answer_of("\\boxed{3}") == "3"
 
 
+def worth(prompt, response):
+    return 1.0 if response == prompt.answer else -1.0
+
+
+def test_a_response_that_never_stops_is_not_worth_more_than_a_wrong_one(sums):
+    """Not without being asked for: where verifiers give less than 0, its reward has to be said."""
+    priced = {"rewards": (Reward("worth", worth),)}
+    task = config(sums, **priced).build()
+    prompt = task.split("train")[0]
+    assert task.reward(prompt, prompt.answer) == 1
+    with pytest.raises(UserError, match=r"worth -1, less than the 0 .* set task.truncated_reward"):
+        task.rewards([prompt] * 2, [(prompt.answer, True), ("no", True)])
+    responses = [(prompt.answer, True), ("no", True), (prompt.answer, False)]
+    for reward in (-1.5, 0.0):
+        rewards = config(sums, **priced, truncated_reward=reward).build().rewards([prompt] * 3, responses)
+        np.testing.assert_array_equal(rewards.total, [1, -1, reward])
+        np.testing.assert_array_equal(rewards.components["worth"], [1, -1, 0])
+    judged = config(sums, **priced, judge_truncated=True).build().rewards([prompt] * 3, responses)
+    np.testing.assert_array_equal(judged.total, [1, -1, 1])
+
+
+def test_a_reward_that_nobody_would_ask_is_refused(sums):
+    class Mine(dataset.Dataset):
+        def reward(self, prompt, response, *, stopped=True):
+            return 42.0
+
+    class Whole(Mine):
+        def rewards(self, prompts, responses):
+            return Rewards(np.full(len(prompts), 42.0))
+
+    with pytest.raises(UserError, match="Mine has a `reward` of its own, but it inherits `rewards`"):
+        check_judge(Mine(config(sums)))
+    check_judge(Whole(config(sums)))
+    check_judge(config(sums).build())
+    check_judge(ArithmeticConfig().build())
+
+
 def test_a_failure_is_of_its_own_row(sums):
     """Rows count in the whole batch, with those that no verifier was shown."""
 
@@ -227,6 +268,7 @@ def test_demonstrations(sums):
         ({"max_prompt_tokens": -1}, "task.max_prompt_tokens = -1: expected 0"),
         ({"response_tokens": 0}, "task.response_tokens = 0: expected at least 1"),
         ({"max_verifier_failures": 2.0}, "task.max_verifier_failures = 2.0: expected a share"),
+        ({"truncated_reward": math.inf}, "task.truncated_reward = inf: expected a finite number"),
         ({"rewards": ()}, "task.rewards is empty"),
         ({"alphabet": "0123456789+"}, "sums.jsonl, line 1: text '0+0=': no token for '='"),
         ({"layout": "gsm8k"}, "sums.jsonl, line 1: no field 'question', which layout 'gsm8k' reads"),

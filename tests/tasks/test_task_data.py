@@ -69,8 +69,18 @@ def test_prompt_that_does_not_fit(text, message):
 
 def test_decode_responses():
     tokens = np.array([[2, 3, 1, 0], [2, 0, 3, 2], [1, 0, 0, 0]])
-    mask = np.array([[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]])
-    assert decode_responses(tokens, mask, CharTokenizer("ab")) == [("ab", True), ("a<pad>ba", False), ("", True)]
+    mask = np.array([[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]], bool)
+    rows = tokens, mask, np.array([False, True, False]), CharTokenizer("ab")
+    assert decode_responses(*rows) == [("ab", True), ("a<pad>ba", False), ("", True)]
+
+
+def test_a_stop_string_is_no_part_of_the_text():
+    """The first one ends it; its last token may hold more. What met the limit without one did not stop."""
+    tokenizer = CharTokenizer("ab")
+    tokens = np.array([tokenizer.encode(text) for text in ("abba", "bbaa", "abab")])
+    mask = np.array([[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]], bool)
+    rows = tokens, mask, np.array([False, False, True]), tokenizer
+    assert decode_responses(*rows, ("aa", "bb")) == [("a", True), ("", True), ("abab", False)]
 
 
 def test_character_outside_the_alphabet():

@@ -1,5 +1,6 @@
 """Verifiers: where the answer is, when two answers are equal, and what becomes of those that cannot be judged."""
 
+import dataclasses
 import gc
 import os
 import re
@@ -228,6 +229,35 @@ def test_what_is_no_number_is_a_failure():
         assert len(judged.failures) == 1
     judged = judge((Reward("x", Numeric("whole")),), [prompt("no number")], ["1"])
     assert judged.failures[0].message == "ValueError: the reference answer 'no number' is no number"
+
+
+@dataclasses.dataclass(frozen=True)
+class AtOnce:
+    """Judges a batch by its responses; may break in several ways."""
+
+    lose: int = 0
+
+    def __call__(self, prompt, response):
+        return self.judge([prompt], [response])[0].value
+
+    def judge(self, prompts, responses):
+        if "!" in responses:
+            raise KeyError("no '!'")
+        verdicts = [Verdict(float("nan") if response == "?" else len(response)) for response in responses]
+        return verdicts[self.lose :]
+
+
+def test_verifiers_of_batches():
+    """One that raises, or gives no number, has failed; a batch that lacks verdicts is the author's mistake."""
+    asked = [prompt("a")] * 3
+    judged = judge((Reward("x", AtOnce(), 2.0),), asked, ["ab", "?", ""])
+    assert judged.total.tolist() == [4, 0, 0]
+    assert [(f.row, f.message) for f in judged.failures] == [(1, "it returned nan")]
+    judged = judge((Reward("x", AtOnce()),), asked, ["ab", "!", ""])
+    assert judged.total.tolist() == [0, 0, 0]
+    assert {f.message for f in judged.failures} == {"KeyError: \"no '!'\""}
+    with pytest.raises(UserError, match=r"AtOnce.judge returned 2 of Verdict for 3 responses: expected a Verdict for"):
+        judge((Reward("x", AtOnce(lose=1)),), asked, ["ab", "?", ""])
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from rlstab_jax.inference import continuous
 from rlstab_jax.models import Precision
 from rlstab_jax.training import evaluate
 from rlstab_jax.training.config import RunConfig
@@ -45,14 +46,14 @@ def test_waves() -> None:
 def test_evaluations_sample_no_more_at_once_than_rollouts(monkeypatch: pytest.MonkeyPatch) -> None:
     """7 prompts x 3 samples, in waves of 8 responses: 2 prompts at a time, the last wave filled up. The same draws."""
     sizes: list[int] = []
-    sample = evaluate.sample
+    sample = continuous.sample
 
     def counted(*arguments: Any, **how: Any) -> Any:
         rollout = sample(*arguments, **how)
         sizes.append(len(rollout.tokens))
         return rollout
 
-    monkeypatch.setattr(evaluate, "sample", counted)
+    monkeypatch.setattr(continuous, "sample", counted)
     results = []
     for waves in (1, 2):
         engines = build(config(waves=waves))
