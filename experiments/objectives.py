@@ -5,7 +5,7 @@ Routing is live: replay is the subject of other studies. The learning rate is th
     python -m experiments.objectives --seeds 10 [--hours 2] [--plan] [--draw]
 """
 
-from experiments.recipes import minirl_anchored_at_mu, minirl_minpro, minirl_trm
+from experiments.recipes import minirl_anchored_at_mu, minirl_geometric, minirl_kpop, minirl_minpro, minirl_trm
 from experiments.setting import base, updates
 from experiments.study import Cell, Panel, Study, main
 from rlstab_jax.objectives import ObjectiveConfig
@@ -24,9 +24,12 @@ OBJECTIVES = {
     "sequence_is": ObjectiveConfig("sequence_is", cap=5.0),
     "trm": ObjectiveConfig(recipe=minirl_trm),
     "minpro": ObjectiveConfig(recipe=minirl_minpro),
+    "kpop": ObjectiveConfig(recipe=minirl_kpop),
+    "geometric": ObjectiveConfig(recipe=minirl_geometric),
 }
 FIRST = ("minirl", "dppo_tv", "grpo", "cispo", "gspo", "anchor_mu")
 COMPARED = ("minirl", "grpo", "gspo")  # what the others are judged against
+PIECES = ("minirl", "anchor_mu", "trm", "minpro", "kpop", "geometric")  # MiniRL, and with one piece changed
 ON_POLICY = FIRST[:3]
 
 STUDY = Study(
@@ -41,7 +44,11 @@ STUDY = Study(
     ),
     panels=(
         Panel("N = 8", tuple(f"n8-{name}" for name in FIRST)),
-        Panel("N = 8, others", tuple(f"n8-{name}" for name in OBJECTIVES if name not in FIRST or name in COMPARED)),
+        Panel(
+            "N = 8, others",
+            tuple(f"n8-{name}" for name in OBJECTIVES if name not in FIRST + PIECES or name in COMPARED),
+        ),
+        Panel("N = 8, MiniRL with one piece changed", tuple(f"n8-{name}" for name in PIECES)),
         Panel("N = 1", tuple(f"n1-{name}" for name in ON_POLICY)),
     ),
 )

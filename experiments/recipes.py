@@ -1,6 +1,11 @@
 """Objectives of the studies that are no published recipe: MiniRL with one piece changed."""
 
+from dataclasses import replace
+
+import jax.numpy as jnp
+
 from rlstab_jax.objectives import Objective, minirl, piece, ratios, trust, weights
+from rlstab_jax.types import Scores
 
 
 def minirl_anchored_at_mu(eps_low: float = 0.2, eps_high: float = 0.27) -> Objective:
@@ -24,3 +29,30 @@ def minirl_minpro() -> Objective:
     """
     prefix = piece(ratios.prefix_minimum, of=ratios.target_over_rollout)
     return minirl().replace(weight=piece(weights.importance, of=prefix))
+
+
+def minirl_kpop(at: float = 0.05) -> Objective:
+    """MiniRL of which tokens are masked as well where the engines differ too much: by binary KL between pi_old and
+    mu_old, "this token" against "another", in either direction beyond ``at`` nats (KPop, Ling team, 2026). The weight
+    and the threshold, which is DPPO's, are this project's choice.
+    """
+    return _masked(piece(engines_apart, at=at))
+
+
+def minirl_geometric(low: float = 0.95, high: float = 1.05) -> Objective:
+    """MiniRL of which whole sequences are masked as well: those whose geometric mean of pi_old/mu_old is outside the
+    band. The band is this project's choice.
+    """
+    return _masked(piece(trust.band, of=piece(ratios.geometric, of=ratios.old_over_rollout), low=low, high=high))
+
+
+def engines_apart(scores: Scores, advantage: trust.Advantage, at: float) -> trust.Gate:
+    """0 where KL(mu_old || pi_old) or KL(pi_old || mu_old) of one token against all others exceeds ``at`` nats."""
+    forward = trust.binary_kl(replace(scores, target=scores.old))
+    backward = trust.binary_kl(replace(scores, target=scores.rollout, rollout=scores.old))
+    return (jnp.maximum(forward, backward) <= at).astype(advantage.dtype)
+
+
+def _masked(gate: trust.Trust) -> Objective:
+    objective = minirl()
+    return objective.replace(trust=piece(trust.both, first=objective.trust, second=gate))
