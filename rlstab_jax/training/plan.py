@@ -323,8 +323,8 @@ def _levers(programs: Programs, phase: str) -> list[tuple[str, list[Any]]]:
         own = [parts("learner.score_micro_batches", config.responses_per_step), head]
     elif phase == "update":
         own = [parts("learner.micro_batches", minibatch), head, ("learner.remat", again.get(learner.remat, []))]
-    offload = [] if learner.offload_optimizer else [True]
-    narrow = [] if learner.moments_dtype == "bfloat16" else ["bfloat16"]
+    offload: list[Any] = [] if learner.offload_optimizer else [True]
+    narrow: list[Any] = [] if learner.moments_dtype == "bfloat16" else ["bfloat16"]
     return [*own, *zip(STATE, (offload, narrow), strict=True)]
 
 

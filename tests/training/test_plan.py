@@ -12,14 +12,15 @@ import jax
 import pytest
 
 from rlstab_jax.cli import main
-from rlstab_jax.models import Kernels
+from rlstab_jax.models import Kernels, Precision, fp8
 from rlstab_jax.objectives import ObjectiveConfig
 from rlstab_jax.parallel.mesh import MeshConfig, make_mesh
-from rlstab_jax.parallel.topology import Topology, topology
+from rlstab_jax.parallel.topology import topology
 from rlstab_jax.stability.monitor import Check, MonitorConfig
 from rlstab_jax.training.config import RunConfig
-from rlstab_jax.training.engines import EnginePair, build_pair
-from rlstab_jax.training.plan import PHASES, Change, Phase, Plan, _runs, _seconds, measure, remedy
+from rlstab_jax.training.engines import build_pair
+from rlstab_jax.training.plan import PHASES, Change, Phase, Plan, _runs, _seconds
+from rlstab_jax.training.plan_flops import products
 from rlstab_jax.training.plan_hlo import Cost
 from rlstab_jax.training.plan_programs import Programs, device_bytes
 from rlstab_jax.training.plan_report import as_json, by_minibatches, needed_with, print_plan
@@ -118,42 +119,6 @@ def phase(name: str, runs: float, memory: dict, seconds: tuple[float, float, flo
     return Phase(name, runs, memory, kept, needed, True, {"bfloat16": 1e12}, 1.0, 1e9, {"all-gather": 1e9}, times)
 
 
-def test_a_remedy() -> None:
-    """A scoring pass that is too large for a device is split into as few parts as fit, by the compiler's account."""
-    config = plan_config.config()
-    kernels = Kernels("reference", "dense", "reference", "dense")
-    model = dataclasses.replace(config.model, num_layers=1)
-    config = dataclasses.replace(config, mesh=MeshConfig(), kernels=kernels, model=model, prompts_per_minibatch=12)
-
-    def engines(config: RunConfig) -> EnginePair:
-        return build_pair(config, make_mesh(config.mesh, jax.devices()[:1]), None, "cpu", (0,), 0)
-
-    def device(memory: float) -> Topology:
-        return Topology("v5e:2x2", dataclasses.replace(CHIP.chip, memory=memory), 1, "cpu")
-
-    programs = Programs(engines(config))
-    whole = measure(programs, programs.score, device(2.0**40))
-    assert whole.fits
-    fixed = sum(whole.memory.values()) - whole.memory["temporaries"] + sum(whole.kept.values())
-    enough = fixed + 0.4 * whole.memory["temporaries"]
-    refused = measure(programs, programs.score, device(enough))
-    assert not refused.fits
-    change, changed = remedy(programs, refused, device(enough), engines, lambda line: None)
-    assert (change.phase, change.field, change.value) == ("score", "learner.score_micro_batches", 3)
-    assert change.tried == ("learner.score_micro_batches = 3",)
-    assert fixed < change.needed <= enough
-    assert changed.engines.config.learner.score_micro_batches == 3
-    # What no number of parts helps takes more chips: 3 times the memory is in the next topology, of 4 times the chips.
-    hopeless = dataclasses.replace(refused, name="prepare", needed=3 * CHIP.memory)
-    change, _ = remedy(programs, hopeless, CHIP, engines, lambda line: None)
-    assert (change.field, change.value, change.needed) == ("topology", "v5e:4x4", None)
-    # Where the compiler gave no number it is one step; there is always a larger number of GPUs.
-    unknown, gpus = dataclasses.replace(hopeless, needed=None), topology("cuda:h100:8")
-    assert remedy(programs, unknown, gpus, engines, lambda line: None)[0].value == "cuda:h100:16"
-    much = dataclasses.replace(hopeless, needed=3 * gpus.memory)
-    assert remedy(programs, much, gpus, engines, lambda line: None)[0].value == "cuda:h100:32"
-
-
 def programs_of(config: RunConfig) -> Programs:
     """The programs of a config on one CPU device, with the reference kernels."""
     config = dataclasses.replace(config, mesh=MeshConfig(), kernels=Kernels("reference", "dense", "reference", "dense"))
@@ -171,6 +136,27 @@ def test_an_optimiser_in_the_hosts_memory() -> None:
     assert device_bytes(here.state) == 3 * parameters + 4 + 4
     assert device_bytes(there.state) == parameters + 4 + 4
     assert device_bytes(there.prepare.kept["optimiser"]) == 4
+
+
+def test_a_float32_head() -> None:
+    """Four bytes a weight in place of two in the sampler's weights; a scoring pass's products with it are float32's."""
+    config, counts = plan_config.config(), []
+    head = config.model.vocab_size * config.model.embed_dim
+    narrow = fp8(dtype="bfloat16", quantise_lm_head=False), Precision("bfloat16")
+    for rollout, learner in (narrow, [dataclasses.replace(of, float32_lm_head=True) for of in narrow]):
+        programs = programs_of(
+            dataclasses.replace(
+                config,
+                rollout=dataclasses.replace(config.rollout, precision=rollout),
+                learner=dataclasses.replace(config.learner, precision=learner),
+            )
+        )
+        rates = products(programs.score.traced.jaxpr.jaxpr)
+        counts.append((device_bytes(programs.variables), rates["float32"], rates["bfloat16"]))
+    (before, exact, rounded), (after, more_exact, less_rounded) = counts
+    assert after - before == 2 * head
+    tokens = config.responses_per_step * config.rollout.response_length
+    assert more_exact - exact == rounded - less_rounded == 2 * tokens * head
 
 
 def test_networks() -> None:
