@@ -23,9 +23,9 @@ LAST = 0.1  # share of the horizon over which a run's end is judged
 class Outcome:
     """How a run ended: ``kind`` is collapsed, degraded or learnt; ``onset`` the gradient step of the collapse, or NaN.
 
-    Collapsed: a gradient that is not finite, or a held-out accuracy below half its running maximum at every evaluation
-    of the last 10% of the horizon. Its onset is the first evaluation from which on it stays there. Degraded: not
-    collapsed, and at the end at least 0.1 below the peak.
+    Collapsed: a gradient that is not finite, or a held-out accuracy of 0 or below half its running maximum at every
+    evaluation of the last 10% of the horizon, and at the last evaluation wherever that lies. Its onset is the first
+    evaluation from which on it stays there. Degraded: not collapsed, and at the end at least 0.1 below the peak.
     """
 
     kind: str
@@ -44,8 +44,8 @@ def outcome(
     peak, final = float(accuracy.max()), float(accuracy[-1])
     if math.isfinite(broken):
         return Outcome("collapsed", float(broken), peak, final)
-    low = accuracy < 0.5 * np.maximum.accumulate(accuracy)
-    if low[steps > (1 - LAST) * horizon].all():
+    low = (accuracy < 0.5 * np.maximum.accumulate(accuracy)) | (accuracy == 0)
+    if low[_at_the_end(steps, horizon)].all():
         begins = len(low) - int(np.argmin(low[::-1])) if not low.all() else 0
         return Outcome("collapsed", float(steps[begins]), peak, final)
     return Outcome("degraded" if final <= peak - 0.1 else "learnt", math.nan, peak, final)
@@ -54,8 +54,13 @@ def outcome(
 def final_accuracy(
     steps: Float[np.ndarray, "evaluation"], accuracy: Float[np.ndarray, "evaluation"], horizon: float
 ) -> float:
-    """The studies' endpoint: the mean over the evaluations of the last 10% of the horizon."""
-    return float(accuracy[steps > (1 - LAST) * horizon].mean())
+    """The studies' endpoint: the mean over the evaluations of the last 10% of the horizon, or else the last one."""
+    return float(accuracy[_at_the_end(steps, horizon)].mean())
+
+
+def _at_the_end(steps: Float[np.ndarray, "evaluation"], horizon: float) -> Bool[np.ndarray, "evaluation"]:
+    """Which evaluations a run's end is judged by: never none."""
+    return (steps > (1 - LAST) * horizon) | (steps == steps[-1])
 
 
 def clopper_pearson(count: int, total: int, level: float = LEVEL) -> tuple[float, float]:

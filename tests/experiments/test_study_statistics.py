@@ -27,6 +27,19 @@ def test_outcomes():
     assert outcome([0.5] * 10, broken=37.0) == s.Outcome("collapsed", 37.0, 0.5, 0.5)
 
 
+def test_a_run_whose_last_tenth_has_no_evaluation_is_judged_by_the_last_one():
+    steps, risen, fallen = np.array([0.0, 40.0, 80.0]), np.array([0.3, 0.6, 0.6]), np.array([0.3, 0.6, 0.2])
+    assert s.outcome(steps, risen, 100).kind == "learnt"
+    assert s.outcome(steps, fallen, 100) == s.Outcome("collapsed", 80.0, 0.6, 0.2)
+    assert s.outcome(steps, np.array([0.6, 0.2, 0.4]), 100).kind == "degraded"
+    assert s.final_accuracy(steps, risen, 100) == 0.6
+
+
+def test_a_run_that_never_answers_rightly_has_learnt_nothing():
+    assert outcome([0.0] * 10) == s.Outcome("collapsed", 10.0, 0.0, 0.0)
+    assert outcome([0.0, 0.0, *[0.4] * 8]).kind == "learnt"
+
+
 def test_final_accuracy_is_the_mean_of_the_last_tenth():
     steps = 4.0 * np.arange(1, 26)
     accuracy = np.where(steps > 90, steps / 100, 7.0)

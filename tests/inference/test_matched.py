@@ -12,6 +12,7 @@ from rlstab_jax.inference import prepare, sample, sample_matched, score_matched
 from rlstab_jax.inference.matched import MatchedPass
 from rlstab_jax.learner import score
 from rlstab_jax.models import Precision
+from rlstab_jax.training.passes import matched_scores
 from rlstab_jax.types import Rollout, take_rows
 
 CONFIG = dataclasses.replace(tiny.MIXED, num_layers=2, dense_layers=(1,))
@@ -62,7 +63,7 @@ def test_rows_beside_it_and_their_number_change_no_bit() -> None:
 def test_it_draws_and_scores_what_the_other_engines_do() -> None:
     """To 1e-5, as between any two programs."""
     rollout, plain = matched(), sample(*arguments(), **OPTIONS)
-    old, _ = score(tiny.model(CONFIG), {"params": tiny.parameters(CONFIG)}, plain)
+    old, statistics = score(tiny.model(CONFIG), {"params": tiny.parameters(CONFIG)}, plain)
     mine = scored(rollout)
     for name in ("tokens", "response_mask", "truncated", "routes", "support", "prompt_mask", "temperature"):
         np.testing.assert_array_equal(getattr(rollout, name), getattr(plain, name), err_msg=name)
@@ -71,6 +72,13 @@ def test_it_draws_and_scores_what_the_other_engines_do() -> None:
     np.testing.assert_array_equal(mine.live, old.live)
     fed = np.asarray(rollout.fed_mask)
     assert (np.asarray(mine.margin)[:, fed] > 0).all()
+    scores, gathered = matched_scores(mine, CONFIG.num_experts)
+    np.testing.assert_array_equal(scores.routes, old.routes)
+    mask = np.asarray(rollout.response_mask)
+    np.testing.assert_allclose(np.asarray(scores.router)[mask], np.asarray(old.router)[mask], atol=1e-5)
+    assert gathered.keys() == statistics.keys()
+    for name, statistic in statistics.items():
+        np.testing.assert_allclose(gathered[name].value(), statistic.value(), atol=1e-5, err_msg=name)
 
 
 def test_replayed_routes_are_used_and_the_live_ones_reported() -> None:

@@ -12,12 +12,15 @@ from rlstab_jax.learner import score
 from rlstab_jax.types import Rollout
 
 ROUNDS = (0, 4, tiny.RESPONSE)
+# Of tokens: at the end of the first round, within it, within the second one; and of the other rows the buffer's.
+LIMITS = np.array([8, 8, 4, 8, 3, 8, 6, 8], np.int32)
 
 
 def drawn(*weights: dict) -> Rollout:
     """Each round by the next of ``weights``."""
     minimum = np.int32(np.arange(8) % 2 * 6)  # of every other row, above the first round
-    sampling, support = tiny.sampling(top_k=np.int32(6), top_p=np.float32(0.9), min_new_tokens=minimum), 6
+    own = {"min_new_tokens": minimum, "max_new_tokens": LIMITS}
+    sampling, support = tiny.sampling(top_k=np.int32(6), top_p=np.float32(0.9), **own), 6
     config, stop = tiny.MIXED, ROUNDS[1] if len(weights) > 1 else tiny.RESPONSE
     options: dict[str, Any] = {"samples_per_prompt": tiny.SAMPLES, "support": support}
     first = prepare(weights[0], tiny.FLOAT32)
@@ -42,12 +45,18 @@ def test_rounds_by_equal_weights_are_one() -> None:
     at_once, in_rounds = (drawn(*[tiny.parameters()] * rounds) for rounds in (1, 2))
     lengths = np.asarray(at_once.response_mask).sum(1)
     assert lengths.min() <= ROUNDS[1] < lengths.max()  # some are complete before others go on
+    cut = LIMITS < tiny.RESPONSE
+    np.testing.assert_array_equal(lengths[cut], LIMITS[cut])
+    assert np.asarray(at_once.truncated)[cut].all()
+    fed = np.asarray(at_once.fed_mask)
     for field in fields(Rollout):
         one, other = getattr(at_once, field.name), getattr(in_rounds, field.name)
         if field.name == "log_probs":
             np.testing.assert_allclose(one, other, atol=1e-5)
         elif field.name == "support":
             np.testing.assert_array_equal(np.sort(one, -1), np.sort(other, -1))
+        elif field.name == "routes":  # a response that met its limit has its last token fed by a further round
+            np.testing.assert_array_equal(one[:, fed], other[:, fed])
         else:
             jax.tree.map(np.testing.assert_array_equal, one, other)
 

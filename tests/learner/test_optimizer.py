@@ -61,6 +61,15 @@ def test_bfloat16_moments_decay_as_float32_ones_do() -> None:
     np.testing.assert_allclose(moved, wanted_moved, rtol=5e-3)
 
 
+def test_the_first_step_is_by_the_numbers_of_adam() -> None:
+    """g = 1: the first moment is 1 - b1, and the corrected moments are 1, so that the step is rate / (1 + eps)."""
+    gradient = {"w": {"kernel": jnp.ones((64, 64))}}
+    after, _ = step(state(), gradient, NUMBERS.replace(adam_b1=jnp.float32(0.5), adam_eps=jnp.float32(1.0)))
+    np.testing.assert_allclose(adam(after).mu["w"]["kernel"], 0.5, rtol=1e-6)
+    np.testing.assert_allclose(adam(after).nu["w"]["kernel"], 1e-3, rtol=1e-4)
+    np.testing.assert_allclose(1 - after.params["w"]["kernel"], 1e-2 / 2, rtol=1e-4)
+
+
 def test_frozen_parameters_neither_move_nor_count() -> None:
     """Nor do they decay. Frozen as a whole, a state changes its step count alone."""
     params = {"router": {"kernel": jnp.full((2, 2), 3.0)}, "w": {"kernel": jnp.ones((2, 2))}}

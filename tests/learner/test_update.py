@@ -14,7 +14,7 @@ from rlstab_jax.learner.optimizer import apply_gradient, learning_rate
 from rlstab_jax.learner.score import policy_scores
 from rlstab_jax.learner.update import router_losses
 from rlstab_jax.models.layers import RouterSums
-from rlstab_jax.objectives import minirl
+from rlstab_jax.objectives import Objective, Regulariser, grpo, minirl, piece, regularisers
 from rlstab_jax.types import RoutingReplay, UserError
 
 # Two MoE layers, as many as the rollout's routes have, and no dense ones: half the time to compile.
@@ -49,6 +49,17 @@ def test_micro_batches_give_the_same_update_and_statistics() -> None:
         np.testing.assert_allclose(statistic.value(), other, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+@jax.jit
+def gradient_by_hand(params: dict, rollout: tiny.Rollout, of_log_probs: jax.Array, of_entropy: jax.Array) -> dict:
+    """That of sum(of_log_probs * log pi + of_entropy * entropy), under the rollout's routes."""
+
+    def total(params: dict) -> jax.Array:
+        scores, _ = policy_scores(MODEL, {"params": params}, rollout, rollout.routes, 2**24)
+        return jnp.sum(of_log_probs * scores.log_probs + of_entropy * scores.entropy)
+
+    return jax.grad(total)(params)
+
+
 def test_gradient_of_the_policy_term_by_hand() -> None:
     """On its own rollout MiniRL's first gradient is that of -(1/n) sum_i A_i sum_t min(pi/mu, 5) log pi, with sg."""
     batch = minibatch()
@@ -57,19 +68,71 @@ def test_gradient_of_the_policy_term_by_hand() -> None:
     rollout = batch.rollout
     weight = np.exp(np.asarray(batch.old.log_probs) - np.asarray(rollout.log_probs)).clip(max=5.0)
     factor = np.where(rollout.response_mask, weight * np.asarray(batch.advantage)[:, None], 0) / len(weight)
-
-    @jax.jit
-    def gradient(params: dict) -> dict:
-        def loss(params: dict) -> jax.Array:
-            scores, _ = policy_scores(MODEL, {"params": params}, rollout, rollout.routes, 2**24)
-            return -jnp.sum(factor * scores.log_probs)
-
-        return jax.grad(loss)(params)
-
-    expected = gradient(tiny.parameters(CONFIG))
+    expected = gradient_by_hand(tiny.parameters(CONFIG), rollout, -factor, np.zeros_like(factor))
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), tiny.gradient_of_step(state), expected)
     norm = np.sqrt(sum((np.asarray(leaf, np.float64) ** 2).sum() for leaf in jax.tree.leaves(expected)))
     np.testing.assert_allclose(measures["learner/grad_norm"], norm, rtol=1e-4)
+
+
+def regularised(kl: float, entropy: float) -> Objective:
+    """GRPO, which has every response count alike, with both regularisers whatever their coefficients: one program."""
+    kinds = ((regularisers.k2, kl), (regularisers.negative_entropy, entropy))
+    return grpo().replace(regularisers=tuple(Regulariser(piece(term), coefficient) for term, coefficient in kinds))
+
+
+def apart() -> tiny.Minibatch:
+    """pi_theta is 0.1 nats above mu_old, 0.3 above pi_old and 0.5 above the reference on each token; A is 0."""
+    batch = minibatch()
+    target, mask = batch.old.log_probs, batch.rollout.response_mask
+    assert mask.any(1).all()
+    return dataclasses.replace(
+        batch,
+        rollout=dataclasses.replace(batch.rollout, log_probs=target - 0.1 * mask),
+        old=dataclasses.replace(batch.old, log_probs=target - 0.3 * mask),
+        reference=target - 0.5 * mask,
+        advantage=jnp.zeros_like(batch.advantage),
+    )
+
+
+def stepped(batch: tiny.Minibatch, objective: Objective) -> tuple[dict, dict, dict]:
+    """The gradient, statistics and measures of one update. It takes the state's buffers."""
+    numbers = tiny.numbers(max_grad_norm=1e9)
+    state = tiny.state(CONFIG, numbers)
+    after, statistics, measures = update(MODEL, state, batch, objective, numbers, replay=R3)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+    return tiny.gradient_of_step(after), statistics, measures
+
+
+def test_the_kl_is_to_the_reference_and_gaps_point_from_the_policy_that_sampled() -> None:
+    _, statistics, measures = stepped(apart(), regularised(kl=0.3, entropy=0.0))
+    np.testing.assert_allclose(measures["learner/loss"], 0.3 * 0.5**2 / 2, rtol=1e-4)
+    assert measures["learner/grad_norm"] > 1e-3
+    # KL(pi_old || pi_theta) on tokens that pi_theta makes likelier: k1 is negative.
+    np.testing.assert_allclose(statistics["staleness/k1"].value(), -0.3, atol=1e-5)
+    np.testing.assert_allclose(statistics["staleness/k3"].value(), np.expm1(0.3) - 0.3, atol=1e-5)
+    length = np.asarray(apart().rollout.response_mask).sum(1)
+    remainder = np.exp(0.1 * length) - 1 - length * np.expm1(0.1)
+    np.testing.assert_allclose(statistics["first_order/sequence_gap"].value(), remainder.mean(), atol=1e-5)
+
+
+def test_the_entropy_bonus_has_a_gradient() -> None:
+    gradient, _, _ = stepped(apart(), regularised(kl=0.0, entropy=0.7))
+    mask = np.asarray(apart().rollout.response_mask)
+    weight = np.float32(-0.7 * mask / mask.sum(1, keepdims=True) / len(mask))
+    expected = gradient_by_hand(tiny.parameters(CONFIG), apart().rollout, np.zeros_like(weight), weight)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), gradient, expected)
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(gradient)) > 1e-2
+
+
+def test_any_numbers_name_the_groups() -> None:
+    """Those of a mini-batch are cut from a whole batch; objectives count by numbers below that of the rows."""
+    batch = dataclasses.replace(apart(), advantage=minibatch().advantage)
+    (gradient, _, measures), (other, _, others) = (
+        stepped(dataclasses.replace(batch, groups=jnp.asarray(groups)), regularised(kl=0.0, entropy=0.0))
+        for groups in (np.arange(8) // 2, 9 + 3 * (np.arange(8) // 2))
+    )
+    assert measures["learner/loss"] == others["learner/loss"] != 0
+    jax.tree.map(np.testing.assert_array_equal, gradient, other)
 
 
 def test_router_sums_are_over_fed_tokens() -> None:

@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlstab_jax.models.attention import DECODE_ATTENTION, by_lengths, cudnn, reference
+from rlstab_jax.learner.head import head_log_probs
+from rlstab_jax.models import ModelConfig, Transformer
+from rlstab_jax.models.attention import DECODE_ATTENTION, by_lengths, chunked, cudnn, reference
 from rlstab_jax.models.attention_tpu import decode_flash, decode_splash, splash, widened
 from rlstab_jax.models.config import has_tokamax
 from rlstab_jax.models.experts import KERNELS as EXPERTS
@@ -281,18 +283,35 @@ def precisions(jaxpr: Any) -> list:
     return found
 
 
-@pytest.mark.parametrize("kernel", ["splash", "decode_splash", "decode_flash", "tiles", "megablox", "narrow"])
+WHOLE = {"splash": splash, "reference": reference, "chunked": chunked}
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [*WHOLE, "decode_splash", "decode_flash", "decode_reference", "tiles", "megablox", "narrow", "head", "tied head"],
+)
 def test_float32_means_float32_within_the_kernels(kernel: str) -> None:
     """Forward and backward: TPUs would round the operands to bfloat16 by default."""
 
     def shape(*sizes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(sizes, dtype)
 
-    if kernel == "splash":
+    if kernel in WHOLE:
         fed = shape(4, 131, dtype=bool)
-        jaxpr = jax.make_jaxpr(partial(with_gradient, splash))([*sequences(131)[0]], fed)
+        jaxpr = jax.make_jaxpr(partial(with_gradient, WHOLE[kernel]))([*sequences(131)[0]], fed)
+    elif kernel.endswith("head"):
+        config = ModelConfig(vocab_size=40, num_layers=1, embed_dim=16, tie_embeddings=kernel == "tied head")
+        weight = {"embedding": shape(40, 16)} if config.tie_embeddings else {"lm_head": {"kernel": shape(16, 40)}}
+
+        def log_probs(params: dict, hidden: jax.Array, targets: jax.Array, temperature: jax.Array) -> jax.Array:
+            model = Transformer(config)
+            log_prob, _ = head_log_probs(model, {"params": params}, hidden, targets, temperature, None, 100)
+            return log_prob.sum()
+
+        arguments = weight, shape(8, 16), shape(8, dtype=jnp.int32), shape(8)
+        jaxpr = jax.make_jaxpr(jax.grad(log_probs, argnums=(0, 1)))(*arguments)
     elif kernel.startswith("decode"):
-        decode = decode_flash if kernel == "decode_flash" else widened(decode_splash)
+        decode = DECODE_ATTENTION[kernel.removeprefix("decode_")]
         cache = Stored(shape(2, KV_HEADS, C, 128)), Stored(shape(2, KV_HEADS, 128, C))
         mask = shape(2, 128, dtype=bool)
         jaxpr = jax.make_jaxpr(decode)(shape(2, HEADS, 1, C), cache, cache, mask, mask)

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import tiny
 
-from rlstab_jax.models import ModelConfig
+from rlstab_jax.inference import prepare
+from rlstab_jax.models import ModelConfig, Precision, fp8
 from rlstab_jax.models.decode import layer_variables
+from rlstab_jax.models.layers import RMSNorm, rotate
 from rlstab_jax.models.transformer import forward, logits_of
 
 SIZES = {"vocab_size": 11, "num_layers": 3, "embed_dim": 12, "num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
@@ -108,6 +110,42 @@ def test_forward_is_the_one_written_down(options: dict) -> None:
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
     if cfg.num_experts:
         np.testing.assert_array_equal(np.sort(output.routing.used[:, 0, 3:]), np.sort(routes))
+
+
+@pytest.mark.parametrize(
+    "precision", [Precision("bfloat16"), fp8(quantise_router=False, quantise_lm_head=False)], ids=["bfloat16", "fp8"]
+)
+def test_routers_are_exact_in_engines_that_are_not(precision: Precision) -> None:
+    """Their scores are those of what they read, in float32; so are logits, where the head is exempt in a float32
+    engine. The margin is between the last expert chosen and the first one that is not."""
+    cfg = ModelConfig(**(SIZES | {"num_layers": 1}))
+    model, params = tiny.model(cfg, precision), tiny.parameters(cfg)
+    variables = prepare(params, precision)
+    tokens = np.random.default_rng(2).integers(0, cfg.vocab_size, (1, 9))
+    output = jax.jit(forward, static_argnums=0)(model, variables, jnp.asarray(tokens), jnp.ones((1, 9), bool))
+    inputs = np.asarray(output.routing.inputs, np.float64)
+    kernels = [np.float64(v["params"]["moe"]["router"]["kernel"]) for v in layer_variables(cfg, {"params": params})]
+    logits = np.einsum("lbtd,lde->lbte", inputs, kernels)
+    scores = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    np.testing.assert_allclose(output.routing.scores, scores, atol=1e-5)
+    ordered, k = np.sort(np.exp(scores))[..., ::-1], cfg.experts_per_token
+    np.testing.assert_allclose(output.routing.margin, ordered[..., k - 1] - ordered[..., k], atol=1e-5)
+    if precision.dtype == "float32":
+        expected = np.asarray(output.hidden[0], np.float64) @ np.float64(params["lm_head"]["kernel"])
+        np.testing.assert_allclose(logits_of(model, variables, output.hidden[0]), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_angles_and_norms_of_bfloat16_numbers_are_float32() -> None:
+    """Position 4095 is no bfloat16 number: it would be taken for 4096, and one radian is far."""
+    turned = rotate(jnp.ones((1, 1, 1, 2), jnp.bfloat16), jnp.array([[4095]]), 1e4)
+    assert turned.dtype == jnp.bfloat16
+    expected = [np.cos(4095) - np.sin(4095), np.cos(4095) + np.sin(4095)]
+    np.testing.assert_allclose(np.float64(turned).ravel(), expected, rtol=2**-8)
+    random = np.random.default_rng(0)
+    x, gain = jnp.asarray(random.standard_normal((64, 48)), jnp.bfloat16), 1 + 0.1 * random.standard_normal(48)
+    normed = RMSNorm(1e-6).apply({"params": {"gain": np.float32(gain)}}, x)
+    assert normed.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float64(normed), norm(np.float64(x), gain, 1e-6), rtol=1.01 * 2**-8)  # one rounding
 
 
 def test_sequences_packed_into_a_row_are_what_each_is_alone() -> None:

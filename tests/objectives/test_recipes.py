@@ -288,6 +288,46 @@ def test_infinite_eps_and_cap_switch_clipping_and_truncation_off() -> None:
     np.testing.assert_allclose(gradient(off, scores, rewards), expected, rtol=1e-12)
 
 
+def test_a_weight_counts_as_truncated_where_the_cap_changed_it() -> None:
+    target, rollout = np.full((1, 2), -0.1, np.float32), np.array([[-3.0, -0.1]], np.float32)  # weights e^2.9 and 1
+    scores = Scores(target, target, rollout, np.ones((1, 2), bool), np.zeros(1, int))
+    _, parts = o.surrogate(o.minirl(cap=5.0), scores, np.ones(1, np.float32), np.ones((1, 2), np.float32))
+    np.testing.assert_array_equal(parts.truncated, [[True, False]])
+    np.testing.assert_allclose(parts.weight, [[5.0, 1.0]])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "piece", "numbers"),
+    [
+        (o.minirl, "truncate", {"at": 5.0}),
+        (o.minirl, "trust", {"eps_low": 0.2, "eps_high": 0.27}),
+        (o.sequence_is, "truncate", {"at": np.inf}),
+        (o.dr_grpo, "normalise", {"length": 1.0}),
+        (o.gspo, "trust", {"eps_low": 3e-4, "eps_high": 4e-4}),
+        (o.tis, "truncate", {"at": 2.0}),
+        (o.tis, "trust", {"eps_low": 0.2, "eps_high": 0.28}),
+        (o.icepop, "trust.first", {"eps_low": 0.2, "eps_high": 0.2}),
+        (o.icepop, "trust.second", {"low": 0.5, "high": 5.0}),
+        (o.dppo_tv, "trust", {"at": 0.15}),
+        (o.dppo_kl, "trust", {"at": 0.05}),
+        (o.dppo_tv, "truncate", {"at": 20.0}),
+        (o.dppo_kl, "truncate", {"at": 20.0}),
+        (o.rspo, "trust.of.second", {"floor": 0.7}),
+        (o.rspo, "weight.of.of", {"low": 0.67, "high": 1.49}),
+        (o.rspo, "trust", {"eps_low": 0.33, "eps_high": 0.49}),
+        (o.grpo, "trust.second", {"at": np.inf}),
+        (o.dapo, "trust.second", {"at": np.inf}),
+    ],
+)
+def test_defaults_are_the_published_numbers(recipe: Callable, piece: str, numbers: dict) -> None:
+    """Those of the module's docstrings; RSPO's floor and Dr.GRPO's length are this project's."""
+    first, *inner = piece.split(".")
+    found = getattr(recipe(), first)
+    for name in inner:
+        found = found.keywords[name]
+    assert {name: found.keywords[name] for name in numbers} == pytest.approx(numbers)
+
+
 def slope_of_entropy(objective: o.Objective, scores: Scores, rewards: np.ndarray) -> np.ndarray:
     with jax.enable_x64(True):
         advantage, c = o.advantages_of(objective, scores, jnp.asarray(rewards)), o.coefficients(objective, scores)

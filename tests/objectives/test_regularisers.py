@@ -1,11 +1,14 @@
 """What the KL terms do as losses, shown by enumerating the tokens of one prefix exactly, in float64."""
 
+from dataclasses import replace
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlstab_jax.objectives import ObjectiveConfig, advantages_of, build, piece, regularisers
+from rlstab_jax.objectives import ObjectiveConfig, advantages_of, build, piece, regularisers, reinforce
 from rlstab_jax.types import Scores, UserError
 
 TOKENS = 5
@@ -72,6 +75,31 @@ def test_kl_in_the_reward_is_the_sequence_sum() -> None:
     scores = Scores(old, old, old, mask, jnp.array([0, 0]), reference=reference)
     objective = build(ObjectiveConfig("reinforce", kl_coefficient=0.1, kl_in="reward"))
     np.testing.assert_allclose(advantages_of(objective, scores, jnp.array([1.0, 0.0])), [1.1, -0.05], rtol=1e-6)
+
+
+def doubled(scores: Scores, rewards: jax.Array) -> jax.Array:
+    return 2 * rewards
+
+
+def test_kl_in_the_reward_comes_after_what_a_recipe_makes_of_it() -> None:
+    mask = jnp.array([[True, True, False], [True, False, False]])
+    old = jnp.array([[-1.0, -2.0, 0.0], [-0.5, 3.0, 3.0]])
+    scores = Scores(old, old, old, mask, jnp.array([0, 0]), reference=jnp.full((2, 3), -1.0))
+    recipe = partial(replace, reinforce(), reward=piece(doubled))
+    objective = build(ObjectiveConfig(recipe=recipe, kl_coefficient=0.1, kl_in="reward"))
+    np.testing.assert_allclose(advantages_of(objective, scores, jnp.array([1.0, 0.0])), [2.1, -0.05], rtol=1e-6)
+
+
+def test_estimators_by_their_names() -> None:
+    def term(estimator: str) -> jax.tree_util.Partial:
+        return build(ObjectiveConfig("grpo", kl_coefficient=0.1, kl_estimator=estimator)).regularisers[0].term
+
+    for name in ("k1", "k2", "k3"):
+        assert term(name).func is getattr(regularisers, name)
+    for name in ("k1", "k3"):  # k2 needs no correction
+        corrected = term(f"corrected_{name}")
+        assert corrected.func is regularisers.corrected
+        assert corrected.keywords["term"].func is getattr(regularisers, name)
 
 
 def test_missing_arrays_are_user_errors() -> None:

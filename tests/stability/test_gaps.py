@@ -45,6 +45,9 @@ def test_discrepancy_and_staleness(seed: int) -> None:
     np.testing.assert_allclose(
         factors["product_k1"].value(), -np.mean(target[mask] - rollout[mask]), rtol=2e-4, atol=1e-6
     )
+    np.testing.assert_allclose(
+        factors["staleness_k1"].value(), -np.mean(target[mask] - old[mask]), rtol=2e-4, atol=1e-6
+    )
     for level in (0.1, 0.5, 0.99):
         wanted = np.quantile(d, level, method="inverted_cdf")
         np.testing.assert_allclose(factors["discrepancy_log_ratio"].quantile(level), wanted, rtol=0.03, atol=1e-6)

@@ -114,6 +114,15 @@ def test_a_check_speaks_again_only_when_the_quantity_has_come_back():
     assert said(run) == [("gradient", 8 * 14), ("gradient", 8 * 28)]
 
 
+def test_what_is_below_the_threshold_has_not_come_back_yet():
+    """Twice as large is log 2 / log 3 = 0.63 of the way to the threshold: no excess, and no calm."""
+    run = healthy()
+    run["learner/grad_norm"][:] = 1.0
+    for rows, size in ((slice(20, 22), 20), (slice(22, 26), 2), (slice(26, 30), 20)):
+        run["learner/grad_norm"][rows] = size
+    assert said(run) == [("gradient", 8 * 22)]
+
+
 def test_an_early_spread_that_is_wide_raises_the_threshold():
     run = with_fault("learner/grad_norm", 6.0)
     run["learner/grad_norm"][:8] = [0.1, 1, 10, 0.1, 1, 10, 0.1, 10]

@@ -78,5 +78,6 @@ def test_by_hand() -> None:
     np.testing.assert_allclose(parts["downstream"].value(), [0, 1 / 3])
     np.testing.assert_array_equal(routing.load(second, mask, 4), [[3, 2, 1, 0], [2, 3, 1, 0]])
     three = routing.three_ways(first, second, first, mask, 4)
+    np.testing.assert_allclose(three["rollout_old"].value(), [1 / 3, 1 / 3])
     np.testing.assert_allclose(three["rollout_current"].value(), [0, 0])
     np.testing.assert_allclose(three["old_current"].value(), [1 / 3, 1 / 3])

@@ -4,20 +4,22 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from rlstab_jax.learner import score
+from rlstab_jax.learner import PolicyScores, score
 from rlstab_jax.learner.score import replayed_routes
 from rlstab_jax.tasks import prompt_iterator
+from rlstab_jax.training import partial
 from rlstab_jax.training.engines import build, initial_params
 from rlstab_jax.training.partial import Unfinished, begin, go_on
 from rlstab_jax.training.queue import blank
 from rlstab_jax.training.run import train
 from rlstab_jax.training.validate import validate
-from rlstab_jax.types import RoutingReplay, UserError
+from rlstab_jax.types import Rollout, RoutingReplay, UserError
 from tests.training.test_loop import FLOAT32, configured
 from tests.training.test_queue import columns
 
@@ -55,6 +57,53 @@ def test_pi_old_is_of_the_version_that_drew_the_token(replay: str) -> None:
         live, _ = score(engines.training, {"params": older}, rollout)
         until = rollout.prompt_length + 4 - 1
         np.testing.assert_array_equal(live.routes[:, :, :until], routes[:, :, :until])
+
+
+def test_three_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Round n draws columns 3 n - 3 to 3 n - 1, token n, of log-probs -n; what the rounds before have made stays."""
+    engines = build(configured(rollout={"lag": 3, "partial": 3, "response_length": 9}, learner={"replay": "r3"}))
+    prompts = next(prompt_iterator(engines.task.split("train"), engines.config.prompts_per_step, seed=0))
+    empty, columns = blank(engines)[1].rollout, np.arange(9)
+    mask = (columns < 4 + np.arange(len(empty.tokens))[:, None] % 6) | (np.arange(len(empty.tokens)) > 8)[:, None]
+    asked = []
+
+    def drawn(rollout: Rollout, number: int, begun: int, end: int) -> Rollout:
+        now = mask & (columns >= begun) & (columns < end)
+        tokens = rollout.tokens.at[:, rollout.prompt_length :].set(
+            np.where(now, number, rollout.tokens[:, rollout.prompt_length :])
+        )
+        return replace(rollout, tokens=tokens, response_mask=rollout.response_mask | now)
+
+    def first(*_: Any, length: int) -> Rollout:
+        asked.append((0, length))
+        whole, behind = drawn(empty, 1, 0, 3), empty.prompt_length
+        cut = {name: getattr(whole, name)[:, :3] for name in ("response_mask", "log_probs")}
+        return replace(
+            whole, **cut, tokens=whole.tokens[:, : behind + 3], routes=whole.routes[:, :, : behind + 2], version=None
+        )
+
+    def another(_: Any, __: Any, rollout: Rollout, *options: Any) -> Rollout:
+        asked.append(options[-2:])
+        return drawn(rollout, len(asked), options[-2], sum(options[-2:]))
+
+    def scored(_: Any, __: Any, rollout: Rollout, *___: Any) -> tuple[PolicyScores, dict]:
+        same = np.full(mask.shape, -float(len(asked)), np.float32)
+        return PolicyScores(same, same, rollout.routes, rollout.routes, None), {}
+
+    monkeypatch.setattr(partial, "sample_responses", first)
+    monkeypatch.setattr(partial, "go_on_sampling", another)
+    monkeypatch.setattr(partial, "score_old", scored)
+    monkeypatch.setattr(partial, "score_live", lambda *arguments: scored(*arguments)[0])
+    rounds = [begin(engines, {}, prompts, 1, version=5)]
+    for version in (6, 7):
+        rounds.append(go_on(engines, {}, rounds[-1], 1, version)[0])
+    assert asked == [(0, 3), (3, 3), (6, 3)]
+    whole, number = rounds[-1], 1 + columns // 3
+    np.testing.assert_array_equal(whole.rollout.response_mask, mask)
+    np.testing.assert_array_equal(whole.rollout.version, np.where(mask, 4 + number, 0))
+    np.testing.assert_array_equal(whole.rollout.tokens[:, empty.prompt_length :], np.where(mask, number, 0))
+    np.testing.assert_array_equal(whole.old.log_probs, np.broadcast_to(-number, mask.shape))
+    np.testing.assert_array_equal(whole.live.log_probs, whole.old.log_probs)
 
 
 def test_rounds_keep_no_live_log_probs_that_are_not_asked_for() -> None:
