@@ -23,6 +23,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 STYLES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)), (0, (3, 1)), (0, (8, 2)), "-")
 MARKERS = "os^Dv<P"
 COLUMNS = 4  # of panels, at most
+SHOWN = 5  # runs from which on a page has an interval: that of fewer reaches beyond 0 and 1
 MEASURED = ("discrepancy/k3", "routing/rollout_vs_old", "staleness/k3", "trust/masked", "weight/ess", "policy/entropy")
 
 Runs = Mapping[str, list[Run]]
@@ -70,7 +71,7 @@ def page(study: Study, runs: Runs) -> str:
     lines = ["| cell | final accuracy | 95% interval | collapsed | degraded | of runs | pairs |", "|" + " --- |" * 7]
     for row in cell_table(study, runs):
         final, low, high, *counts = (row[part] for part in parts)
-        interval_ = "" if math.isnan(low) else f"[{low:.2f}, {high:.2f}]"
+        interval_ = f"[{low:.2f}, {high:.2f}]" if row["runs"] >= SHOWN else ""
         lines.append(f"| {row['cell']} | {final:.2f} | {interval_} | " + " | ".join(map(str, counts)) + " |")
     none = [name for name, done in runs.items() if not done]
     return (

@@ -19,6 +19,7 @@ from experiments.study import RESULTS, Run, runs_of
 
 FOLDER = RESULTS / "rates"
 FILE = "rates.csv"
+TUNED = 3  # pairs that tuning takes
 LASTS = 0.1  # share of runs that may collapse
 METHODS = {off_policy.name(*method): off_policy.cell(*method).label for method in off_policy.METHODS}
 
@@ -36,11 +37,15 @@ def confirmatory(records: Mapping[str, dict[str, Any]]) -> dict[str, list[Run]]:
 
 def best(method: str, records: Mapping[str, dict[str, Any]]) -> float:
     """The rate of the highest mean final accuracy in tuning, over the pairs that ran at every rate of the grid from one
-    cold start; NaN without any."""
+    cold start; NaN without `TUNED` of them."""
     short = "n1" if method.startswith("n1-") else method
     names = [tuning.name(short, rate) for rate in RATES]
     tuned = common(runs_of(tuning.STUDY, records), names)
-    ends = {rate: np.mean([run.final for run in done]) for rate, done in zip(RATES, tuned, strict=True) if done}
+    ends = {
+        rate: np.mean([run.final for run in done])
+        for rate, done in zip(RATES, tuned, strict=True)
+        if len(done) >= TUNED
+    }
     return max(ends, key=ends.__getitem__, default=math.nan)
 
 
