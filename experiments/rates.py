@@ -41,12 +41,10 @@ def best(method: str, records: Mapping[str, dict[str, Any]]) -> float:
     short = "n1" if method.startswith("n1-") else method
     names = [tuning.name(short, rate) for rate in RATES]
     tuned = common(runs_of(tuning.STUDY, records), names)
-    ends = {
-        rate: np.mean([run.final for run in done])
-        for rate, done in zip(RATES, tuned, strict=True)
-        if len(done) >= TUNED
-    }
-    return max(ends, key=ends.__getitem__, default=math.nan)
+    if len(tuned[0]) < TUNED:
+        return math.nan
+    ends = {rate: np.mean([run.final for run in done]) for rate, done in zip(RATES, tuned, strict=True)}
+    return max(ends, key=ends.__getitem__)
 
 
 def lasts(method: str, runs: Mapping[str, list[Run]]) -> float:

@@ -121,8 +121,8 @@ def page(results: Path) -> str:
         "## By learning rate",
         "Final accuracy (95% interval) and collapses of the main methods on confirmatory seeds, where there are "
         f"{ENOUGH} pairs or more; only lines of the same pairs may be compared. {LEARNING_RATE:g} is the common rate; "
-        "*: the method's best rate in tuning, where all four have three equal tuning pairs; ^: at most a tenth of its runs "
-        "collapsed, and more at the next higher rate ([more](rates/rates.csv), [picture](rates/by_rate.png)). No "
+        "*: the method's best rate in tuning, where all four have three equal tuning pairs; ^: at most a tenth of its "
+        "runs collapsed, and more at the next higher rate ([more](rates/rates.csv), [picture](rates/by_rate.png)). No "
         "verdict.",
         _rows(("method", "pairs", *(f"{rate:g}" for rate in RATES)), rates.lines(records)),
         "## Whether the gap's persistence, rather than its size, makes IS matter",
