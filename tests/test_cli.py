@@ -40,7 +40,7 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert command() == 2
     assert "expected the path of a config file: rlstab train configs" in capsys.readouterr().err
     assert main(["diagnose", "runs/x"]) == 2
-    assert "rlstab diagnose CHECKPOINT configs/quickstart.py" in capsys.readouterr().err
+    assert "rlstab diagnose: runs/x: there is no such directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["train", "sft", "plan", "diagnose", "eval"])

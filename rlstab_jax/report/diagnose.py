@@ -62,6 +62,8 @@ def _kl(ax: "Axes", rows: Sequence[Row], names: Sequence[str]) -> None:
     places = np.arange(len(rows))
     live = np.maximum([row["k3"] for row in rows], SMALLEST)
     replayed = np.maximum([row["k3_replayed"] for row in rows], SMALLEST)
+    if max(live, default=SMALLEST) == SMALLEST:  # equal engines alone: no range to draw
+        ax.set_xlim(SMALLEST / 10, SMALLEST * 10)
     ax.hlines(places, replayed, live, color="0.7", linewidth=3, zorder=1)
     ax.plot(live, places, "o", color=COLOURS[0], label="live routing")
     ax.plot(replayed, places, "D", color=COLOURS[1], label="the sampler's routes replayed")
