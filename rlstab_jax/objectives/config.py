@@ -43,7 +43,7 @@ class ObjectiveConfig:
     """
 
     name: RecipeName = "minirl"
-    """A recipe; left alone where a config gives a function of its own."""
+    """A recipe; not to be set beside a function of one's own."""
     recipe: Annotated[Callable[..., Objective] | None, tyro.conf.Suppress] = None
     """A function of one's own that returns an `Objective`, called with the numbers below that are set."""
     eps_low: float | None = None
