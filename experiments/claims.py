@@ -128,8 +128,9 @@ PAPER = (
              (_n(8, True, "r3"),), (_n(1, True, "live"),), "speed"),
     Contrast("k", "cold starts end alike: the strong and the plain one (still closing at the horizon)", "cold_start",
              "equivalent", ("strong",), ("plain",)),
-    Contrast("k", "the strong and the plain one, after twice as many updates", "cold_start", "equivalent",
-             ("strong-long",), ("plain-long",), primary=False),
+    *(Contrast("k", f"{what} and the plain one, where no policy exceeds .82, after twice as many updates", "cold_start",
+               "equivalent", (f"ceiling-{name}",), ("ceiling-plain",), primary=False)
+      for name, what in (("strong", "the strong"), ("slips", "one with slips"))),
     Contrast("k", "the noisy and the plain one (it begins near chance, .12, and hardly ever learns)", "cold_start",
              "equivalent", ("noisy",), ("plain",)),
     Contrast("l", "routing amplifies the discrepancy, by half at least", _ON, "amplifies", ("r3",),
@@ -151,6 +152,9 @@ CAUSES = (
       (("permuted", "it is better than replay of another token's routes"),
        ("frozen_routes", "than replay of the routes that the cold start chooses"),
        ("frozen_router", "than live routing by a frozen router"))),
+    Contrast("replay", "with weights as uneven and as many tokens masked, at random, R3 is better than replay of "
+             "another token's routes", _CONTROLS, "higher", (_n(8, True, "uneven"),), (_n(8, True, "permuted"),),
+             primary=False),
     *(Contrast("replay", f"without clipping, live routing collapses where {what} does not, N = 8, at {RATES[-1]:g}",
                _RATES, "collapses", (_n(8, False, "live") + _BREAKS,), (_n(8, False, control) + _BREAKS,),
                primary=False)
@@ -224,11 +228,15 @@ DESCRIBED = (
     _less(_ON, "R3 less live routing, 4-bit rollouts", "r3-4bit", "minirl-4bit"),
     *(_less("discrepancy", f"rollouts in {what} less by the engine that trains, N = 1", cell, "equal")
       for what, cell in (("bf16", "bf16"), ("fp16", "fp16"), ("e4m3", "e4m3"), ("e5m2", "e5m2"), ("4 bits", "4bit"),
-                         ("e4m3, router exempt,", "e4m3_router_exempt"))),
+                         ("e4m3, router exempt,", "e4m3_router_exempt"),
+                         ("e4m3, KV cache exempt,", "e4m3_cache_exempt"))),
     _less("discrepancy", "both engines in bf16 less rollouts in bf16, N = 1", "both_bf16", "bf16"),
+    _less("discrepancy", "rollouts in e4m3, N = 1: training in bf16 less in float32", "bf16_e4m3", "e4m3"),
     _less("objectives", "sequence-level IS less MiniRL, N = 8", "n8-sequence_is", "n8-minirl"),
     *(_less("objectives", f"{what} less MiniRL, N = 1", f"n1-{name}", "n1-minirl")
-      for what, name in (("DPPO", "dppo_tv"), ("GRPO", "grpo"))),
+      for what, name in (("DPPO", "dppo_tv"), ("GRPO, GSPO or RSPO", "grpo"), ("CISPO", "cispo"),
+                         ("IcePop", "icepop"), ("DAPO", "dapo"), ("TIS", "tis"),
+                         ("sequence-level IS", "sequence_is"))),
     _less(_CONTROLS, "a dense model less one with experts, N = 8, clip, live", "n8-clip-dense", "n8-clip-live"),
     _less(_CONTROLS, "a dense model, N = 8 less N = 1", "n8-clip-dense", "n1-clip-dense"),
 )  # fmt: skip

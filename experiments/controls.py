@@ -4,7 +4,9 @@ foretold.
 
 If it comes from a restored first-order approximation, routes that are merely held fixed do not do: neither another
 token's, which keep each expert's load, nor those that the training engine chose at the cold start. Both are replayed as
-R3 replays the sampler's, in the old pass and in the updates. Without clipping nothing collapses at the common
+R3 replays the sampler's, in the old pass and in the updates. Another token's routes halve the weights' effective sample
+size and mask three times as many tokens; "uneven" does the same to R3 at random, which leaves the approximation as it
+is (live routing and R3 differ by .005 and .001 in these). Without clipping nothing collapses at the common
 learning rate: there the controls are cells of `high_rates`.
 
     python -m experiments.controls --seeds 10 [--hours 2] [--plan] [--draw]
@@ -19,8 +21,10 @@ import numpy as np
 from experiments import drawing, off_policy
 from experiments.off_policy import REPLAYS, name
 from experiments.pairing import tens
+from experiments.recipes import minirl_uneven
 from experiments.setting import base, replay
 from experiments.study import Panel, Run, Study, main
+from rlstab_jax.objectives import ObjectiveConfig
 
 _EXPERTS = base().model
 _DENSE = {"model.num_experts": 0, "model.mlp_dim": _EXPERTS.experts_per_token * _EXPERTS.expert_dim}
@@ -31,6 +35,7 @@ CONTROLS: dict[str, tuple[str, dict[str, Any]]] = {
     "r2": REPLAYS["r2"],
     "pr2": ("PR2", replay("pr2")),
     "permuted": ("another token's routes", replay("r3") | {"learner.replay_of": "permuted"}),
+    "uneven": ("R3, weights as uneven as those", replay("r3") | {"objective": ObjectiveConfig(recipe=minirl_uneven)}),
     "frozen_routes": ("the cold start's routes", replay("r3") | {"learner.replay_of": "initial"}),
     "frozen_router": ("live, router frozen", replay("live") | {"learner.freeze": ("router",)}),
     "dense": ("dense", replay("live") | _DENSE),

@@ -18,6 +18,12 @@ PRECISIONS = {
     "e5m2": fp8("float8_e5m2"),
     "4bit": quantised("float4_e2m1fn"),
     "e4m3_router_exempt": fp8("float8_e4m3fn", quantise_router=False),
+    "e4m3_cache_exempt": fp8("float8_e4m3fn", kv_cache="none"),
+}
+# Of the engine that trains as well: what is not quantised is of its dtype in both.
+TRAINING = {
+    "both_bf16": PRECISIONS["bf16"],
+    "bf16_e4m3": fp8("float8_e4m3fn", dtype="bfloat16"),  # the paper's own
 }
 REPLAYED = ("e4m3", "4bit")
 
@@ -31,15 +37,14 @@ STUDY = Study(
             Cell(f"{name}-r3", replay("r3") | {"rollout.precision": PRECISIONS[name]}, f"{name}, R3")
             for name in REPLAYED
         ),
-        Cell(
-            "both_bf16",
-            {"rollout.precision": PRECISIONS["bf16"], "learner.precision": PRECISIONS["bf16"]},
-            "both bf16",
+        *(
+            Cell(name, {"rollout.precision": precision, "learner.precision": PRECISIONS["bf16"]}, name)
+            for name, precision in TRAINING.items()
         ),
     ),
     panels=(
         Panel("live routing", tuple(PRECISIONS)[:6]),
-        Panel("exempt parts, training in bf16", ("e4m3", *tuple(PRECISIONS)[6:], "both_bf16")),
+        Panel("exempt parts, training in bf16", ("e4m3", *tuple(PRECISIONS)[6:], *TRAINING)),
         Panel("R3", tuple(f"{name}-r3" for name in REPLAYED)),
     ),
 )

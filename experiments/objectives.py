@@ -30,7 +30,16 @@ OBJECTIVES = {
 FIRST = ("minirl", "dppo_tv", "grpo", "cispo", "gspo", "anchor_mu")
 COMPARED = ("minirl", "grpo", "gspo")  # what the others are judged against
 PIECES = ("minirl", "anchor_mu", "trm", "minpro", "kpop", "geometric")  # MiniRL, and with one piece changed
-ON_POLICY = FIRST[:3]
+ON_POLICY = (
+    "minirl",
+    "dppo_tv",
+    "grpo",
+    "cispo",
+    "icepop",
+    "dapo",
+    "tis",
+    "sequence_is",
+)  # GSPO and RSPO are GRPO there
 
 STUDY = Study(
     name="objectives",

@@ -1,11 +1,16 @@
 """Objectives of the studies that are no published recipe: MiniRL with one piece changed."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from rlstab_jax.objectives import Objective, minirl, piece, ratios, trust, weights
 from rlstab_jax.types import Scores
+
+Weight = Callable[[Scores], Float[Array, "batch R"]]
 
 
 def minirl_anchored_at_mu(eps_low: float = 0.2, eps_high: float = 0.27) -> Objective:
@@ -44,6 +49,34 @@ def minirl_geometric(low: float = 0.95, high: float = 1.05) -> Objective:
     band. The band is this project's choice.
     """
     return _masked(piece(trust.band, of=piece(ratios.geometric, of=ratios.old_over_rollout), low=low, high=high))
+
+
+def minirl_uneven(spread: float = 0.95, masked: float = 0.0156) -> Objective:
+    """MiniRL that loses what replay of another token's routes makes it lose, but for the approximation: each token's
+    weight is multiplied by a random number of mean 1 (lognormal, of ``spread``) and a random share of tokens is
+    ``masked``. In expectation the gradient keeps its direction. By default the weights' effective sample size halves,
+    as it does there, and 2% of tokens are masked.
+    """
+    objective = minirl()
+    return objective.replace(
+        weight=piece(_uneven, of=objective.weight, spread=spread),
+        trust=piece(trust.both, first=objective.trust, second=piece(_random_mask, share=masked)),
+    )
+
+
+def _uneven(scores: Scores, of: Weight, spread: float) -> Float[Array, "batch R"]:
+    noise = jax.random.normal(_key(scores, 0), scores.mask.shape)
+    return of(scores) * jnp.exp(spread * noise - spread**2 / 2)
+
+
+def _random_mask(scores: Scores, advantage: trust.Advantage, share: float) -> trust.Gate:
+    return 1.0 - jax.random.bernoulli(_key(scores, 1), share, advantage.shape).astype(advantage.dtype)
+
+
+def _key(scores: Scores, of: int) -> jax.Array:
+    """Of the batch alone, so that the objective stays a pure function of it."""
+    total = jnp.where(scores.mask, scores.old, 0.0).sum().astype(jnp.float32)
+    return jax.random.fold_in(jax.random.key(of), jax.lax.bitcast_convert_type(total, jnp.uint32))
 
 
 def engines_apart(scores: Scores, advantage: trust.Advantage, at: float) -> trust.Gate:

@@ -23,6 +23,7 @@ from rlstab_jax.tasks.tokenizer import CharTokenizer
 from rlstab_jax.types import UserError
 
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
+_HIDDEN = "?"
 _OPERATIONS = {"+": lambda x, a: x + a, "-": lambda x, a: x - a, "*": lambda x, a: x * a}
 _TRAIN_PROMPTS = 2**30  # ids below this are training prompts, those from here on are held out; all stay below 2**31
 _HELDOUT_SHARE = 8  # one text in eight is never trained on
@@ -52,6 +53,9 @@ class ArithmeticConfig(TaskConfig):
     noise_propagates: bool = True
     """Whether a demonstration goes on from a replaced result (each later step is right by itself, the answer seldom)
     or from the true one."""
+    unanswerable: float = 0.0
+    """Share of prompts whose first number is hidden, ``?+5*7=``, 0 to 1: a guess is the best answer to them, so that no
+    policy is right more often than about 1 - unanswerable * (1 - 1 / modulus)."""
     heldout_prompts: int = 256
     """Number of held-out prompts, without duplicates."""
     seed: int = 0
@@ -67,9 +71,8 @@ class Arithmetic:
     def __init__(self, config: ArithmeticConfig | None = None):
         self.config = config = config or ArithmeticConfig()
         _check(config)
-        step_ends = ";" if config.scratchpad == 3 else ""
-        step_ends += " " if config.aligned else ""
-        self.tokenizer = CharTokenizer(_DIGITS[: config.base] + config.operators + "=" + step_ends)
+        others = "=" + ";" * (config.scratchpad == 3) + " " * config.aligned + _HIDDEN * (config.unanswerable > 0)
+        self.tokenizer = CharTokenizer(_DIGITS[: config.base] + config.operators + others)
         number = f"[{_DIGITS[: config.base]}]{{{config.digits}}}"
         operator = f"[{re.escape(config.operators)}]"
         self._chain = re.compile(f"({operator})({number})")
@@ -110,8 +113,8 @@ class Arithmetic:
         A function of (prompt, seed) alone. The last result follows from the chain: without noise it is the answer.
         """
         config, rng = self.config, np.random.default_rng((seed, prompt.id))
-        value = int(prompt.text[: config.digits], config.base)
         chain = self._chain.findall(prompt.text, config.digits)
+        value = self._first_number(prompt, chain)
         written = []
         for step, (operator, operand) in enumerate(chain, start=1):
             before = value
@@ -123,6 +126,16 @@ class Arithmetic:
             in_full = f"{self._write(before)}{operator}{operand}={number};"
             written.append((number, number, operator + number, in_full)[config.scratchpad])
         return "".join(written if config.scratchpad else written[-1:])
+
+    def _first_number(self, prompt: Prompt, chain: list[tuple[str, str]]) -> int:
+        """As it is written; where it is hidden, the smallest from which the chain leads to the answer."""
+        config = self.config
+        if not prompt.text.startswith(_HIDDEN):
+            return int(prompt.text[: config.digits], config.base)
+        values = np.arange(config.modulus)
+        for operator, operand in chain:
+            values = _OPERATIONS[operator](values, int(operand, config.base)) % config.modulus
+        return int(np.argmax(values == int(prompt.answer, config.base)))
 
     def _write(self, value: int) -> str:
         number = ""
@@ -143,6 +156,8 @@ class Arithmetic:
             operator = config.operators[i]
             text += operator + self._write(operand)
             value = _OPERATIONS[operator](value, operand) % config.modulus
+        if config.unanswerable and rng.random() < config.unanswerable:
+            text = _HIDDEN * config.digits + text[config.digits :]
         if config.aligned:
             text = text.ljust(self.max_prompt_tokens - 1)
         return text + "=", self._write(value)
@@ -213,5 +228,6 @@ def _check(config: ArithmeticConfig) -> None:
     require(config.modulus <= largest, "modulus", f"at most base ** digits = {largest} (or raise digits or base)")
     require(config.scratchpad in (0, 1, 2, 3), "scratchpad", "0, 1, 2 or 3")
     require(0 <= config.demonstration_noise <= 1, "demonstration_noise", "a share from 0 to 1")
+    require(0 <= config.unanswerable <= 1, "unanswerable", "a share from 0 to 1")
     require(config.heldout_prompts >= 1, "heldout_prompts", "at least 1")
     require(config.seed >= 0, "seed", "0 or more")

@@ -383,6 +383,24 @@ def test_masks_where_the_engines_differ() -> None:
     np.testing.assert_array_equal(recipes.minirl_geometric().trust(apart, advantage), [[0] * 3, [1] * 3])
 
 
+def test_weights_are_made_uneven_at_random() -> None:
+    """As under another token's routes: half an effective sample, 1.6% of tokens masked beside the clip; of one batch
+    always the same, of another one others."""
+    log_prob = np.random.default_rng(0).uniform(-3, -0.1, (400, 100)).astype(np.float32)
+    scores = Scores(log_prob, log_prob, log_prob, np.ones(log_prob.shape, bool), None)
+    objective, plain = recipes.minirl_uneven(), recipes.minirl_uneven(spread=0.0, masked=0.0)
+    weight = np.asarray(objective.truncate(scores, objective.weight(scores)))
+    assert weight.mean() == pytest.approx(0.968, abs=0.01)  # the cap takes the rest
+    assert weight.mean() ** 2 / (weight**2).mean() == pytest.approx(0.496, abs=0.015)
+    masked = 1 - np.asarray(objective.trust(scores, np.ones_like(log_prob)))
+    assert masked.mean() == pytest.approx(0.0156, abs=0.002)
+    np.testing.assert_array_equal(plain.weight(scores), 1.0)
+    np.testing.assert_array_equal(plain.trust(scores, np.ones_like(log_prob)), 1.0)
+    np.testing.assert_array_equal(objective.weight(scores), objective.weight(scores))
+    other = scores.replace(old=scores.old[::-1] - 1e-3)
+    assert np.abs(np.asarray(objective.weight(other)) - objective.weight(scores)).max() > 1
+
+
 @pytest.mark.parametrize("given", verdicts.STUDIES, ids=lambda given: given.name)
 def test_committed_tables_are_drawn_from_the_committed_metrics(given: Study, tmp_path: Path) -> None:
     runs = study.runs_of(given, study.read_records(RESULTS))

@@ -110,6 +110,16 @@ def test_a_broken_reward_silences_its_group_only(value: float) -> None:
         close(result[scores.groups != 4], whole[scores.groups != 4])
 
 
+@pytest.mark.parametrize("name", ["gspo", "rspo"])
+def test_on_policy_sequence_ratios_are_those_of_grpo(name: str) -> None:
+    """With pi_theta = pi_old and unmoved routers, so that studies need not run them at N = 1."""
+    scores, rewards = ragged(10)
+    scores = scores.replace(target=scores.old, router_target=scores.router_old)
+    expected = gradient(build(ObjectiveConfig("grpo")), scores, rewards)
+    assert np.abs(expected).max() > 0.01
+    close(gradient(build(ObjectiveConfig(name)), scores, rewards), expected)
+
+
 def test_rejection_leaves_the_denominator_and_the_trust_region_does_not() -> None:
     scores, rewards = ragged(9)
     band = o.piece(o.trust.band, of=o.ratios.old_over_rollout, low=0.8, high=1.25)

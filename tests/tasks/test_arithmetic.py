@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,6 +28,7 @@ configs = st.builds(
     scratchpad=st.sampled_from([0, 1, 2, 3]),
     aligned=st.booleans(),
     demonstration_noise=st.just(0.0),
+    unanswerable=st.sampled_from([0.0, 0.5]),
     seed=st.integers(0, 3),
 )
 
@@ -70,6 +72,18 @@ def test_demonstrations_earn_the_reward_and_fit(arithmetic, index):
         assert tokenizer.decode(tokenizer.encode(response)) == response
         assert len(tokenizer.encode(prompt.text)) <= arithmetic.max_prompt_tokens
         assert len(tokenizer.encode(response)) + 1 <= arithmetic.max_response_tokens
+
+
+def test_unanswerable_prompts_have_their_share():
+    """Each of the 11 answers to them is as likely, so that the ceiling is as the field says."""
+    arithmetic = task(unanswerable=0.25)
+    prompts = [arithmetic.split("train")[i] for i in range(2000)]
+    hidden = [prompt for prompt in prompts if prompt.text.startswith("?")]
+    assert 0.22 < len(hidden) / len(prompts) < 0.28
+    answers = np.bincount([int(prompt.answer, 16) for prompt in hidden], minlength=11) / len(hidden)
+    assert np.abs(answers - 1 / 11).max() < 0.04
+    noiseless = task(unanswerable=1.0, demonstration_noise=0.0)
+    assert noiseless.demonstration(Prompt(0, "?+5*7+a=", "0"), 0) == "+8*1+0"  # 3 is what leads there
 
 
 def test_default_lengths():
@@ -161,6 +175,7 @@ def test_noise_replaces_its_share_of_intermediate_results(propagates):
         ({"modulus": 17}, "modulus"),
         ({"scratchpad": 4}, "scratchpad"),
         ({"demonstration_noise": 1.5}, "demonstration_noise"),
+        ({"unanswerable": -0.1}, "unanswerable"),
         ({"heldout_prompts": 0}, "heldout_prompts"),
         ({"operands": (1, 1), "heldout_prompts": 256}, "heldout_prompts"),
         ({"seed": -1}, "seed"),
