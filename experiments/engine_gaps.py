@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 
 from experiments import drawing, on_policy, statistics
-from experiments.discrepancy import PRECISIONS
+from experiments.discrepancy import PRECISIONS, TRAINING
 from experiments.gradients import Surrogate, compared, mean_gradients, run_of, states, unclipped
 from experiments.study import RESULTS, add, command, read, replaced
 from experiments.workers import prepare
@@ -41,8 +41,7 @@ _EQUAL = {"rollout.precision": PRECISIONS[EQUAL]}
 # By name, what it changes in the config of on-policy MiniRL. The first one is exact.
 ENGINES: dict[str, Mapping[str, Any]] = {
     **{name: {"rollout.precision": precision} for name, precision in PRECISIONS.items()},
-    "e4m3_cache_exempt": {"rollout.precision": dataclasses.replace(PRECISIONS["e4m3"], kv_cache="none")},
-    "both_bf16": {"rollout.precision": PRECISIONS["bf16"], "learner.precision": PRECISIONS["bf16"]},
+    "both_bf16": {"rollout.precision": TRAINING["both_bf16"], "learner.precision": PRECISIONS["bf16"]},
     "equal_other_experts": _EQUAL | {"kernels.decode_experts": "dense"},
     "equal_other_batch": _EQUAL | {"rollout.waves": 4},
 }

@@ -1,4 +1,4 @@
-"""What all tests share: the folder of compiled programs, and a bound on how many of them a process holds."""
+"""What tests share: how programs are compiled, the folder that keeps them, and a bound on how many a process holds."""
 
 import gc
 import os
@@ -12,11 +12,19 @@ import pytest
 
 MAPS = Path("/proc/self/maps")
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
+_QUICK = "jax_disable_most_optimizations"
 _made: list[str] = []
 
 
-def pytest_configure() -> None:
-    """Workers, and the processes that tests start, inherit the folder: each program is compiled once in a session."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers, and the processes that tests start, inherit all of this: each program is compiled once in a session.
+
+    Compiling is most of the suite's time, and a quarter of all goes into optimising programs that run once. Modules
+    that are marked ``optimised`` do without that economy; JAX_DISABLE_MOST_OPTIMIZATIONS=0 is for all to do without.
+    """
+    config.addinivalue_line("markers", "optimised: a module whose programs are compiled as a user's are")
+    os.environ.setdefault(_QUICK.upper(), "1")
+    _compile_as_told()
     if _CACHE not in os.environ:
         _made.append(tempfile.mkdtemp(prefix="rlstab_compiled_"))
         os.environ |= {_CACHE: _made[0], "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
@@ -27,6 +35,24 @@ def pytest_configure() -> None:
 def pytest_unconfigure() -> None:
     for folder in _made:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _optimised(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A function that is compiled is not compiled anew for other options: none is kept from before, or for later."""
+    if request.node.get_closest_marker("optimised") is None:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(_QUICK.upper(), "0")
+        _compile_as_told()
+        yield
+    _compile_as_told()
+
+
+def _compile_as_told() -> None:
+    jax.clear_caches()
+    jax.config.update(_QUICK, os.environ[_QUICK.upper()] == "1")
 
 
 @pytest.fixture(scope="module", autouse=True)

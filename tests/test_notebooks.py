@@ -9,6 +9,8 @@ import pytest
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
+pytestmark = pytest.mark.optimised
+
 ROOT = Path(__file__).parent.parent
 REPOSITORY = "rlstab/rlstab_jax"  # what badges open, and what the first cell installs from
 NAMES = ("first_order", "routing_replay", "compose_a_loss", "train_a_moe", "diagnose")

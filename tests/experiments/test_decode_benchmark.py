@@ -21,8 +21,9 @@ def test_rates_and_paired_ratios() -> None:
     np.testing.assert_allclose(common.rates(OURS), [10, 5, 2])
     assert common.ratio(OURS, PEER) == common.Spread(median=2, low=1.5, high=3)  # 10 / 5, 5 / 5, 2 / 0.5
     assert common.ratio(OURS, PEER).text(".1f") == "2.0 [1.5, 3.0]"
-    assert common.fastest([{"name": "x", "missing": "why"}, OURS, PEER]) is OURS
-    assert common.fastest([{"name": "x", "missing": "why"}]) is None
+    slower = OURS | {"name": "rlstab_jax, 2 virtual devices", "seconds": [2.0, 4.0, 10.0]}
+    assert common.fastest([{"name": "rlstab_jax, 4", "missing": "why"}, slower, OURS, PEER], "rlstab_jax") is OURS
+    assert common.fastest([{"name": "x", "missing": "why"}], "x") is None
     twice = OURS | {"seconds": [2.0, 4.0, 10.0]}
     assert pages.cost(twice, OURS) == common.Spread(100, 100, 100)
 
@@ -66,8 +67,8 @@ def test_tables_name_the_fastest_peer_and_the_missing_one() -> None:
     missing = {"name": peers.TUNIX, "missing": "No module named 'tunix'"}
     cell = {"threads": 1, "batch": 64, "differences": {PEER["name"]: 4e-6}, "contenders": [OURS, PEER, slow, missing]}
     text = decode_report.PAGE.text({"peers": {"environment": ENVIRONMENT, "cells": [cell]}})
-    assert "| 1 | 64 | rlstab_jax | 5 [4, 8] |  | 3 |  |" in text
-    assert "| transformers, eager experts | 5 [3, 5] | 2.00 [1.50, 3.00] (fastest) | not measured | 4e-06 |" in text
+    assert "| 1 | 64 | rlstab_jax (fastest) | 5 [4, 8] |  | 3 |  |" in text
+    assert "| transformers, eager experts (fastest) | 5 [3, 5] | 2.00 [1.50, 3.00] | not measured | 4e-06 |" in text
     assert "| transformers, grouped_mm | 2 [1, 2] | 4.00 [3.00, 6.00] | not measured |  |" in text
     assert "| Tunix sampler | missing | No module named 'tunix' |  |  |" in text
     assert "3 interleaved repetitions. cpu: any, 2 cores, Python 3.11, jax 0.10.2." in text

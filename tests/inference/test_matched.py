@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 import tiny
 
 from rlstab_jax.inference import prepare, sample, sample_matched, score_matched
@@ -14,6 +15,8 @@ from rlstab_jax.learner import score
 from rlstab_jax.models import Precision
 from rlstab_jax.training.passes import matched_scores
 from rlstab_jax.types import Rollout, take_rows
+
+pytestmark = pytest.mark.optimised
 
 CONFIG = dataclasses.replace(tiny.MIXED, num_layers=2, dense_layers=(1,))
 ROWS = np.arange(8)

@@ -139,7 +139,6 @@ def check_replay(mesh: Mesh | None, rollout: Rollout) -> None:
 
 if __name__ == "__main__":
     assert jax.device_count() == 8
-    jax.config.update("jax_disable_most_optimizations", True)
     reference = draw_rollout(MODEL, tiny.parameters(CONFIG), lambda tree: tree)
     expected = log_probs_and_gradient(MODEL, tiny.parameters(CONFIG), reference)
     for mesh_config, expert_chunk in MESHES.items():

@@ -17,6 +17,8 @@ from rlstab_jax.models import ModelConfig, Precision, fp8
 from rlstab_jax.models.transformer import logits_of
 from rlstab_jax.types import Rollout
 
+pytestmark = pytest.mark.optimised
+
 D, ROWS, VOCAB = 8, 7, 300
 CONFIG = ModelConfig(vocab_size=VOCAB, num_layers=1, embed_dim=D, num_heads=1, num_kv_heads=1, num_experts=0)
 TARGETS = np.array([0, 299, 40, 128, 128, 255, 256])

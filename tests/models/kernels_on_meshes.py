@@ -243,7 +243,6 @@ def check_attention() -> None:
 
 if __name__ == "__main__":
     assert jax.device_count() == 8
-    jax.config.update("jax_disable_most_optimizations", True)
     for check in (check_program, check_equal, check_imbalance, check_inference, check_refusals, check_attention):
         check()
         print("passed", check.__name__, flush=True)

@@ -31,7 +31,6 @@ def config(gradient_steps: int, mesh: MeshConfig):
 
 if __name__ == "__main__":
     assert jax.device_count() == 8
-    jax.config.update("jax_disable_most_optimizations", True)
     for name, mesh in MESHES.items():
         for function in (score, update):
             function.clear_cache()

@@ -6,11 +6,9 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -74,13 +72,6 @@ def test_the_ks_that_are_shown():
 
 def train(*arguments: object) -> int:
     return main(["train", CONFIG, *map(str, arguments), *UNCACHED])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compile() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

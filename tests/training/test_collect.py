@@ -1,7 +1,6 @@
 """Dynamic sampling and over-long responses, on rollouts made by hand, and in a run."""
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +54,6 @@ def rollout(marks: list[int]) -> Rollout:
         routes=jnp.asarray(np.broadcast_to(column[None, :, :, None], (2, len(marks), 3, 1)).astype(np.uint8)),
         temperature=jnp.asarray(column[:, 0] / 10),
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compile() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 class Sampler:

@@ -26,6 +26,8 @@ from rlstab_jax.training.plan_programs import Programs, device_bytes
 from rlstab_jax.training.plan_report import as_json, by_minibatches, needed_with, print_plan
 from tests.training import plan_config
 
+pytestmark = pytest.mark.optimised
+
 ROOT = Path(__file__).parents[2]
 CHIP = topology("v5e:2x2")
 needs_libtpu = pytest.mark.skipif(

@@ -17,6 +17,8 @@ from rlstab_jax.training.plan_programs import AFFECTED, Programs, device_bytes
 from rlstab_jax.types import UserError
 from tests.training import plan_config
 
+pytestmark = pytest.mark.optimised
+
 CHIP = topology("v5e:2x2")
 
 

@@ -15,8 +15,11 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 
 from tests.test_rundir import events
+
+pytestmark = pytest.mark.optimised
 
 ROOT = Path(__file__).parents[2]
 TIMING = ("time/", "throughput/")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,6 @@ from tests.training.test_loop import FLOAT32, configured, no_gap
 
 # A stop token can be the last of six alone: nearly all that stop before the limit meet a string.
 STOP, ENDS = ("+", "1", "23"), {"response_length": 6, "min_new_tokens": 5}
-
-
-@pytest.fixture(autouse=True)
-def quick_compile() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @dataclasses.dataclass(frozen=True)
