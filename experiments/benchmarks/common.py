@@ -29,6 +29,9 @@ from rlstab_jax.types import UserError
 
 LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers", "google-tunix")
 
+# Huge pages; and what `keep_freed_memory` tells glibc.
+MALLOC = ("hugetlb=1", "mmap_max=0", "trim_threshold=18446744073709551615", "arena_max=1")
+
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
@@ -116,9 +119,9 @@ def ratio(ours: dict[str, Any], peer: dict[str, Any]) -> Spread:
     return Spread.of(rates(ours) / rates(peer))
 
 
-def fastest(results: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The one of the highest median rate, or None where all are missing."""
-    present = [r for r in results if "missing" not in r]
+def fastest(results: Sequence[dict[str, Any]], of: str) -> dict[str, Any] | None:
+    """That of the highest median rate whose name begins with ``of``, or None where all of these are missing."""
+    present = [r for r in results if "missing" not in r and r["name"].startswith(of)]
     return max(present, key=lambda r: float(np.median(rates(r))), default=None)
 
 
@@ -172,8 +175,9 @@ def held_to(threads: int, module: str, arguments: Sequence[str], devices: int = 
     """Runs ``python -m module arguments --worker FILE`` on so many CPU cores; returns what it wrote to FILE as JSON.
 
     A process of its own, since XLA sizes its thread pool when it starts: by the cores that the process may use, and
-    makes its ``devices`` then. Large arrays lie in huge pages, for all libraries alike: zeroing small ones anew in each
-    run takes longer than some of the work. Linux.
+    makes its ``devices`` then. Linux. For all libraries alike, memory that is freed is kept for the next run, as
+    `rlstab train` keeps it, and large arrays lie in huge pages: clearing new pages in each run takes longer than some
+    of the work.
     """
     if sys.platform != "linux":
         raise UserError("holding a process to some cores needs Linux: use --quick, which holds none")
@@ -185,7 +189,7 @@ def held_to(threads: int, module: str, arguments: Sequence[str], devices: int = 
     variables["JAX_PLATFORMS"] = "cpu"
     virtual = f"--xla_force_host_platform_device_count={devices}" if devices > 1 else ""
     variables["XLA_FLAGS"] = " ".join(f"{os.environ.get('XLA_FLAGS', '')} {alone} {virtual}".split())
-    variables["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+    variables["GLIBC_TUNABLES"] = ":".join(f"glibc.malloc.{setting}" for setting in MALLOC)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"
         command = [sys.executable, "-m", module, *arguments, "--worker", str(file)]

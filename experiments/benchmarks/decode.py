@@ -5,6 +5,7 @@ Tables, each with its own JSON file of raw seconds:
   peers       this engine, Hugging Face transformers (`generate`) and Tunix's sampler on the same weights, prompts and
               lengths, interleaved in one process. This engine also records log-probs and routes; the peers do what
               they do by default. Every engine draws at temperature 1 from the full vocabulary, none stops early.
+              With 2 threads this engine runs on 2 virtual devices as well, each with half of the rows.
   recording   routes recorded or not
   precision   each number format of weights, activations and KV cache, and each dtype
   batch       1 to 256 rows
@@ -29,6 +30,7 @@ from typing import get_args, get_type_hints
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.benchmarks import bandwidth, decode_report, peers
 from experiments.benchmarks.command import Benchmark
@@ -38,6 +40,8 @@ from rlstab_jax.inference import Sampling, prepare, sample, sample_continuously,
 from rlstab_jax.models import Kernels, ModelConfig, Precision, Transformer, fp8, resolve_kernels
 from rlstab_jax.models.precision import Format
 from rlstab_jax.models.transformer import forward, logits_of
+from rlstab_jax.parallel.mesh import MeshConfig, make_mesh
+from rlstab_jax.parallel.sharding import Layout
 
 KERNELS = resolve_kernels(Kernels(), "cpu").for_inference()
 OURS = "rlstab_jax"
@@ -148,10 +152,13 @@ def ours(
     lengths: np.ndarray | None = None,
     precision: Precision = FLOAT32,
     record_routes: bool = True,
+    devices: int = 1,
 ) -> Contender:
     """This engine's `sample`. It records the log-probs of its draws, and routes unless told not to."""
-    model, variables = Transformer(scale.model, precision, KERNELS), prepare(parameters(scale.model), precision)
-    prompts = jnp.asarray(prompts_of(scale, rows))
+    mesh = make_mesh(MeshConfig(data=devices), jax.devices()[:devices])
+    model, params = Transformer(scale.model, precision, KERNELS, mesh=mesh), parameters(scale.model)
+    variables = prepare(jax.device_put(params, NamedSharding(mesh, PartitionSpec())), precision, mesh)
+    prompts = jax.device_put(prompts_of(scale, rows), NamedSharding(mesh, PartitionSpec(Layout(mesh).rows)))
     keys = sample_keys(jax.random.key(0), 0, range(rows), 1)
 
     def run() -> object:
@@ -183,8 +190,12 @@ def peers_table(scale: Scale, threads: int) -> list[Cell]:
             reference = prompt_logits(scale, prompts)
             params = jax.tree.map(np.asarray, parameters(scale.model))
             others, differences = peers.contenders(scale.model, params, prompts, scale.response, reference, threads)
-        engines = [ours(OURS, scale, rows, scale.response), *others]
-        cells.append({"batch": rows, "differences": differences, "contenders": measure(engines, scale.repetitions)})
+        engines = [ours(OURS, scale, rows, scale.response)]
+        if 1 < threads <= jax.local_device_count():
+            name = f"{OURS}, {threads} virtual devices"
+            engines.append(ours(name, scale, rows, scale.response, devices=threads))
+        results = measure([*engines, *others], scale.repetitions)
+        cells.append({"batch": rows, "differences": differences, "contenders": results})
     return cells
 
 
@@ -311,6 +322,7 @@ BENCHMARK = Benchmark(
     quick=QUICK,
     settings={"kernels": dataclasses.asdict(KERNELS)},
     page=decode_report.PAGE,
+    devices=lambda table, threads: threads if table == "peers" else 1,
     gpu=("bandwidth", lambda quick: bandwidth.study(bandwidth.TINY if quick else bandwidth.FULL)),
 )
 main = BENCHMARK.main

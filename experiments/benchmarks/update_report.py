@@ -36,8 +36,7 @@ def share(ours: dict[str, Any], peer: dict[str, Any]) -> Spread:
 
 def headline(cell: Cell) -> tuple[str, str, Spread] | None:
     """In a cell of the table `peers`: our fastest engine, that of transformers, and our time over theirs."""
-    ours = fastest([r for r in cell["contenders"] if r["name"].startswith("rlstab_jax")])
-    peer = fastest([r for r in cell["contenders"] if r["name"].startswith("transformers")])
+    ours, peer = (fastest(cell["contenders"], of) for of in ("rlstab_jax", "transformers"))
     return None if ours is None or peer is None else (ours["name"], peer["name"], share(ours, peer))
 
 
