@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from matplotlib.ticker import LogLocator, StrMethodFormatter
+
 from experiments.benchmarks.common import Spread, fastest, rates, ratio
 from experiments.benchmarks.pages import (
     COLOURS,
@@ -162,6 +164,8 @@ def batch_panel(axis: Any, cells: Sequence[Cell]) -> None:
         bars(axis, [int(r["name"]) for r in found], [Spread.of(rates(r)) for r in found], **style)
     axis.set(xscale="log", yscale="log", xlabel="rows", ylabel="tokens/s")
     axis.set_xticks([int(r["name"]) for r in cells[0]["contenders"]], [r["name"] for r in cells[0]["contenders"]])
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axis.minorticks_off()
     axis.legend(fontsize=8)
 
