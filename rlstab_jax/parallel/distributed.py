@@ -211,7 +211,8 @@ def ending_together(command: str) -> Iterator[None]:
             raise
         if isinstance(error, jax.errors.JaxRuntimeError) and any(word in str(error) for word in _LOST):
             words = " ".join(str(error).split())[:160]
-            print(f"{command}: {LOST_CONTACT.format(words)}", file=sys.stderr)
+            # In one piece: JAX may end this process at any moment, between a line and its end too.
+            sys.stderr.write(f"{command}: {LOST_CONTACT.format(words)}\n")
         elif not isinstance(error, KeyboardInterrupt):
             sys.excepthook(type(error), error, error.__traceback__)
         leave(130 if isinstance(error, KeyboardInterrupt) else 1)
