@@ -19,7 +19,7 @@ _made: list[str] = []
 def pytest_configure(config: pytest.Config) -> None:
     """Workers, and the processes that tests start, inherit all of this: each program is compiled once in a session.
 
-    Compiling is most of the suite's time, and a quarter of all goes into optimising programs that run once. Modules
+    Compiling is most of the suite's time, and about a fifth of all goes into optimising programs that run once. Modules
     that are marked ``optimised`` do without that economy; JAX_DISABLE_MOST_OPTIMIZATIONS=0 is for all to do without.
     """
     config.addinivalue_line("markers", "optimised: a module whose programs are compiled as a user's are")
