@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rlstab_jax.inference.sampling import Sampling, check_keys, check_prompts, distribution, draw
 from rlstab_jax.inference.slots import empty_responses, prefill
 from rlstab_jax.models.decode import decode_step, layer_variables
-from rlstab_jax.models.layers import KeyValues, Past
+from rlstab_jax.models.layers import KeyValues, Past, rotations
 from rlstab_jax.models.transformer import Transformer, embed, finish, logits_of
 from rlstab_jax.types import Rollout, Routes, route_dtype
 
@@ -147,6 +147,7 @@ def _row(
     """One row from its first prompt token to its last response token."""
     prompt_length, length = prompt.shape[0], given.shape[0]
     columns, first = jnp.arange(prompt_length + length - 1), prompt_length - prompt_mask.sum()
+    turns = rotations(columns.size, model.config)
     sampling = jax.tree.map(lambda a: a[None], sampling)
     limit = jnp.minimum(sampling.max_new_tokens[0], length)
     shapes = jax.eval_shape(partial(prefill, model), variables, prompt[None], prompt_mask[None]).keys_values
@@ -161,7 +162,7 @@ def _row(
             model,
             layers,
             embed(model, variables, token[None]),
-            (column - first)[None],
+            turns.at((column - first)[None, None]),
             jnp.ones(1, bool),
             pasts,
             jax.lax.dynamic_slice_in_dim(routes, column, 1, 1)[:, None] if routes.shape[0] else None,

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlstab_jax.inference.sampling import Draw, Sampling, draw
 from rlstab_jax.models.decode import decode_step, depth_first, layer_variables
-from rlstab_jax.models.layers import KeyValues, Past
+from rlstab_jax.models.layers import KeyValues, Past, rotations
 from rlstab_jax.models.transformer import Transformer, embed, finish, forward, logits_of
 from rlstab_jax.parallel.distributed import on_host
 from rlstab_jax.types import Rollout, Routes, masked, route_dtype
@@ -145,6 +145,7 @@ def decode(
     layers = layer_variables(model.config, variables)
     prompt_count = _by_row(slots.prompt_mask.sum(1), slots)
     window = jnp.arange(slots.window)
+    turns = rotations(slots.prompt_mask.shape[1] + slots.window, model.config)
 
     def step(carry: tuple[Slots, Records, Array]) -> tuple[Slots, Records, Array]:
         slots, records, i = carry
@@ -154,7 +155,8 @@ def decode(
             for prompt, response in zip(slots.prompt, slots.response, strict=True)
         ]
         x = embed(model, variables, slots.last)
-        x, pasts, routing = decode_step(model, layers, x, prompt_count + slots.count - 1, slots.active, pasts)
+        turn = turns.at((prompt_count + slots.count - 1)[:, None])
+        x, pasts, routing = decode_step(model, layers, x, turn, slots.active, pasts)
         active = slots.active
         slots = replace(slots, response=[past.response for past in pasts], column=slots.column + 1)
         slots, drawn = first_draw(slots, logits_of(model, variables, finish(model, variables, x)), support)

@@ -40,7 +40,12 @@ class Kernels:
     memory, since each may have to take all of them. 0 = all."""
 
     def for_inference(self) -> "Kernels":
-        """Those of an inference engine, which needs no gradients: its prefill uses the experts of its decode steps."""
+        """Those of an inference engine, which needs no gradients: its prefill uses the experts of its decode steps.
+
+        But `tiles` stays in the place of `grouped`: of as many tokens as prompts have, it pads fewer.
+        """
+        if (self.experts, self.decode_experts) == ("tiles", "grouped"):
+            return self
         experts: Any = self.decode_experts  # it may have no gradient, which `experts` must have
         return dataclasses.replace(self, experts=experts)
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from rlstab_jax.models.config import ModelConfig
-from rlstab_jax.models.layers import Past, Routing
+from rlstab_jax.models.layers import Past, Rotations, Routing
 from rlstab_jax.models.transformer import Block, Transformer
 from rlstab_jax.types import Routes
 
@@ -38,7 +38,7 @@ def decode_step(
     model: Transformer,
     layers: list[dict],
     x: Float[Array, "rows d"],
-    positions: Int[Array, "rows"],
+    turn: Rotations,
     fed: Bool[Array, "rows"],
     pasts: list[Past],
     routes: Routes | None = None,
@@ -46,7 +46,8 @@ def decode_step(
     """One token a row through all blocks, unrolled over layers: a scan would copy the whole cache at each step.
 
     Returns the residual stream before the final norm, the pasts with this token at their column, and the routing of
-    [layer, rows, 1] tokens. ``routes`` are to be replayed, as in `Transformer.__call__`.
+    [layer, rows, 1] tokens. ``turn`` is the rotation at each row's position, [rows, 1, 1, c/2]; ``routes`` are to be
+    replayed, as in `Transformer.__call__`.
     """
     extended: list[Past] = []
     routing: list[Routing] = []
@@ -55,7 +56,7 @@ def decode_step(
     for moe, variables, past in zip(kinds, layers, pasts, strict=True):
         block = Block(model.config, moe, model.precision, model.kernels, model.layout)
         recorded = routes[len(routing)] if moe and routes is not None else None
-        outputs: Any = block.apply(variables, x, positions[:, None], fed[:, None], recorded, past)
+        outputs: Any = block.apply(variables, x, turn, fed[:, None], recorded, past)
         x, response, of_layer = outputs
         extended.append(replace(past, response=response))
         if moe:

@@ -185,16 +185,22 @@ def _through_tiles_backward(tile, precision, saved, gradient):
         d_x, d_gate = jax.vjp(product, x, expert.gate)[1](d_gate)
         d_x_too, d_up = jax.vjp(product, x, expert.up)[1](d_up)
         d_expert = expert.replace(gate=d_gate, up=d_up, down=d_down)
-        d_weights = jax.tree.map(lambda total, d: total.at[plan.owner[i]].add(d), d_weights, d_expert)
+        d_weights = jax.tree.map(lambda total, d: total.at[plan.owner[i]].add(_wide(d)), d_weights, d_expert)
         return _write((d_rows,), (d_x + d_x_too,), start)[0], d_weights
 
-    zeros = jnp.zeros_like(rows), jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
+    zeros = jnp.zeros_like(rows), jax.tree.map(lambda w: jnp.zeros_like(_wide(w), jnp.float32), weights)
     with evenly(*even_tiles(plan, weights, tile)):
         d_rows, d_weights = jax.lax.fori_loop(0, plan.used, one, zeros)
-    return d_rows, jax.tree.map(lambda d, w: d.astype(w.dtype), d_weights, weights), None
+    d_weights = jax.tree.map(lambda d, w: (d if d.shape == w.shape else d.mT).astype(w.dtype), d_weights, weights)
+    return d_rows, d_weights, None
 
 
 _through_tiles.defvjp(_through_tiles_forward, _through_tiles_backward)
+
+
+def _wide(a: Float[Array, "*batch rows columns"]) -> Array:
+    """With more columns than rows: on CPU a product over many rows is faster if its result is wide."""
+    return a.mT if a.shape[-2] > a.shape[-1] else a
 
 
 def _of_expert(weights: ExpertWeights, expert: Int[Array, ""]) -> ExpertWeights:

@@ -122,14 +122,33 @@ class RMSNorm(nn.Module):
         return (x32 * gain).astype(x.dtype)
 
 
-def rotate(x: Float[Array, "batch head time c"], positions: Int[Array, "batch time"], theta: float) -> Array:
+@struct.dataclass
+class Rotations:
+    """Cosines and sines of the angles by which `rotate` turns each pair of channels."""
+
+    cos: Float[Array, "*tokens c/2"]
+    sin: Float[Array, "*tokens c/2"]
+
+    def at(self, positions: Int[Array, "batch time"]) -> "Rotations":
+        """Of tokens there, [batch, 1, time, c/2], from those of all positions, [position, c/2]."""
+        return jax.tree.map(lambda a: jnp.take(a, positions[:, None], axis=0, mode="clip"), self)
+
+
+def rotations(length: int, config: ModelConfig) -> Rotations:
+    """Of rotary position embeddings, for the positions below ``length``; once for all layers and steps.
+
+    To be looked up, since compilers fuse a cosine into what uses it, and each head of each layer would compute its own.
+    """
+    frequency = config.rope_theta ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
+    angle = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency
+    return Rotations(jnp.cos(angle), jnp.sin(angle))
+
+
+def rotate(x: Float[Array, "batch head time c"], by: Rotations) -> Float[Array, "batch head time c"]:
     """Rotary position embedding, halves paired as in Hugging Face's Qwen3."""
-    frequency = theta ** (-jnp.arange(0, x.shape[-1], 2, dtype=jnp.float32) / x.shape[-1])
-    angle = positions[:, None, :, None].astype(jnp.float32) * frequency
-    # Behind a barrier, or each head computes its own cosines: compilers fuse them into the product.
-    cos, sin = jax.lax.optimization_barrier((jnp.cos(angle), jnp.sin(angle)))
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    turned = [first * by.cos - second * by.sin, second * by.cos + first * by.sin]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
 class Attention(nn.Module):
@@ -142,7 +161,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "batch time d"],
-        positions: Int[Array, "batch time"],
+        turn: Rotations,
         segments: Segments,
         past: Past | None = None,
     ) -> tuple[Float[Array, "batch time d"], KeyValues]:
@@ -165,7 +184,7 @@ class Attention(nn.Module):
         q = project("q", cfg.num_heads, cfg.qk_norm)
         k = project("k", cfg.num_kv_heads, cfg.qk_norm)
         v = project("v", cfg.num_kv_heads)
-        q, k = rotate(q, positions, cfg.rope_theta), rotate(k, positions, cfg.rope_theta)
+        q, k = rotate(q, turn), rotate(k, turn)
         # Attention reads what a cache would hold, with or without one: prefill, decode and scoring see equal numbers.
         stored_k, stored_v = (as_bytes(store(a, self.precision.kv_cache)) for a in (k, v))
         kv = KeyValues(jax.tree.map(lambda a: a.swapaxes(2, 3), stored_k), stored_v)

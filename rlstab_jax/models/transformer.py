@@ -16,7 +16,20 @@ from jaxtyping import Array, Float, Int
 
 from rlstab_jax.models.attention_tpu import Segments
 from rlstab_jax.models.config import Kernels, ModelConfig
-from rlstab_jax.models.layers import PREDICTOR, SCALE, Attention, Dense, KeyValues, Linear, MoE, Past, RMSNorm, Routing
+from rlstab_jax.models.layers import (
+    PREDICTOR,
+    SCALE,
+    Attention,
+    Dense,
+    KeyValues,
+    Linear,
+    MoE,
+    Past,
+    RMSNorm,
+    Rotations,
+    Routing,
+    rotations,
+)
 from rlstab_jax.models.precision import Precision, Stored, matmul, saturating, take
 from rlstab_jax.models.remat import Remat, recomputed, residual
 from rlstab_jax.parallel.sharding import TRAINING, Layout, Rules
@@ -46,7 +59,7 @@ class Block(nn.Module):
     def __call__(
         self,
         x: Float[Array, "batch time d"],
-        positions: Int[Array, "batch time"],
+        turn: Rotations,
         segments: Segments,
         routes: Array | None = None,
         past: Past | None = None,
@@ -54,7 +67,7 @@ class Block(nn.Module):
         cfg = self.config
         with jax.named_scope("attention"):
             y, kv = Attention(cfg, self.precision, self.kernels, self.layout, name="attention")(
-                RMSNorm(cfg.norm_eps, name="attention_norm")(x), positions, segments, past
+                RMSNorm(cfg.norm_eps, name="attention_norm")(x), turn, segments, past
             )
         x = self._residual(x, y)
         y = RMSNorm(cfg.norm_eps, name="mlp_norm")(x)
@@ -83,13 +96,13 @@ class Period(nn.Module):
     replay: bool
 
     @nn.compact
-    def __call__(self, x, positions, segments, routes):
+    def __call__(self, x, turn, segments, routes):
         x = residual(x)
         keys_values, routing, moe_layer = [], [], 0
         for i, moe in enumerate(self.kinds):
             block = Block(self.config, moe, self.precision, self.kernels, self.layout, self.replay, name=f"block_{i}")
             recorded = routes[moe_layer] if moe and routes is not None else None
-            x, kv, layer_routing = block(x, positions, segments, recorded)
+            x, kv, layer_routing = block(x, turn, segments, recorded)
             keys_values.append(kv)
             if moe:
                 moe_layer += 1
@@ -156,7 +169,7 @@ class Transformer(nn.Module):
             sequence, and count positions from its first one; what is not fed is never attended to nor dispatched.
           routes: recorded experts [layer, batch, time, k], or None to route live. The value num_experts routes live.
         """
-        positions = positions_in(segments)
+        turn = rotations(tokens.shape[1], self.config).at(positions_in(segments))
         x = self.layout.constrain(self.embed(tokens), "batch", "time", "embed")
         keys_values, routing, depth = [], [], 0
         for segment, (kinds, repeats) in zip(self.segments, self.config.segments, strict=True):
@@ -165,7 +178,7 @@ class Transformer(nn.Module):
             if routes is not None and count:
                 recorded = routes[depth : depth + count].reshape(repeats, sum(kinds), *routes.shape[1:])
             depth += count
-            x, (kv, layers) = segment(x, positions, segments, recorded)
+            x, (kv, layers) = segment(x, turn, segments, recorded)
             keys_values.append(kv)
             if layers is not None:
                 routing.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), layers))

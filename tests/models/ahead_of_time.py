@@ -21,7 +21,7 @@ from rlstab_jax.models import Kernels, ModelConfig, Precision, Transformer
 from rlstab_jax.models.attention_tpu import decode_flash, decode_splash, splash
 from rlstab_jax.models.decode import decode_step
 from rlstab_jax.models.grouped_dots import megablox, narrow
-from rlstab_jax.models.layers import KeyValues, Past
+from rlstab_jax.models.layers import KeyValues, Past, rotations
 from rlstab_jax.models.precision import Stored
 from rlstab_jax.models.sharding import logical_axes
 from rlstab_jax.models.transformer import forward
@@ -97,10 +97,12 @@ def model_decode(
     """Steps in a loop that carries the cache, as the sampler has them."""
     kernels = replace(KERNELS, decode_attention=CACHES[kv_cache])
     model = Transformer(MODEL, Precision("bfloat16", kv_cache=kv_cache), kernels, mesh=mesh, rules=INFERENCE)
+    turns = rotations(4096 + 256, MODEL)
 
     def step(i: jax.Array, carry: tuple) -> tuple:
         pasts, x = carry
-        x, pasts, _ = decode_step(model, layers, x, jnp.full(x.shape[0], i), jnp.ones(x.shape[0], bool), pasts)
+        turn, fed = turns.at(jnp.full((x.shape[0], 1), i)), jnp.ones(x.shape[0], bool)
+        x, pasts, _ = decode_step(model, layers, x, turn, fed, pasts)
         return [past.replace(column=past.column + 1) for past in pasts], x
 
     return jax.lax.fori_loop(0, 8, step, (pasts, x))

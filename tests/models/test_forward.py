@@ -9,7 +9,7 @@ import tiny
 from rlstab_jax.inference import prepare
 from rlstab_jax.models import ModelConfig, Precision, fp8
 from rlstab_jax.models.decode import layer_variables
-from rlstab_jax.models.layers import RMSNorm, rotate
+from rlstab_jax.models.layers import RMSNorm, rotate, rotations
 from rlstab_jax.models.transformer import forward, logits_of
 
 SIZES = {"vocab_size": 11, "num_layers": 3, "embed_dim": 12, "num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
@@ -137,7 +137,8 @@ def test_routers_are_exact_in_engines_that_are_not(precision: Precision) -> None
 
 def test_angles_and_norms_of_bfloat16_numbers_are_float32() -> None:
     """Position 4095 is no bfloat16 number: it would be taken for 4096, and one radian is far."""
-    turned = rotate(jnp.ones((1, 1, 1, 2), jnp.bfloat16), jnp.array([[4095]]), 1e4)
+    turns = rotations(4096, ModelConfig(**SIZES | {"head_dim": 2}, rope_theta=1e4))
+    turned = rotate(jnp.ones((1, 1, 1, 2), jnp.bfloat16), turns.at(jnp.array([[4095]])))
     assert turned.dtype == jnp.bfloat16
     expected = [np.cos(4095) - np.sin(4095), np.cos(4095) + np.sin(4095)]
     np.testing.assert_allclose(np.float64(turned).ravel(), expected, rtol=2**-8)
