@@ -5,6 +5,7 @@
 is stored.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -16,17 +17,16 @@ from rlstab_jax.types import UserError
 
 Query = Float[Array, "batch head time c"]
 Keys = Float[Array, "batch kv_head key c"]
-# Queries of a block of `chunked`.
+# Queries of a block of `chunked`, and the fewest of one of `reference`.
 BLOCK = 128
+SHORT = 32
 # Keys [batch, kv_head, c, key] and values [batch, kv_head, key, c], as a cache holds them.
 Cache = tuple[Float[Array, "batch kv_head c key"], Float[Array, "batch kv_head key c"]]
 
 
 def reference(q: Query, k: Keys, v: Keys, segments: Segments) -> Query:
     """Grouped-query attention by two products. What is not fed attends to its like: finite, and meaningless."""
-    time = q.shape[2]
-    mask = jnp.tril(jnp.ones((time, time), bool)) & (segments[:, :, None] == segments[:, None])
-    return _attended(q, k, v, mask)
+    return _in_stages(_at_once, SHORT, q, k, v, segments)
 
 
 def chunked(q: Query, k: Keys, v: Keys, segments: Segments) -> Query:
@@ -34,31 +34,50 @@ def chunked(q: Query, k: Keys, v: Keys, segments: Segments) -> Query:
 
     Scores of [batch, head, `BLOCK`, time] exist at once, in either direction, instead of [batch, head, time, time].
     """
-    time = q.shape[2]
-    if time <= BLOCK:
+    if q.shape[2] <= BLOCK:
         return reference(q, k, v, segments)
+    return _in_stages(_by_blocks, BLOCK, q, k, v, segments)
+
+
+def _in_stages(attend: Callable[..., Array], part: int, q: Query, k: Keys, v: Keys, segments: Segments) -> Query:
+    """``attend`` for up to four parts of the queries, each with the keys up to its end: the others have no weight, and
+    are three eighths of all. Parts are multiples of ``part``.
+    """
+    time = q.shape[2]
+    size = -(-time // (4 * part)) * part
+    stages = []
+    for first in range(0, time, size):
+        end = min(first + size, time)
+        q_part, own, seen = q[:, :, first:end], segments[:, first:end], segments[:, :end]
+        stages.append(attend(q_part, k[:, :, :end], v[:, :, :end], own, seen, first))
+    return jnp.concatenate(stages, axis=2)
+
+
+def _at_once(q: Query, k: Keys, v: Keys, own: Segments, seen: Segments, first: Int[Array, ""] | int) -> Query:
+    """Queries of the columns from ``first`` on, whose segments are ``own``; the keys' are ``seen``."""
+    causal = jnp.arange(k.shape[2]) <= first + jnp.arange(q.shape[2])[:, None]
+    mask = causal & (own[:, :, None] == seen[:, None])
+    grouped = q.reshape(q.shape[0], k.shape[1], -1, *q.shape[2:])
+    return _masked_attention(grouped, k, v, mask).reshape(q.shape)
+
+
+def _by_blocks(q: Query, k: Keys, v: Keys, own: Segments, seen: Segments, first: int) -> Query:
+    """`_at_once` for `BLOCK` queries after another."""
+    time = q.shape[2]
     blocks = -(-time // BLOCK)
     behind = blocks * BLOCK - time
     q = jnp.pad(q, [(0, 0), (0, 0), (0, behind), (0, 0)])
-    own = jnp.pad(segments, [(0, 0), (0, behind)])
+    own = jnp.pad(own, [(0, 0), (0, behind)])
     parts = q.reshape(*q.shape[:2], blocks, BLOCK, -1), own.reshape(-1, blocks, BLOCK)
-    column = jnp.arange(time)
+    starts = first + jnp.arange(blocks) * BLOCK
 
     @jax.checkpoint
-    def one(of_block: tuple[Array, Array, Array]) -> Array:
-        q, own, first = of_block
-        causal = column <= first + jnp.arange(BLOCK)[:, None]
-        return _attended(q, k, v, causal & (own[:, :, None] == segments[:, None]))
+    def one(block: tuple[Array, Array, Array]) -> Array:
+        q, own, first = block
+        return _at_once(q, k, v, own, seen, first)
 
-    starts = jnp.arange(blocks) * BLOCK
     y = jax.lax.map(one, (jnp.moveaxis(parts[0], 2, 0), jnp.moveaxis(parts[1], 1, 0), starts))
     return jnp.moveaxis(y, 0, 2).reshape(q.shape)[:, :, :time]
-
-
-def _attended(
-    q: Float[Array, "batch head query c"], k: Keys, v: Keys, mask: Bool[Array, "batch query key"]
-) -> Float[Array, "batch head query c"]:
-    return _masked_attention(q.reshape(q.shape[0], k.shape[1], -1, *q.shape[2:]), k, v, mask).reshape(q.shape)
 
 
 Grouped = Float[Array, "batch kv_head group query c"]

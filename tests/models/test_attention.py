@@ -1,4 +1,4 @@
-"""The reference attention against a loop in NumPy, with grouped heads and several sequences in a row; in chunks."""
+"""The reference attention against a loop in NumPy, with grouped heads and several sequences a row; stages, chunks."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from rlstab_jax.models.attention import BLOCK, chunked, reference
 
@@ -74,17 +75,27 @@ def gradients(kernel: Callable, segments: Any, *arrays: Any) -> Any:
     return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*arrays)
 
 
-def test_chunks_of_queries_equal_the_reference() -> None:
-    """Two whole blocks and a bit, with sequences that cross their borders; gradients too."""
-    time = 2 * BLOCK + 5
+def plain(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+    """All scores at once, half of them to be masked."""
+    k, v = (jnp.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
+    mask = jnp.tril(jnp.ones((q.shape[2],) * 2, bool)) & (segments[:, :, None] == segments[:, None])
+    scores = jnp.einsum("bhqc,bhkc->bhqk", q, k) / np.sqrt(q.shape[-1])
+    return jnp.einsum("bhqk,bhkc->bhqc", jax.nn.softmax(jnp.where(mask[:, None], scores, -1e30)), v)
+
+
+@pytest.mark.parametrize("time", [4 * BLOCK + 70, BLOCK + 5])
+def test_stages_and_chunks_of_queries_equal_attention_at_once(time: int) -> None:
+    """Stages of two blocks, of one, and of a part of one, with sequences that cross their borders; gradients too."""
     generator = np.random.default_rng(3)
     q = jnp.asarray(generator.standard_normal((2, 4, time, 8)), jnp.float32)
     k, v = jnp.asarray(generator.standard_normal((2, 2, 2, time, 8)), jnp.float32)
     column = np.arange(time)
     segments = jnp.asarray(np.stack([1 + (column > 100) + (column > 200), np.where(column < 250, 1, 0)]))
     for numbers in (segments, segments != 0):
-        wanted, got = (jax.jit(partial(gradients, kernel))(numbers, q, k, v) for kernel in (reference, chunked))
-        jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), got, wanted)
+        kernels = plain, reference, chunked
+        wanted, *others = (jax.jit(partial(gradients, kernel))(numbers, q, k, v) for kernel in kernels)
+        for got in others:
+            jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), got, wanted)
 
 
 def test_chunks_need_memory_in_proportion_to_the_length() -> None:
