@@ -93,17 +93,20 @@ _R2 = Contrast("g", "R2 does not last at N = 8", _OFF, "collapses", (_n(8, True,
 _PEAKS = Contrast("i", "stabilised off-policy runs (N = 8, R3) peak as on-policy ones", _OFF, "equivalent", _STABLE,
                   (_n(1, True, "live"),), "peak")  # fmt: skip
 PAPER = (
-    Contrast("a", "on-policy, MiniRL with IS is the most stable: no ablation ends better (equal ones pass)", _ON,
-             "best", ("minirl",), ("no_is", "length_norm", "r3", "r3-no_is", "r3-length_norm")),
+    Contrast("a", "on-policy, MiniRL with IS is the most stable: no ablation ends better by the margin (equal ones "
+             "pass)", _ON, "best", ("minirl",), ("no_is", "length_norm", "r3", "r3-no_is", "r3-length_norm")),
     Contrast("b", "without IS, on-policy training collapses", _ON, "collapses", ("no_is",), ("minirl",)),
-    Contrast("b", "with R3 too", _ON, "collapses", ("r3-no_is",), ("r3",), primary=False),
-    Contrast("b", "at 4 bits", _ON, "collapses", ("no_is-4bit",), ("minirl-4bit",), primary=False),
-    Contrast("b", "under a mismatch that training cannot remove", _ON, "collapses", ("mixed-no_is",), ("mixed",),
+    Contrast("b", "without IS, with R3, on-policy training collapses", _ON, "collapses", ("r3-no_is",), ("r3",),
              primary=False),
-    Contrast("b", "there IS is worth accuracy (asked after six pairs had been seen)", _ON, "higher", ("mixed",),
-             ("mixed-no_is",), primary=False),
+    Contrast("b", "without IS, at 4 bits, on-policy training collapses", _ON, "collapses", ("no_is-4bit",),
+             ("minirl-4bit",), primary=False),
+    Contrast("b", "without IS, under a mismatch that training cannot remove (mu mixed), on-policy training collapses",
+             _ON, "collapses", ("mixed-no_is",), ("mixed",), primary=False),
+    Contrast("b", "with mu mixed, IS is worth accuracy (asked after six pairs had been seen)", _ON, "higher",
+             ("mixed",), ("mixed-no_is",), primary=False),
     Contrast("c", "length normalisation is worse", _ON, "higher", ("minirl",), ("length_norm",)),
-    Contrast("c", "and worse still with R3", _ON, "higher", ("length_norm",), ("r3-length_norm",), primary=False),
+    Contrast("c", "with length normalisation, R3 is worse", _ON, "higher", ("length_norm",),
+             ("r3-length_norm",), primary=False),
     Contrast("d", "R3 gives nothing on-policy", _ON, "equivalent", ("r3",), ("minirl",)),
     _NO_REPLAY,
     _NO_CLIP,
@@ -114,6 +117,8 @@ PAPER = (
     _r3_over_r2(2, "f", "R2 is better than R3 at N = 2", -1, True),
     _r3_over_r2(8, "g", "R3 is better than R2 at N = 8", 1, True),
     _r3_over_r2(4, "g", "R3 is better than R2 at N = 4", 1, False),
+    Contrast("g", "R2's peak is lower than R3's at N = 8 (asked after the runs had been seen)", _OFF, "higher",
+             (_n(8, True, "r3"),), (_n(8, True, "r2"),), "peak", primary=False, planned=2 * ENOUGH),
     _R2,
     _at_higher_rate(_R2),
     Contrast("h", "R3 gains on R2 as N grows", _OFF, "trend", tuple(_n(n, True, "r3") for n in (2, 4, 8, 16)),
@@ -126,7 +131,7 @@ PAPER = (
     _at_higher_rate(_PEAKS),
     Contrast("j", "off-policy updates (N = 8, R3) converge faster, at equal responses", _OFF, "higher",
              (_n(8, True, "r3"),), (_n(1, True, "live"),), "speed"),
-    Contrast("k", "cold starts end alike: the strong and the plain one (still closing at the horizon)", "cold_start",
+    Contrast("k", "cold starts end alike after 640 updates: the strong and the plain one", "cold_start",
              "equivalent", ("strong",), ("plain",)),
     *(Contrast("k", f"{what} and the plain one, where no policy exceeds .82, after twice as many updates", "cold_start",
                "equivalent", (f"ceiling-{name}",), ("ceiling-plain",), primary=False)
@@ -135,7 +140,7 @@ PAPER = (
              "equivalent", ("noisy",), ("plain",)),
     Contrast("l", "routing amplifies the discrepancy, by half at least", _ON, "amplifies", ("r3",),
              smallest=math.log2(1.5)),
-    Contrast("n", "CISPO can collapse where MiniRL does not, N = 8", "objectives", "collapses", ("n8-cispo",),
+    Contrast("n", "CISPO collapses where MiniRL does not, N = 8", "objectives", "collapses", ("n8-cispo",),
              ("n8-minirl",)),
 )  # fmt: skip
 
@@ -147,61 +152,65 @@ _CONTROLS = "controls"
 CAUSES = (
     Contrast("replay", "R3 is better than live routing, N = 8, clip", _CONTROLS, "higher", ("n8-clip-r3",),
              ("n8-clip-live",), primary=False),
-    *(Contrast("replay", says, _CONTROLS, "higher", ("n8-clip-r3",), (f"n8-clip-{control}",), primary=False)
-      for control, says in
-      (("permuted", "it is better than replay of another token's routes"),
-       ("frozen_routes", "than replay of the routes that the cold start chooses"),
-       ("frozen_router", "than live routing by a frozen router"))),
+    *(Contrast("replay", f"R3 is better than {what}, N = 8, clip", _CONTROLS, "higher", ("n8-clip-r3",),
+               (f"n8-clip-{control}",), primary=False)
+      for control, what in
+      (("permuted", "replay of another token's routes"),
+       ("frozen_routes", "replay of the routes that the cold start chooses"),
+       ("frozen_router", "live routing by a frozen router"))),
     Contrast("replay", "with weights as uneven and as many tokens masked, at random, R3 is better than replay of "
              "another token's routes", _CONTROLS, "higher", (_n(8, True, "uneven"),), (_n(8, True, "permuted"),),
              primary=False),
-    *(Contrast("replay", f"without clipping, live routing collapses where {what} does not, N = 8, at {RATES[-1]:g}",
-               _RATES, "collapses", (_n(8, False, "live") + _BREAKS,), (_n(8, False, control) + _BREAKS,),
-               primary=False)
+    *(Contrast("replay", f"live routing without clipping collapses, more often than with {what}, N = 8, at "
+               f"{RATES[-1]:g}", _RATES, "collapses", (_n(8, False, "live") + _BREAKS,),
+               (_n(8, False, control) + _BREAKS,), primary=False)
       for control, what in
       (("frozen_router", "a frozen router"), ("frozen_routes", "replay of the cold start's routes"),
        ("dense", "a dense model"))),
 )  # fmt: skip
 
 LATER = (
-    Contrast("DPPO", "its trust region, anchored at mu, is better than MiniRL's at N = 8", "objectives", "higher",
-             ("n8-dppo_tv",), ("n8-minirl",)),
+    Contrast("DPPO", "its recipe (trust region anchored at mu, cap of 20) is better than MiniRL with its cap of 5, "
+             "N = 8", "objectives", "higher", ("n8-dppo_tv",), ("n8-minirl",)),
     Contrast("DPPO", "the anchor alone is better: MiniRL's clip on pi/mu", "objectives", "higher",
              ("n8-anchor_mu",), ("n8-minirl",), primary=False),
     Contrast("DPPO", "MiniRL collapses at N = 8", "objectives", "collapses", ("n8-minirl",), ("n8-dppo_tv",),
              primary=False),
-    Contrast("R3", "R3 helps on-policy", _ON, "higher", ("r3",), ("minirl",)),
-    Contrast("R3", "it makes truncation redundant, N = 8", _OFF, "equivalent", ("n8-clip-r3-nocap",),
+    Contrast("DPPO", "MiniRL collapses at N = 8 on a dense model (asked after the runs had been seen)", _CONTROLS,
+             "collapses", ("n8-clip-dense",), ("n1-clip-dense",), primary=False),
+    Contrast("R3", "R3 is better than live routing on-policy", _ON, "higher", ("r3",), ("minirl",)),
+    Contrast("R3", "R3 makes truncation redundant, N = 8", _OFF, "equivalent", ("n8-clip-r3-nocap",),
              ("n8-clip-r3",)),
     Contrast("IcePop", "its band is better than GRPO alone, N = 8", "objectives", "higher", ("n8-icepop",),
              ("n8-grpo",)),
     Contrast("TIS", "the weight is better than DAPO alone, N = 8", "objectives", "higher", ("n8-tis",), ("n8-dapo",)),
     Contrast("GSPO", "sequence ratios are better than GRPO's, N = 8", "objectives", "higher", ("n8-gspo",),
              ("n8-grpo",)),
-    Contrast("RSPO", "the router shift is better than GSPO, N = 8", "objectives", "higher", ("n8-rspo",),
-             ("n8-gspo",)),
+    Contrast("RSPO", "its recipe (the router shift, and a wider clip, by token) is better than GSPO, N = 8",
+             "objectives", "higher", ("n8-rspo",), ("n8-gspo",)),
     Contrast("TRM", "its mask of sequences is better than MiniRL's clip of tokens, N = 8", "objectives", "higher",
              ("n8-trm",), ("n8-minirl",), primary=False),
     Contrast("MinPRO", "the prefix's smallest ratio in the weight is better than none, N = 8", "objectives", "higher",
              ("n8-minpro",), ("n8-minirl",), primary=False),
     Contrast("KPop", "its mask of tokens beside MiniRL's clip is better than the clip alone, N = 8", "objectives",
              "higher", ("n8-kpop",), ("n8-minirl",), primary=False),
-    Contrast("geometric mask", "the same of its mask of sequences, N = 8", "objectives", "higher", ("n8-geometric",),
-             ("n8-minirl",), primary=False),
+    Contrast("geometric mask", "its mask of sequences beside MiniRL's clip is better than the clip alone, "
+             "N = 8", "objectives", "higher", ("n8-geometric",), ("n8-minirl",), primary=False),
     Contrast("PR2", "routes that a predictor foretells are better than R2's, N = 8", _CONTROLS, "higher",
              ("n8-clip-pr2",), ("n8-clip-r2",), primary=False),
-    Contrast("FP16", "rollouts in fp16 are better than in bf16", "discrepancy", "higher", ("fp16",), ("bf16",)),
+    Contrast("FP16", "rollouts in fp16 end better than in bf16, a learner in float32 (their gaps are compared below)",
+             "discrepancy", "higher", ("fp16",), ("bf16",)),
 )  # fmt: skip
 LEADS = (
-    Contrast("lead", f"without clipping and replay N = 8 collapses at {RATES[-1]:g}, with clipping and R3 it does not",
-             _RATES, "collapses", (_n(8, False, "live") + _BREAKS,), (_n(8, True, "r3") + _BREAKS,)),
-    Contrast("lead", f"there on-policy training does not either ({RATES[-1]:g})", _RATES, "collapses",
+    Contrast("lead", f"without clipping and replay N = 8 collapses at {RATES[-1]:g}, more often than with both", _RATES,
+              "collapses", (_n(8, False, "live") + _BREAKS,), (_n(8, True, "r3") + _BREAKS,)),
+    Contrast("lead", f"the same, more often than on-policy training at {RATES[-1]:g}", _RATES, "collapses",
              (_n(8, False, "live") + _BREAKS,), (_n(1, True, "live") + _BREAKS,), primary=False),
     *(_at_rate(contrast, RATES[-1], _RATES) for contrast in (_NO_REPLAY, _NO_CLIP)),
     Contrast("lead", f"with clipping and R3 N = 8 is no worse than on-policy training at {RATES[-2]:g}", _RATES, "best",
              (_n(8, True, "r3") + _LEVEL,), (_n(1, True, "live") + _LEVEL,)),
-    *(Contrast("lead", f"it is better than {what} at {RATES[-2]:g}", _RATES, "higher", (_n(8, True, "r3") + _LEVEL,),
-               (_n(8, *cell) + _LEVEL,), primary=primary)
+    *(Contrast("lead", f"with clipping and R3 it is better than with {what}, N = 8, at {RATES[-2]:g}", _RATES, "higher",
+               (_n(8, True, "r3") + _LEVEL,), (_n(8, *cell) + _LEVEL,), primary=primary)
       for what, cell, primary in
       (("clipping alone", (True, "live"), True), ("neither clipping nor replay", (False, "live"), False),
        ("R2", (True, "r2"), False))),

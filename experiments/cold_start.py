@@ -1,8 +1,7 @@
 """Cold starts that differ in accuracy and style (the paper's Fig. 5): do they end alike? MiniRL + R2, N = 2.
 
 Plain: demonstrations with a fifth of the steps wrong, stopped at 0.23. Strong: with a tenth, stopped at 0.4. Noisy: a
-fifth wrong and not carried on, so that a mistake looks like a slip, stopped at 0.12. Twice the usual horizon, after
-which plain and strong were still closing.
+fifth wrong and not carried on, so that a mistake looks like a slip, stopped at 0.12. Twice the usual horizon.
 
 Then for four times the horizon where a fifth of the prompts cannot be answered, so that no policy exceeds .82: plain
 and strong as before, and slips, a twentieth of the steps wrong and not carried on, as accurate as plain.
@@ -34,7 +33,7 @@ CEILING: dict[str, Any] = {"task.unanswerable": 0.2, "gradient_steps": 4 * HORIZ
 
 
 def picture(runs: Mapping[str, list[Run]], out: Path) -> None:
-    """The length of held-out answers over the run: cold starts of other styles answer at other lengths."""
+    """The length of held-out answers over the run."""
     drawing.over_steps(STUDY, runs, "eval/response_length", "length of held-out answers, tokens", out / "length.png")
 
 

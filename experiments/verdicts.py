@@ -45,6 +45,7 @@ from experiments.claims import (
     REFUTED,
     REPRODUCED,
     RULES,
+    SMALLEST,
     UNDECIDED,
     Contrast,
     Verdict,
@@ -82,9 +83,12 @@ def page(results: Path) -> str:
         "is dated at its end.",
         f'A verdict is "{REPRODUCED}", "{UNDECIDED}" or "{REFUTED}", and needs {ENOUGH} pairs of a cold start and a '
         f'seed; before that it is "{NOT_YET}". Differences are of held-out accuracy, paired, with 95% intervals of a '
-        "hierarchical bootstrap; counts have exact intervals; p is adjusted by Holm within a study's primary "
-        "contrasts, and within its secondary ones. An equivalence is refuted where the difference is beyond the margin "
-        "and not 0, though its interval may reach into the margin.",
+        f'hierarchical bootstrap; counts have exact intervals. A difference is "{REFUTED}" where its interval is below '
+        f"{SMALLEST:g}, the smallest effect of interest, even if it is above 0; a collapse where fewer than half of "
+        "the runs do, by its interval. An equivalence is refuted where the difference is beyond that margin and not 0, "
+        "though its interval may reach into the margin. p is that of no difference (of equal counts), adjusted by Holm "
+        "within a study's primary contrasts, and within its secondary ones; to reproduce an equivalence or to refute a "
+        "difference takes an interval alone.",
         "## The paper's own claims",
         _table(PAPER, judged),
         _discrepancies(runs["on_policy"]),
@@ -92,9 +96,10 @@ def page(results: Path) -> str:
         + enumerated(results),
         "In training, by large samples of the runs of MiniRL on-policy (`python -m experiments.gradients`):",
         _gradients(results),
-        "## What replay's benefit comes from",
-        "The paper's account: a restored first-order approximation. If so, routes that are merely held fixed do not do,"
-        " and a router that stands still does not either.",
+        "## What replay does, and routes that are merely held fixed",
+        "The paper's account of replay's benefit: a restored first-order approximation. If so, routes that are merely "
+        "held fixed do not do, and a router that stands still does not either. The first line is that benefit itself: "
+        "without it, the other ones say what wrong routes cost.",
         _table(CAUSES, judged),
         "And the gradients themselves: how much of Eq. 2's gradient the token-level one holds, as its projection on it "
         "(1: all, 0: nothing; 95% intervals), at the weights that sampled and seven updates later, at the cold start "

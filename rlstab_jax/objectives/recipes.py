@@ -180,7 +180,7 @@ def icepop(eps_low: float = 0.2, eps_high: float = 0.2, band_low: float = 0.5, b
 def dppo_tv(delta: float = 0.15, cap: float = 20.0) -> Objective:
     """DPPO (2602.04879) with total variation: stops steps away from mu_old where |pi_theta - mu_old| > delta.
 
-    Weight min(pi_theta/mu_old, cap). Advantage and normalisation are MiniRL's, so that the trust region alone differs.
+    Weight min(pi_theta/mu_old, cap). Advantage and normalisation are MiniRL's.
     """
     return _dppo(trust.binary_tv, delta, cap)
 
