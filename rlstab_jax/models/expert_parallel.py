@@ -66,7 +66,9 @@ def compute(
         jnp.pad(experts, padding, constant_values=weights.num_experts),
         jnp.pad(gates, padding),
     )
-    rows = PartitionSpec(layout.rows, None)
+    # A gradient is summed over the axes that its operand's spec leaves out, and be it over one device: an all-reduce.
+    alone = ("tensor",) if layout.parts("tensor") == 1 else ()
+    rows = PartitionSpec((*layout.rows, *alone), None)
     body = partial(_on_one_device, kernel, precision, layout, chunk, specs, across)
     # The parts of the sum over `tensor` are results of their own and added outside: the transpose of that is free,
     # where the transpose of a sum inside would be another one.
