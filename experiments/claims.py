@@ -172,6 +172,8 @@ CAUSES = (
 LATER = (
     Contrast("DPPO", "its recipe (trust region anchored at mu, cap of 20) is better than MiniRL with its cap of 5, "
              "N = 8", "objectives", "higher", ("n8-dppo_tv",), ("n8-minirl",)),
+    Contrast("DPPO", "its trust region alone, with a cap of 5 too, is better than MiniRL's, N = 8", "objectives",
+             "higher", ("n8-dppo_tv-cap5",), ("n8-minirl",), primary=False),
     Contrast("DPPO", "the anchor alone is better: MiniRL's clip on pi/mu", "objectives", "higher",
              ("n8-anchor_mu",), ("n8-minirl",), primary=False),
     Contrast("DPPO", "MiniRL collapses at N = 8", "objectives", "collapses", ("n8-minirl",), ("n8-dppo_tv",),
@@ -188,6 +190,8 @@ LATER = (
              ("n8-grpo",)),
     Contrast("RSPO", "its recipe (the router shift, and a wider clip, by token) is better than GSPO, N = 8",
              "objectives", "higher", ("n8-rspo",), ("n8-gspo",)),
+    Contrast("RSPO", "RSPO is better than without its router shift, N = 8", "objectives", "higher", ("n8-rspo",),
+             ("n8-rspo-no_shift",), primary=False),
     Contrast("TRM", "its mask of sequences is better than MiniRL's clip of tokens, N = 8", "objectives", "higher",
              ("n8-trm",), ("n8-minirl",), primary=False),
     Contrast("MinPRO", "the prefix's smallest ratio in the weight is better than none, N = 8", "objectives", "higher",

@@ -26,10 +26,13 @@ OBJECTIVES = {
     "minpro": ObjectiveConfig(recipe=minirl_minpro),
     "kpop": ObjectiveConfig(recipe=minirl_kpop),
     "geometric": ObjectiveConfig(recipe=minirl_geometric),
+    "dppo_tv-cap5": ObjectiveConfig("dppo_tv", cap=5.0),
+    "rspo-no_shift": ObjectiveConfig("rspo", floor=1.0),  # a shift of 1, whatever the routers say
 }
 FIRST = ("minirl", "dppo_tv", "grpo", "cispo", "gspo", "anchor_mu")
 COMPARED = ("minirl", "grpo", "gspo")  # what the others are judged against
-PIECES = ("minirl", "anchor_mu", "trm", "minpro", "kpop", "geometric")  # MiniRL, and with one piece changed
+# MiniRL, and with one piece changed.
+PIECES = ("minirl", "anchor_mu", "trm", "minpro", "kpop", "geometric", "dppo_tv-cap5")
 ON_POLICY = (
     "minirl",
     "dppo_tv",
