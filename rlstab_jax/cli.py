@@ -291,12 +291,13 @@ def plan_command(arguments: Sequence[str], begin: Any) -> int:
 
 
 def eval_command(arguments: Sequence[str], begin: Any) -> int:
+    from rlstab_jax.rundir import run_of
     from rlstab_jax.training.assess import assess, line_of_result
 
     example = "runs/my-run --data aime.jsonl --layout aime"
     checkpoint, _, options, config = parse_checkpoint("eval", arguments, eval_options(), example)
     data = options.data.stem if options.data else "heldout"
-    out = options.out or Path("runs") / f"eval-{checkpoint.name}-{data}-{options.engine}"
+    out = options.out or Path("runs") / f"eval-{run_of(checkpoint).name}-{data}-{options.engine}"
     prepare_jax(options.compilation_cache)
     result = assess(config, checkpoint, options, out, fresh=options.fresh, begin=begin)
     print(line_of_result(result))

@@ -25,7 +25,7 @@ def load_config(path: Path) -> Any:
         spec.loader.exec_module(module)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{path}: the config does not run: {type(error).__name__}: {error}") from error
     if not callable(getattr(module, "config", None)):
         raise UserError(f"{path}: expected a function config() that returns a RunConfig")
@@ -33,7 +33,7 @@ def load_config(path: Path) -> Any:
         config = module.config()
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{path}: config() failed: {type(error).__name__}: {error}") from error
     if not isinstance(config, RunConfig):
         raise UserError(f"{path}: config() returned {type(config).__name__}, expected a RunConfig")

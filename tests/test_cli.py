@@ -140,6 +140,7 @@ def test_bad_options(arguments: str, message: str, tmp_path: Path, capsys: pytes
         ("import nonesuch", "the config does not run: ModuleNotFoundError: No module named 'nonesuch'"),
         ("run = 3", "expected a function config() that returns a RunConfig"),
         ("def config(): return 1 / 0", "config() failed: ZeroDivisionError"),
+        ("import sys\nsys.exit('no data here')", "the config does not run: SystemExit: no data here"),
         ("def config(): return {}", "config() returned dict, expected a RunConfig"),
     ],
 )
@@ -200,7 +201,8 @@ def test_what_is_left_and_the_same_command_again(run: Path, capsys: pytest.Captu
     before = (run / "metrics.jsonl").read_bytes()
     assert again(run) == 0
     assert (run / "metrics.jsonl").read_bytes() == before
-    capsys.readouterr()
+    assert again(run, "--steps", 8, "--profile", 5) == 1
+    assert "profile = 5: the global steps to be made are 3 to 4" in capsys.readouterr().err
     assert again(run, "--steps", 8) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"run: {run}"

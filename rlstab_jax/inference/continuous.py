@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Int
 
 from rlstab_jax.checks import INT32_MAX
 from rlstab_jax.inference.sampler import sample
-from rlstab_jax.inference.sampling import Sampling, check_keys, check_prompts
+from rlstab_jax.inference.sampling import Sampling, check_request
 from rlstab_jax.inference.slots import (
     Prefill,
     Records,
@@ -74,10 +74,8 @@ def sample_continuously(
     """
     if slots < 1 or round_length < 1:
         raise UserError(f"slots = {slots}, round_length = {round_length}: expected at least 1 of each")
-    check_prompts(prompts, prompt_mask, model.config.vocab_size)
-    total = len(prompts) * samples_per_prompt
-    sampling.validate(total)
-    check_keys(keys, total)
+    vocab_size = model.config.vocab_size
+    total = check_request(prompts, prompt_mask, keys, sampling, samples_per_prompt, response_length, vocab_size)
     slots = min(slots, total)
     spare = spare_columns(prompt_mask)
     queue = _Queue(model, variables, prompts[:, spare:], prompt_mask[:, spare:], samples_per_prompt, slots)

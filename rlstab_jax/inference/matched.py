@@ -16,7 +16,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from rlstab_jax.inference.sampling import Sampling, check_keys, check_prompts, distribution, draw
+from rlstab_jax.inference.sampling import Sampling, check_request, distribution, draw
 from rlstab_jax.inference.slots import empty_responses, prefill
 from rlstab_jax.models.decode import decode_step, layer_variables
 from rlstab_jax.models.layers import KeyValues, Past, rotations
@@ -54,10 +54,8 @@ def sample_matched(
     support: int = 0,
 ) -> Rollout:
     """`sample`, with log-probs and routes that `score_matched` at the same weights gives again, bit for bit."""
-    check_prompts(prompts, prompt_mask, model.config.vocab_size)
-    rows = len(prompts) * samples_per_prompt
-    sampling.validate(rows)
-    check_keys(keys, rows)
+    vocab_size = model.config.vocab_size
+    rows = check_request(prompts, prompt_mask, keys, sampling, samples_per_prompt, response_length, vocab_size)
     repeat = partial(jnp.repeat, repeats=samples_per_prompt, axis=0)
     none = jnp.full((rows, response_length), -1, jnp.int32)
     kept = jnp.full((rows, response_length, min(support, model.config.vocab_size)), -1, jnp.int32) if support else None

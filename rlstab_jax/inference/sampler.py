@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from rlstab_jax.inference.sampling import Sampling, check_keys, check_prompts
+from rlstab_jax.inference.sampling import Sampling, check_request
 from rlstab_jax.inference.slots import (
     Slots,
     decode,
@@ -65,10 +65,8 @@ def sample(
       UserError: an empty prompt, a token id outside the vocabulary, a number of ``sampling`` outside its range, another
         number of keys than of responses.
     """
-    check_prompts(prompts, prompt_mask, model.config.vocab_size)
-    rows = len(prompts) * samples_per_prompt
-    sampling.validate(rows)
-    check_keys(keys, rows)
+    vocab_size = model.config.vocab_size
+    check_request(prompts, prompt_mask, keys, sampling, samples_per_prompt, response_length, vocab_size)
     spare = spare_columns(prompt_mask)
     rollout = sample_batch(
         model,

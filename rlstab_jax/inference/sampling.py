@@ -214,10 +214,25 @@ def _first_maximum(x: Float[Array, "rows n"]) -> Int[Array, "rows"]:
     return index.min(-1)
 
 
-def check_keys(keys: Array, rows: int) -> None:
-    """Raises UserError unless there is a key for each of ``rows`` responses."""
+def check_request(
+    prompts: Int[ArrayLike, "prompts prompt_length"],
+    prompt_mask: Bool[ArrayLike, "prompts prompt_length"],
+    keys: Array,
+    sampling: Sampling,
+    samples_per_prompt: int,
+    response_length: int,
+    vocab_size: int,
+) -> int:
+    """The number of responses that are asked for. Raises UserError for what no sampler can answer."""
+    check_prompts(prompts, prompt_mask, vocab_size)
+    if response_length < 1 or samples_per_prompt < 1:
+        lengths = f"response_length = {response_length}, samples_per_prompt = {samples_per_prompt}"
+        raise UserError(f"{lengths}: expected at least 1 of each")
+    rows = np.shape(prompts)[0] * samples_per_prompt
+    sampling.validate(rows)
     if keys.shape != (rows,):
         raise UserError(f"keys {keys.shape}: expected one for each of {rows} responses, as `sample_keys` makes them")
+    return rows
 
 
 def check_prompts(
@@ -225,13 +240,20 @@ def check_prompts(
     prompt_mask: Bool[ArrayLike, "prompts prompt_length"],
     vocab_size: int,
 ) -> None:
-    """Raises UserError for an empty prompt, one that is not right-aligned, a token id outside the vocabulary, or shapes
-    that differ; tracers pass."""
+    """Raises UserError for no prompt, an empty one, one that is not right-aligned, a token id outside the vocabulary, a
+    mask that is not bool, no arrays, or shapes that differ; tracers pass."""
     if isinstance(prompts, jax.core.Tracer) or isinstance(prompt_mask, jax.core.Tracer):
         return
+    for name, given in (("prompts", prompts), ("prompt_mask", prompt_mask)):
+        if not hasattr(given, "ndim"):
+            raise UserError(f"{name}: expected an array [prompts, prompt_length], got a {type(given).__name__}")
     tokens, mask = on_host((prompts, prompt_mask))
-    if tokens.ndim != 2 or tokens.shape != mask.shape:
-        raise UserError(f"prompts {tokens.shape} and prompt_mask {mask.shape}: expected both [prompts, prompt_length]")
+    if tokens.ndim != 2 or tokens.shape != mask.shape or not len(tokens):
+        raise UserError(
+            f"prompts {tokens.shape} and prompt_mask {mask.shape}: expected both [prompts, prompt_length], at least one"
+        )
+    if mask.dtype != bool:
+        raise UserError(f"prompt_mask: dtype {mask.dtype}, expected bool: pass prompt_mask.astype(bool)")
     if not mask.any(1).all():
         raise UserError(f"prompt {int(np.argmin(mask.any(1)))} is empty: give each prompt at least one token")
     gaps = ~mask[:, -1] | (mask[:, :-1] & ~mask[:, 1:]).any(1)

@@ -80,7 +80,8 @@ class LearnerConfig:
     (score_micro_batches) while that is scored."""
     live_gap: bool = True
     """Where replay alters pi_old (R3, PR2): score each batch once more, with live routing, for discrepancy_live/*.
-    Nothing else depends on it: without it a run is the same, less one scoring pass of each global step."""
+    Nothing else depends on it: without it a run is the same, less one scoring pass of each global step. It may change
+    when a run goes on, but not with ``rollout.partial``."""
     replay_of: Literal["recorded", "permuted", "initial"] = "recorded"
     """What R3 replays: what the inference engine recorded, or a control in its place: the experts of another token of
     the row, or what the training engine chooses at the weights that RL began with."""

@@ -20,8 +20,8 @@ RANGES = {
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """Which implementation computes attention and experts, over whole sequences (scoring, updates, prefill) and in a
-    decode step. ``auto`` is resolved once, at the start of a run."""
+    """Which implementation computes attention and experts, over whole sequences (scoring, updates, prefill; but see
+    `for_inference` for a prefill's experts) and in a decode step. ``auto`` is resolved once, at the start of a run."""
 
     attention: Literal["auto", "reference", "chunked", "cudnn", "splash"] = "auto"
     """reference anywhere; chunked too, with memory in proportion to the length; cudnn needs an NVIDIA GPU and

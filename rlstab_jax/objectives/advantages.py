@@ -9,9 +9,9 @@ host.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ops import segment_sum
 from jaxtyping import Array, Float, Int
 
+from rlstab_jax.objectives.groups import group_min, group_sum
 from rlstab_jax.types import UserError
 
 
@@ -32,7 +32,7 @@ def group_mean(rewards: Float[Array, "batch"], groups: Int[Array, "batch"]) -> F
     Array([ 0.5, -0.5,  0. ], dtype=float32)
     """
     shifted, count = _shifted(rewards, groups)
-    return shifted - _per_row(shifted, groups) / count
+    return shifted - group_sum(shifted, groups) / count
 
 
 def group_mean_std(
@@ -43,7 +43,7 @@ def group_mean_std(
     """
     advantage = group_mean(rewards, groups)
     _, count = _shifted(rewards, groups)
-    std = jnp.sqrt(_per_row(advantage**2, groups) / count)
+    std = jnp.sqrt(group_sum(advantage**2, groups) / count)
     return advantage / (std + epsilon)
 
 
@@ -68,14 +68,8 @@ def constant_baseline(
     return rewards - baseline
 
 
-def _per_row(values: Float[Array, "batch"], groups: Int[Array, "batch"]) -> Float[Array, "batch"]:
-    """The sum of each row's group, written to every row."""
-    return segment_sum(values, groups, num_segments=groups.shape[0])[groups]
-
-
 def _shifted(
     rewards: Float[Array, "batch"], groups: Int[Array, "batch"]
 ) -> tuple[Float[Array, "batch"], Float[Array, "batch"]]:
     """Rewards less the smallest of their group, and the size of the group."""
-    smallest = jax.ops.segment_min(rewards, groups, num_segments=groups.shape[0])[groups]
-    return rewards - smallest, _per_row(jnp.ones_like(rewards), groups)
+    return rewards - group_min(rewards, groups), group_sum(jnp.ones_like(rewards), groups)

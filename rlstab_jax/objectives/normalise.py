@@ -5,13 +5,12 @@ batch without any token gives c = 0.
 """
 
 import jax.numpy as jnp
-from jax.ops import segment_sum
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
+from rlstab_jax.objectives.groups import Groups, group_count, group_sum
 from rlstab_jax.types import masked
 
 Mask = Bool[Array, "batch R"]
-Groups = Int[Array, "batch"]
 Coefficients = Float[Array, "batch R"]
 
 
@@ -29,13 +28,13 @@ def response_length_mean(mask: Mask, groups: Groups) -> Coefficients:
 
 def group_length_mean(mask: Mask, groups: Groups) -> Coefficients:
     """c = 1 / (groups G |y|): the mean over groups of (1/G) sum_i (1/|y_i|) sum_t. GRPO (2402.03300, Eq. 3)."""
-    size = _per_group(_responses(mask), groups)
-    return _on(mask, (_group_count(mask, groups) * size * _lengths(mask))[:, None])
+    size = group_sum(_responses(mask), groups)
+    return _on(mask, (group_count(_responses(mask), groups) * size * _lengths(mask))[:, None])
 
 
 def group_token_mean(mask: Mask, groups: Groups) -> Coefficients:
     """c = 1 / (groups tokens-of-the-group): the mean over groups of the token mean. CISPO (2506.13585, Eq. 4)."""
-    return _on(mask, (_group_count(mask, groups) * _per_group(_lengths(mask), groups))[:, None])
+    return _on(mask, (group_count(_responses(mask), groups) * group_sum(_lengths(mask), groups))[:, None])
 
 
 def token_mean(mask: Mask, groups: Groups) -> Coefficients:
@@ -58,12 +57,3 @@ def _responses(mask: Mask) -> Float[Array, "batch"]:
 
 def _lengths(mask: Mask) -> Float[Array, "batch"]:
     return mask.sum(1).astype(float)
-
-
-def _per_group(values: Float[Array, "batch"], groups: Groups) -> Float[Array, "batch"]:
-    return segment_sum(values, groups, num_segments=groups.shape[0])[groups]
-
-
-def _group_count(mask: Mask, groups: Groups) -> Float[Array, ""]:
-    """Groups with at least one response."""
-    return (segment_sum(_responses(mask), groups, num_segments=groups.shape[0]) > 0).sum()

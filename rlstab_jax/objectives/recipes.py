@@ -38,6 +38,8 @@ def minirl(
         pi_theta/pi_old.
       length_normalise: True is the paper's ablation with 1/|y|.
     """
+    if cap_on not in ("product", "discrepancy"):
+        raise UserError(f"cap_on = {cap_on!r}: expected 'product' or 'discrepancy'")
     if cap_on == "product":
         truncate = piece(truncation.cap, at=cap)
     else:

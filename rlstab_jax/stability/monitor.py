@@ -21,7 +21,8 @@ import numpy as np
 from rlstab_jax.checks import ABOVE_1, BELOW_1, HUGE, INT32_MAX, TINY, check_fields, check_ranges
 from rlstab_jax.types import UserError
 
-Row = Mapping[str, float]  # metrics of one global step by name, as in metrics.METRICS; absent or NaN: not measured
+# Metrics of one global step by name, as in metrics.METRICS; absent or NaN: not measured, but for a gradient norm.
+Row = Mapping[str, float]
 Policy = Literal["warn", "skip", "lower", "stop"]
 
 

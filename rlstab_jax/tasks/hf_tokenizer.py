@@ -62,8 +62,12 @@ class HFTokenizer:
         return hashlib.sha256(content).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``. Special tokens are known where ``text`` spells them; none are added."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        """Token ids of ``text``. Special tokens are known where ``text`` spells them; none are added. Raises UserError
+        for halves of characters (lone surrogates, which JSON can hold)."""
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            raise UserError(f"{text[:60]!r}: no text, there is half of a character in it: mend the record") from None
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``. Special tokens stay visible, and so do ids that a padded vocabulary has no token for."""

@@ -166,7 +166,8 @@ class _Record:
     def answer(self, *names: str) -> str:
         """A text that is not empty, or a number, which becomes the text that JSON writes for it."""
         name, value = self.get(*names)
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number and (isinstance(value, int) or math.isfinite(value)):  # an int may be too large for a float
             return json.dumps(value)
         if not isinstance(value, str) or not value.strip():
             raise UserError(f"{self.where}: answer {name!r} is {_shown(value)}, expected a text or a number")

@@ -29,7 +29,7 @@ from rlstab_jax.training.diagnose import load_parameters
 from rlstab_jax.training.engines import Engines, build, judge
 from rlstab_jax.training.evaluate import evaluation_sampling
 from rlstab_jax.training.lock import held
-from rlstab_jax.training.pretrained import matched
+from rlstab_jax.training.pretrained import without_initial
 from rlstab_jax.training.statistics import bootstrap, ladder, majority, pass_at_k
 from rlstab_jax.types import UserError, take_rows
 
@@ -97,9 +97,10 @@ def assess(
     tokens, mask = encode_prompts(prompts, engines.task.tokenizer, _longest(engines, prompts))
     step, params = load_parameters(engines, checkpoint, best=not asked.newest)
     where = {"checkpoint": checkpoint.absolute(), "step": step, "content": _content(engines, prompts)}
+    numbers = {field.name: getattr(asked, field.name) for field in dataclasses.fields(Assessment)}  # no more than these
     with held(out):
         run = open_run(
-            out, {"config": {**where, **plain(asked), "run": config}, "code": code_of(config)}, fresh=fresh, say=say
+            out, {"config": {**where, **plain(numbers), "run": config}, "code": code_of(config)}, fresh=fresh, say=say
         )
         path = run.path / "responses.jsonl"
         begin()
@@ -171,10 +172,8 @@ def _without_training(config: RunConfig, checkpoint: Path, asked: Assessment) ->
     run, task = run_of(checkpoint), config.task
     if asked.data and isinstance(task, DatasetConfig):
         task = dataclasses.replace(task, train=(), heldout=())
-    if config.initial and (run / "manifest.json").exists():
-        config = dataclasses.replace(config, model=matched(config.model, run), initial="")
     return dataclasses.replace(
-        config,
+        without_initial(config, run),
         task=task,
         evaluation=dataclasses.replace(config.evaluation, every=0),
         cold_start=dataclasses.replace(config.cold_start, max_steps=0),

@@ -182,6 +182,12 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
+def may_change(config: RunConfig) -> tuple[str, ...]:
+    """Fields that may differ when a run goes on."""
+    # Unfinished responses in the queue have scores with live routing, or have none.
+    return tuple(name for name in MAY_CHANGE if not (config.rollout.partial and name == "learner.live_gap"))
+
+
 def defaults() -> dict[str, Any]:
     """The default of each field by its dotted name: what a run did whose version did not know the field."""
     return dict(leaves(plain(RunConfig())))

@@ -21,7 +21,7 @@ from rlstab_jax.learner.score import policy_scores
 from rlstab_jax.models import Precision, Transformer, fp8, quantised
 from rlstab_jax.models.expert_parallel import shared_scales
 from rlstab_jax.parallel.sharding import Layout
-from rlstab_jax.rundir import plain
+from rlstab_jax.rundir import plain, run_of
 from rlstab_jax.stability.gaps import discrepancy, routing_discrepancy
 from rlstab_jax.stability.reduce import Statistics, mean_of, merge
 from rlstab_jax.stability.routing import disagreement, flips, margin_statistics
@@ -120,7 +120,7 @@ def diagnose(
             raise UserError(f"unknown precision {name!r}: choose among {', '.join(PRECISIONS)}")
     if not precisions:
         raise UserError("no precision given: name at least one")
-    engines = build(config)
+    engines = build(pretrained.without_initial(config, run_of(checkpoint)))
     samplers = {name: _sampler(engines, name) for name in precisions}
     heldout = engines.task.split("heldout")
     rows = engines.row_shards

@@ -31,6 +31,7 @@ from rlstab_jax.rundir import plain, read_manifest
 from rlstab_jax.tasks import Tokenizer
 from rlstab_jax.tasks.hf_tokenizer import HFTokenizer
 from rlstab_jax.training.checkpoint import Checkpoints, parameters
+from rlstab_jax.training.config import RunConfig
 from rlstab_jax.types import UserError
 
 CARD = "model.json"
@@ -175,6 +176,13 @@ def matched(model: ModelConfig, initial: Path) -> ModelConfig:
     if lines:
         raise UserError("\n".join(lines))
     return model
+
+
+def without_initial(config: RunConfig, run: Path) -> RunConfig:
+    """The config of what is done with a run's own parameters: those that it began from need not be there any more."""
+    if not config.initial or not (run / "manifest.json").exists():
+        return config
+    return dataclasses.replace(config, model=matched(config.model, run), initial="")
 
 
 def load_parameters(

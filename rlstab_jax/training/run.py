@@ -22,7 +22,7 @@ from rlstab_jax.stability.monitor import Monitor
 from rlstab_jax.tasks import DescribedTask, prompt_iterator
 from rlstab_jax.training.checkpoint import Checkpoints
 from rlstab_jax.training.cold_start import cold_start
-from rlstab_jax.training.config import MAY_CHANGE, RunConfig, defaults
+from rlstab_jax.training.config import RunConfig, defaults, may_change
 from rlstab_jax.training.engines import Engines, build, initial_params
 from rlstab_jax.training.evaluate import evaluate
 from rlstab_jax.training.home import Home, home_of
@@ -150,7 +150,7 @@ def open_home(
         home.fetch()
         if not fresh:
             _check_content(engines, path)
-        open_run(path, manifest(engines, config), fresh, MAY_CHANGE, say, defaults())
+        open_run(path, manifest(engines, config), fresh, may_change(config), say, defaults())
         keep_card(path, config.initial, engines.task.tokenizer)
         home.own()
         home.store()
@@ -217,6 +217,9 @@ def _train(
 ) -> bool:
     """From ``state`` to the run's end, or to a stop; returns whether it is complete."""
     config = engines.config
+    last = progress.global_steps - (progress.gradient_steps - config.gradient_steps) // config.minibatches
+    if profile is not None and not progress.global_steps < profile <= last:
+        raise UserError(f"profile = {profile}: the global steps to be made are {progress.global_steps + 1} to {last}")
     state = dataclasses.replace(state, reference=engines.making.place(state.reference))  # once
     data = prompt_iterator(engines.task.split("train"), config.prompts_per_step, seed=config.seed)
     if progress.prompts:

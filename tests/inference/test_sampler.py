@@ -357,9 +357,14 @@ def test_prompts_that_no_model_can_read_are_refused() -> None:
         ((prompts, left), "prompt 0: its tokens are not right-aligned"),
         ((prompts, holed), "prompt 1: its tokens are not right-aligned"),
         ((prompts, mask[:, 1:]), r"prompts \(4, 6\) and prompt_mask \(4, 5\)"),
+        ((prompts[:0], mask[:0]), r"prompts \(0, 6\) .* at least one"),
+        ((prompts, mask.astype(int)), "prompt_mask: dtype int64, expected bool"),
+        ((prompts.tolist(), mask), r"prompts: expected an array \[prompts, prompt_length\], got a list"),
     ):
         with pytest.raises(UserError, match=message):
             engine(*arrays, tiny.keys(), tiny.SAMPLES)
+    with pytest.raises(UserError, match="response_length = 0, samples_per_prompt = 2: expected at least 1"):
+        engine(prompts, mask, tiny.keys(), tiny.SAMPLES, response_length=0)
 
 
 def test_one_trace_for_all_numbers() -> None:

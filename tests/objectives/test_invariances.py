@@ -12,6 +12,7 @@ from ragged import LENGTH, ROWS, gradient, loss_and_gradient, ragged
 from rlstab_jax import objectives as o
 from rlstab_jax.objectives import ObjectiveConfig, advantages_of, build, coefficients, surrogate
 from rlstab_jax.objectives.config import RecipeName
+from rlstab_jax.types import UserError
 
 NAMES = get_args(RecipeName)
 # With every regulariser, so that they obey the same invariances.
@@ -108,6 +109,17 @@ def test_a_broken_reward_silences_its_group_only(value: float) -> None:
         result, whole = gradient(objective, scores, broken), gradient(objective, scores, rewards)
         np.testing.assert_array_equal(result[scores.groups == 4], 0.0)
         close(result[scores.groups != 4], whole[scores.groups != 4])
+
+
+@pytest.mark.parametrize("groups", [[10, 10, 11, 11], [0, 0, -1, -1]])
+def test_groups_that_are_no_numbers_of_rows_are_refused(groups: list[int]) -> None:
+    """Sums over segments would leave those rows out."""
+    rewards, mask = np.float32([1, 0, 1, 0]), np.ones((4, 3), bool)
+    for piece in (o.advantages.group_mean, o.advantages.leave_one_out):
+        with pytest.raises(UserError, match=r"groups: (10|-1), expected numbers in \[0, 4\)"):
+            piece(rewards, np.array(groups))
+    with pytest.raises(UserError, match="groups: "):
+        o.normalise.group_length_mean(mask, np.array(groups))
 
 
 @pytest.mark.parametrize("name", ["gspo", "rspo"])

@@ -12,7 +12,7 @@ from ragged import gradient, ragged
 
 from rlstab_jax import objectives as o
 from rlstab_jax.objectives.config import Estimator, RecipeName
-from rlstab_jax.types import Scores
+from rlstab_jax.types import Scores, UserError
 
 MANY = settings(max_examples=12, deadline=None)
 Published = Callable[[np.ndarray], float]  # log pi_theta of every token -> the objective J to maximise
@@ -278,6 +278,8 @@ def test_no_importance_sampling_is_blind_to_the_inference_engine() -> None:
     for cap_on in ("product", "discrepancy"):
         objective = o.minirl(importance_sampling=False, cap_on=cap_on)
         np.testing.assert_array_equal(gradient(objective, scores, rewards), gradient(objective, moved, rewards))
+    with pytest.raises(UserError, match="cap_on = 'prodct': expected 'product' or 'discrepancy'"):
+        o.minirl(cap_on="prodct")
 
 
 def test_infinite_eps_and_cap_switch_clipping_and_truncation_off() -> None:

@@ -75,6 +75,8 @@ def test_text_and_ids(tmp_path: Path) -> None:
     four, two = tokenizer.encode("4"), tokenizer.encode("2")
     assert tokenizer.decode([*four, 0, 2, *two]) == "4<|endoftext|><|im_end|>2"
     assert tokenizer.decode([*four, 100_000, *two, 99_999]) == "4<unknown token 100000>2<unknown token 99999>"
+    with pytest.raises(UserError, match="half of a character"):
+        tokenizer.encode("2 \ud83d 4")
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,8 @@ def test_messages_and_text(tmp_path):
     text, messages = questions(written(tmp_path / "a.jsonl", RECORDS))
     assert (text.asked, text.answer, text.demonstration) == ("1 + 1 =", "2", "")
     assert messages.asked == tuple(RECORDS[1]["prompt"])
+    (huge,) = questions(written(tmp_path / "c.jsonl", [{"prompt": "10^400 =", "answer": 10**400}]))
+    assert huge.answer == str(10**400)
     renamed = {"messages": RECORDS[1]["prompt"], "gold": 0.5, "how": "Half."}
     (question,) = questions(written(tmp_path / "b.jsonl", [renamed]), fields=Fields(answer="gold", demonstration="how"))
     assert (question.asked, question.answer, question.demonstration) == (messages.asked, "0.5", "Half.")

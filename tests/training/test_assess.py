@@ -217,7 +217,7 @@ def test_an_evaluation_that_was_killed_goes_on(
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(assessing, "append", killed)
-        assert evaluate(trained, questions, out, "--right-from", 0.0) == 130
+        assert evaluate(trained, questions, out, "--right-from", 0.0, "--fresh") == 130
     assert not (out / "eval.json").exists()
     capsys.readouterr()
     assert evaluate(trained, questions, out, "--right-from", 0.0) == 0

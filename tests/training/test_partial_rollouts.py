@@ -14,6 +14,7 @@ from rlstab_jax.learner import PolicyScores, score
 from rlstab_jax.learner.score import replayed_routes
 from rlstab_jax.tasks import prompt_iterator
 from rlstab_jax.training import partial
+from rlstab_jax.training.config import MAY_CHANGE, may_change
 from rlstab_jax.training.engines import build, initial_params
 from rlstab_jax.training.partial import Unfinished, begin, go_on
 from rlstab_jax.training.queue import blank
@@ -113,6 +114,9 @@ def test_rounds_keep_no_live_log_probs_that_are_not_asked_for() -> None:
     restored = blank(engines)[1]
     assert isinstance(restored, Unfinished)
     assert begun.live is restored.live is None
+    fields = {name for name in MAY_CHANGE if name not in may_change(engines.config)}
+    assert fields == {"learner.live_gap"}  # another queue; without partial rollouts it is none
+    assert may_change(configured()) == MAY_CHANGE
 
 
 def test_a_run_with_partial_rollouts(tmp_path: Path) -> None:
