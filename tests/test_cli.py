@@ -199,10 +199,11 @@ def test_what_is_left_and_the_same_command_again(run: Path, capsys: pytest.Captu
     }
     assert {"config", "versions", "devices", "mesh", "seed", "command"} <= set(manifest)
     before = (run / "metrics.jsonl").read_bytes()
-    assert again(run) == 0
+    assert again(run, "--profile", 2) == 0
     assert (run / "metrics.jsonl").read_bytes() == before
-    assert again(run, "--steps", 8, "--profile", 5) == 1
-    assert "profile = 5: the global steps to be made are 3 to 4" in capsys.readouterr().err
+    for step in (0, 5):
+        assert again(run, "--steps", 8, "--profile", step) == 1
+        assert f"profile = {step}: expected a global step of the run, from 1 to 4" in capsys.readouterr().err
     assert again(run, "--steps", 8) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"run: {run}"

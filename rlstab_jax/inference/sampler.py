@@ -62,8 +62,8 @@ def sample(
       The rollout, [prompts * samples_per_prompt] rows.
 
     Raises:
-      UserError: an empty prompt, a token id outside the vocabulary, a number of ``sampling`` outside its range, another
-        number of keys than of responses.
+      UserError: no prompt or an empty one, a token id outside the vocabulary, a mask that is not bool, no response, a
+        number of ``sampling`` outside its range, another number of keys than of responses.
     """
     vocab_size = model.config.vocab_size
     check_request(prompts, prompt_mask, keys, sampling, samples_per_prompt, response_length, vocab_size)

@@ -218,8 +218,8 @@ def _train(
     """From ``state`` to the run's end, or to a stop; returns whether it is complete."""
     config = engines.config
     last = progress.global_steps - (progress.gradient_steps - config.gradient_steps) // config.minibatches
-    if profile is not None and not progress.global_steps < profile <= last:
-        raise UserError(f"profile = {profile}: the global steps to be made are {progress.global_steps + 1} to {last}")
+    if profile is not None and not 1 <= profile <= last:  # one that is made already is none: the same command goes on
+        raise UserError(f"profile = {profile}: expected a global step of the run, from 1 to {last}")
     state = dataclasses.replace(state, reference=engines.making.place(state.reference))  # once
     data = prompt_iterator(engines.task.split("train"), config.prompts_per_step, seed=config.seed)
     if progress.prompts:
