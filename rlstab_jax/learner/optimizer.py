@@ -11,7 +11,9 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
+from rlstab_jax.learner.loss_scale import LossScale, init_loss_scale
 from rlstab_jax.learner.predictor import Predictor, init_predictor
+from rlstab_jax.models.precision import Precision
 from rlstab_jax.models.sharding import logical_axes
 from rlstab_jax.parallel.host_memory import HOST, kept_like, on_device
 from rlstab_jax.parallel.sharding import Rules, shardings
@@ -36,12 +38,14 @@ class LearnerNumbers:
 
 @struct.dataclass
 class TrainState:
-    """What an update changes: float32 parameters, the optimiser's state, gradient steps taken, PR2's predictors."""
+    """What an update changes: float32 parameters, the optimiser's state, gradient steps taken, PR2's predictors, and
+    in float16 the loss's scale."""
 
     params: dict
     opt_state: Any
     step: Int[Array, ""]
     predictor: Predictor | None = None
+    loss_scale: LossScale | None = None
 
 
 def optimizer(numbers: LearnerNumbers, step: Int[Array, ""] | int) -> optax.GradientTransformation:
@@ -64,15 +68,21 @@ def learning_rate(numbers: LearnerNumbers, step: Int[Array, ""] | int) -> Float[
 
 
 def init_state(
-    params: dict, numbers: LearnerNumbers, moments_dtype: str = "float32", predictor: bool = False
+    params: dict,
+    numbers: LearnerNumbers,
+    moments_dtype: str = "float32",
+    predictor: bool = False,
+    precision: Precision | None = None,
 ) -> TrainState:
-    """A state at gradient step 0, with Adam's moments in ``moments_dtype``, and if PR2 needs it a ``predictor``."""
+    """A state at gradient step 0, with Adam's moments in ``moments_dtype``, if PR2 needs it a ``predictor``, and the
+    loss's scale if the training engine's ``precision`` needs one."""
 
     def typed(leaf: Array) -> Array:
         return leaf.astype(moments_dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
     opt_state = jax.tree.map(typed, optimizer(numbers, 0).init(params))
-    return TrainState(params, opt_state, jnp.int32(0), init_predictor(params) if predictor else None)
+    predictors = init_predictor(params) if predictor else None
+    return TrainState(params, opt_state, jnp.int32(0), predictors, init_loss_scale(precision or Precision()))
 
 
 def state_shardings(mesh: Mesh, state: TrainState, rules: Rules) -> TrainState:

@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from rlstab_jax.learner import TrainState, init_state
+from rlstab_jax.learner.loss_scale import scaled_gradient
 from rlstab_jax.learner.score import policy_scores
 from rlstab_jax.learner.update import LearnerConfig, LearnerNumbers, accumulate, apply_gradient
 from rlstab_jax.models import Transformer
@@ -186,7 +187,8 @@ def _train(
     config = engines.config.cold_start
     learner = LearnerConfig(learning_rate=config.learning_rate, warmup_steps=0)
     numbers = learner.numbers()
-    template = engines.placed_like(lambda: init_state(initial_params(engines.training, 0), numbers))
+    fresh = partial(init_state, numbers=numbers, precision=engines.config.learner.precision)
+    template = engines.placed_like(lambda: fresh(initial_params(engines.training, 0)))
     saves, begun = _unfinished(saves, template, say)
     prompts = prompt_iterator(task.split("train"), config.batch_size, seed=config.seed + 1)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
@@ -204,7 +206,7 @@ def _train(
     micro_batches = _micro_batches(engines.config, engines.row_shards)
     step, best, saved = 0, 0.0, time.monotonic()
     if begun is None:
-        state = engines.place(init_state(params, numbers))
+        state = engines.place(fresh(params))
     else:
         jax.tree.map(lambda leaf: leaf.delete(), params)  # there may be no room for them
         step, state, progress = begun
@@ -341,6 +343,8 @@ def supervised_update(
         scores, _ = policy_scores(model, {"params": params}, part, None, logits_per_chunk)
         return -scores.log_probs.sum() / tokens, {}
 
-    value, _, gradient = accumulate(loss, state.params, batch, micro_batches)
+    value, _, gradient, loss_scale = scaled_gradient(
+        state.loss_scale, lambda scale: accumulate(loss, state.params, batch, micro_batches, scale)
+    )
     state, _ = apply_gradient(state, gradient, numbers)
-    return state, value
+    return dataclasses.replace(state, loss_scale=loss_scale), value

@@ -50,8 +50,8 @@ Metrics = dict[str, float]
 
 def first_train_state(engines: EnginePair, params: dict) -> TrainState:
     """What training begins with at ``params``."""
-    moments, predictor = engines.config.learner.moments_dtype, engines.replay is RoutingReplay.PR2
-    return init_state(params, engines.numbers, moments, predictor)
+    learner, predictor = engines.config.learner, engines.replay is RoutingReplay.PR2
+    return init_state(params, engines.numbers, learner.moments_dtype, predictor, learner.precision)
 
 
 def global_step(

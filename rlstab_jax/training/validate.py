@@ -190,11 +190,6 @@ def _precision(config: RunConfig) -> None:
             f"learner.precision: the training engine is not quantised, but its formats are {', '.join(formats)}: "
             "set them to none and choose learner.precision.dtype"
         )
-    if precision.dtype == "float16":
-        raise UserError(
-            "learner.precision.dtype = 'float16': gradients below 6e-8 would vanish, since the loss is not scaled; "
-            "choose float32 or bfloat16 (float16 is for rollout.precision)"
-        )
 
 
 def _learner(config: RunConfig) -> None:

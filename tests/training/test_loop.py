@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from rlstab_jax.inference import prepare
 from rlstab_jax.inference.sampler import sample_batch
 from rlstab_jax.learner import init_state, score, update
+from rlstab_jax.learner.loss_scale import BEGIN
 from rlstab_jax.metrics import METRICS, OPTIONAL, describe
 from rlstab_jax.models import Precision
 from rlstab_jax.objectives.config import RecipeName
@@ -28,7 +29,7 @@ from rlstab_jax.training.run import Progress, train
 from rlstab_jax.types import RoutingReplay
 from tests.training import tiny_run
 
-FLOAT32 = Precision()
+FLOAT32, HALF = Precision(), Precision(dtype="float16")
 
 
 def configured(**changes: Any) -> RunConfig:
@@ -347,13 +348,15 @@ def test_packing_changes_nothing() -> None:
 
 
 def test_a_reference_is_frozen_and_survives_a_resume(tmp_path: Path) -> None:
-    """So do moments in bfloat16, off the device, and the routes of the reference; frozen routers stay."""
+    """So do moments in bfloat16, off the device, the routes of the reference, and in float16 the loss's scale; frozen
+    routers stay."""
     config = configured(
         objective={"kl_coefficient": 0.1, "kl_estimator": "k3"},
         evaluation={"every": 0},
         learner={
             "moments_dtype": "bfloat16",
             "offload_optimizer": True,
+            "precision": HALF,
             "replay_of": "initial",
             "freeze": ("router",),
         },
@@ -370,10 +373,13 @@ def test_a_reference_is_frozen_and_survives_a_resume(tmp_path: Path) -> None:
     engines = build(config)
     first = initial_params(engines.training, 0)
     with Checkpoints(tmp_path / "resumed" / "checkpoints", read_only=True) as checkpoints:
-        restored = checkpoints.restore(loop.RunState(init_state(first, engines.numbers, "bfloat16"), first))
+        template = init_state(first, engines.numbers, "bfloat16", precision=HALF)
+        restored = checkpoints.restore(loop.RunState(template, first))
     assert restored is not None
     step, state, progress = restored
     assert (step, Progress(**progress).gradient_steps) == (6, 12)
+    assert (state.train.loss_scale.scale, state.train.loss_scale.updates) == (BEGIN, 12)
+    assert set(columns["whole"]["learner/loss_scale"][1:]) == {BEGIN}
     jax.tree.map(np.testing.assert_array_equal, state.reference, first)
     for (path, now), before in zip(jax.tree.leaves_with_path(state.train.params), jax.tree.leaves(first), strict=True):
         assert (now != before).any() != ("router" in jax.tree_util.keystr(path)), path

@@ -1,0 +1,74 @@
+"""Dynamic loss scaling, for a training engine in float16 (mixed-precision training, 1710.03740).
+
+Gradients below 6e-8 would vanish in float16, so the loss is multiplied by a power of two, and its gradient, once in
+float32, divided by it. Elsewhere an update whose gradient overflows is left out; here its gradient is taken anew with
+half the scale, so that no rollout is lost and runs of other precisions make the same updates on the same data.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from rlstab_jax.models.precision import Precision
+
+BEGIN, LARGEST = 2.0**16, 2.0**24
+# Updates without overflow after which the scale doubles: usually ten times as many, but runs of RL have hundreds.
+PATIENCE = 200
+
+
+@struct.dataclass
+class LossScale:
+    """What the loss is multiplied by, and how many updates in a row that has overflown nothing."""
+
+    scale: Float[Array, ""]
+    updates: Int[Array, ""]
+
+
+def init_loss_scale(precision: Precision) -> LossScale | None:
+    """For a training engine of that precision; None where gradients have the range of float32."""
+    return LossScale(jnp.float32(BEGIN), jnp.int32(0)) if precision.dtype == "float16" else None
+
+
+def scaled_gradient(
+    kept: LossScale | None, compute: Callable[[Float[Array, ""] | None], tuple[Array, Any, Any]]
+) -> tuple[Float[Array, ""], Any, Any, LossScale | None]:
+    """The loss, what comes with it, and the gradient, at the largest scale that overflows nothing.
+
+    Args:
+      kept: the scale to begin with; None for no scaling.
+      compute: gives them from a loss that is multiplied by its argument, if any.
+
+    Returns:
+      The three, of the loss itself, and the scale to begin the next update with. A gradient that is not finite at any
+      scale down to 1 is not for want of range: it is returned as it is, and the scale stays.
+    """
+    if kept is None:
+        return *compute(None), None
+
+    def attempt(state: tuple) -> tuple:
+        scale, _ = state
+        return scale / 2, compute(scale)
+
+    def overflows(state: tuple) -> Array:
+        scale, (_, _, gradient) = state
+        return ~jnp.isfinite(optax.tree.norm(gradient)) & (scale >= 1)
+
+    # The first attempt is one of the loop's, so that there is one program of the gradient.
+    value, rest, gradient = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute, kept.scale))
+    unknown = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), gradient)
+    below, (value, rest, gradient) = jax.lax.while_loop(overflows, attempt, (kept.scale, (value, rest, unknown)))
+    used = below * 2
+    value, gradient = value / used, jax.tree.map(lambda leaf: leaf / used, gradient)
+    updates = jnp.where(used == kept.scale, kept.updates + 1, 0)
+    grown = updates == PATIENCE
+    following = LossScale(
+        jnp.where(grown, jnp.minimum(2 * used, LARGEST), used),
+        jnp.where(grown, 0, updates),
+    )
+    finite = jnp.isfinite(optax.tree.norm(gradient))
+    return value, rest, gradient, jax.tree.map(lambda new, old: jnp.where(finite, new, old), following, kept)
