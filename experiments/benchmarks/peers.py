@@ -19,7 +19,7 @@ import numpy as np
 
 from experiments.benchmarks.common import Contender, Missing
 from rlstab_jax.models import ModelConfig
-from rlstab_jax.models.decode import layer_variables
+from rlstab_jax.models.by_layer import layers_of
 
 HUGGING_FACE = {  # name -> (how experts are computed, the cache): the engines that `generate` is timed with
     "transformers, eager experts": ("eager", None),
@@ -68,7 +68,7 @@ Engine = tuple[Callable[[], np.ndarray], Callable[[], object]]  # logits of the 
 
 def _layers(config: ModelConfig, params: dict) -> list[dict]:
     """Our parameters by layer, as NumPy arrays."""
-    return [jax.tree.map(np.asarray, layer["params"]) for layer in layer_variables(config, {"params": params})]
+    return [jax.tree.map(np.asarray, layer["params"]) for layer in layers_of({"params": params})]
 
 
 def hugging_face_state(config: ModelConfig, params: dict) -> dict[str, np.ndarray]:

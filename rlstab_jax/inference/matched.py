@@ -18,7 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlstab_jax.inference.sampling import Sampling, check_request, distribution, draw
 from rlstab_jax.inference.slots import empty_responses, prefill
-from rlstab_jax.models.decode import decode_step, layer_variables
+from rlstab_jax.models.by_layer import layers_of
+from rlstab_jax.models.decode import decode_step
 from rlstab_jax.models.layers import KeyValues, Past, rotations
 from rlstab_jax.models.transformer import Transformer, embed, finish, logits_of
 from rlstab_jax.types import Rollout, Routes, route_dtype
@@ -55,7 +56,7 @@ def sample_matched(
 ) -> Rollout:
     """`sample`, with log-probs and routes that `score_matched` at the same weights gives again, bit for bit."""
     vocab_size = model.config.vocab_size
-    rows = check_request(prompts, prompt_mask, keys, sampling, samples_per_prompt, response_length, vocab_size)
+    rows = check_request(prompts, prompt_mask, keys, sampling, samples_per_prompt, response_length, vocab_size, support)
     repeat = partial(jnp.repeat, repeats=samples_per_prompt, axis=0)
     none = jnp.full((rows, response_length), -1, jnp.int32)
     kept = jnp.full((rows, response_length, min(support, model.config.vocab_size)), -1, jnp.int32) if support else None
@@ -109,7 +110,7 @@ def matched_pass(
 
     With a ``kept``, distributions are truncated to at most K tokens: to those given, or else (-1) as ``sampling`` asks.
     """
-    row = partial(_row, model, variables, layer_variables(model.config, variables))
+    row = partial(_row, model, variables, layers_of(variables))
     out = jax.lax.map(
         lambda arguments: row(*arguments),
         (prompts, prompt_mask, keys, sampling, given, kept, jnp.moveaxis(routes, 1, 0)),

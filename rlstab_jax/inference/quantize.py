@@ -6,14 +6,15 @@ import jax
 from flax import traverse_util
 from jax.sharding import Mesh
 
+from rlstab_jax.models.by_layer import by_layer
 from rlstab_jax.models.layers import SCALE
 from rlstab_jax.models.precision import Precision, saturate, store_weight
 from rlstab_jax.models.sharding import logical_axes, scale_axes
 from rlstab_jax.parallel.sharding import INFERENCE, TRAINING, constrain
 
 
-@partial(jax.jit, static_argnames=("precision", "mesh"))
-def prepare(params: dict, precision: Precision, mesh: Mesh | None = None) -> dict:
+@partial(jax.jit, static_argnames=("precision", "mesh", "stacked"))
+def prepare(params: dict, precision: Precision, mesh: Mesh | None = None, stacked: bool = False) -> dict:
     """Casts, quantises and lays out parameters for an engine, in one compiled call.
 
     Linear layers and experts are stored in ``precision.weights``; router and LM head as ``precision.router``
@@ -25,9 +26,11 @@ def prepare(params: dict, precision: Precision, mesh: Mesh | None = None) -> dic
       precision: the engine's.
       mesh: where there are several devices, the result is laid out by the table `INFERENCE`. A scale lies with its
         values; it is whole on each device where a block of values is not.
+      stacked: leave layers stacked, as `Transformer.apply` takes them.
 
     Returns:
-      Variables to apply the model with: {"params": ..., "weight_scale": ...}.
+      Variables for `forward` and the samplers, by layer (`models.by_layer`): {"params": ..., "weight_scale": ...,
+      "layers": ...}.
     """
     flat = traverse_util.flatten_dict(params)
     names = traverse_util.flatten_dict(logical_axes(params))
@@ -57,4 +60,5 @@ def prepare(params: dict, precision: Precision, mesh: Mesh | None = None) -> dic
         values[path] = value
         if scale is not None:
             scales[path] = scale
-    return {"params": traverse_util.unflatten_dict(values), SCALE: traverse_util.unflatten_dict(scales)}
+    variables = {"params": traverse_util.unflatten_dict(values), SCALE: traverse_util.unflatten_dict(scales)}
+    return variables if stacked else by_layer(variables)

@@ -66,7 +66,7 @@ def sample(
         number of ``sampling`` outside its range, another number of keys than of responses.
     """
     vocab_size = model.config.vocab_size
-    check_request(prompts, prompt_mask, keys, sampling, samples_per_prompt, response_length, vocab_size)
+    check_request(prompts, prompt_mask, keys, sampling, samples_per_prompt, response_length, vocab_size, support)
     spare = spare_columns(prompt_mask)
     rollout = sample_batch(
         model,

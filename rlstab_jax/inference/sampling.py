@@ -222,6 +222,7 @@ def check_request(
     samples_per_prompt: int,
     response_length: int,
     vocab_size: int,
+    support: int,
 ) -> int:
     """The number of responses that are asked for. Raises UserError for what no sampler can answer."""
     check_prompts(prompts, prompt_mask, vocab_size)
@@ -230,9 +231,25 @@ def check_request(
         raise UserError(f"{lengths}: expected at least 1 of each")
     rows = np.shape(prompts)[0] * samples_per_prompt
     sampling.validate(rows)
+    _check_tokens(sampling, vocab_size, support)
     if keys.shape != (rows,):
         raise UserError(f"keys {keys.shape}: expected one for each of {rows} responses, as `sample_keys` makes them")
     return rows
+
+
+def _check_tokens(sampling: Sampling, vocab_size: int, support: int) -> None:
+    """Raises UserError for stop tokens that do not exist and for a top-k that keeps more than the support holds."""
+    if not isinstance(sampling.stop_ids, jax.core.Tracer):
+        largest = np.max(sampling.stop_ids, initial=0)
+        if largest >= vocab_size:
+            raise UserError(
+                f"sampling.stop_ids = {largest}: expected token ids from 0 to {vocab_size - 1}: does the tokeniser "
+                "belong to this model?"
+            )
+    if 0 < support < vocab_size and not isinstance(sampling.top_k, jax.core.Tracer):
+        largest = np.max(sampling.top_k)
+        if largest > support:
+            raise UserError(f"sampling.top_k = {largest} with support = {support}: expected a support of at least top_k")
 
 
 def check_prompts(

@@ -11,7 +11,8 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from rlstab_jax.inference.sampling import Draw, Sampling, draw
-from rlstab_jax.models.decode import decode_step, depth_first, layer_variables
+from rlstab_jax.models.by_layer import LAYERS, layers_of
+from rlstab_jax.models.decode import decode_step, depth_first
 from rlstab_jax.models.layers import KeyValues, Past, rotations
 from rlstab_jax.models.transformer import Transformer, embed, finish, forward, logits_of
 from rlstab_jax.parallel.distributed import on_host
@@ -83,11 +84,8 @@ def prefill(
     """Feeds right-aligned prompts."""
     output = forward(model, variables, prompts, prompt_mask)
     logits = logits_of(model, variables, output.hidden[:, -1])
-    return Prefill(
-        logits,
-        depth_first(model.config, output.keys_values),
-        None if output.routing is None else output.routing.used,
-    )
+    keys_values = output.keys_values if LAYERS in variables else depth_first(model.config, output.keys_values)
+    return Prefill(logits, keys_values, None if output.routing is None else output.routing.used)
 
 
 def empty_responses(prompt: list[KeyValues], slots: int, window: int) -> list[KeyValues]:
@@ -142,7 +140,7 @@ def decode(
 
     The window must have room for them. Returns the number of the step that was not made any more as well.
     """
-    layers = layer_variables(model.config, variables)
+    layers = layers_of(variables)
     prompt_count = _by_row(slots.prompt_mask.sum(1), slots)
     window = jnp.arange(slots.window)
     turns = rotations(slots.prompt_mask.shape[1] + slots.window, model.config)

@@ -22,8 +22,7 @@ import optax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from rlstab_jax.models.config import ModelConfig
-from rlstab_jax.models.decode import layer_variables
+from rlstab_jax.models.by_layer import layers_of
 from rlstab_jax.models.layers import PREDICTOR, Routing
 from rlstab_jax.stability.reduce import Statistics, mean_of
 from rlstab_jax.types import masked
@@ -107,18 +106,16 @@ def _at(x: Float[Array, "layer batch fed n"], columns: Int[Array, "batch kept"])
 
 
 def divergence(
-    config: ModelConfig, weights: dict, observed: Observed, scores: Float[Array, "layer batch fed expert"]
+    weights: dict, observed: Observed, scores: Float[Array, "layer batch fed expert"]
 ) -> tuple[Float[Array, ""], Statistics]:
     """KL(rho_theta || rho_hat), summed over layers and tokens, and what is logged of it. Differentiable in ``weights``.
 
     Args:
-      config: of the model.
       weights: of the `Predictor`.
       observed: of the same rows as ``scores``.
       scores: log rho_theta of every fed token, as in `Routing`.
     """
-    layers = [layer[PREDICTOR] for layer in layer_variables(config, {PREDICTOR: weights})]
-    stacked = jnp.stack([layer["moe"]["predictor"] for layer in layers if layer])
+    stacked = jnp.stack([layer[PREDICTOR]["moe"]["predictor"] for layer in layers_of({PREDICTOR: weights})])
     shape = (*observed.columns.shape, len(stacked), -1)
     old, inputs = observed.log_probs.reshape(shape), observed.inputs.reshape(shape).astype(jnp.float32)
     now = jax.lax.stop_gradient(_at(scores, observed.columns)).reshape(shape)

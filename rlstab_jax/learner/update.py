@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from rlstab_jax.learner.loss_scale import scaled_gradient
 from rlstab_jax.learner.optimizer import LearnerNumbers, TrainState, apply_gradient
 from rlstab_jax.learner.packing import Packing
 from rlstab_jax.learner.predictor import Observed, divergence, fed_alone, learn
@@ -67,7 +68,8 @@ class LearnerConfig:
     offload_optimizer: bool = False
     """Keep Adam's moments in the host's memory between updates."""
     precision: Precision = dataclasses.field(default_factory=Precision)
-    """Number formats of the training engine."""
+    """Number formats of the training engine. In float16 the loss is scaled, such that gradients neither vanish nor
+    overflow: by twice as much after 200 updates, and by half where a gradient overflows, which is then taken anew."""
     replay: Literal["live", "r2", "r3", "pr2"] = "r3"
     """Routing replay: none, the old pass's routes (R2), the inference engine's (R3), or those that the old pass
     foretells (PR2)."""
@@ -125,9 +127,17 @@ def router_losses(sums: RouterSums, load: Array, tokens: Array, numbers: Learner
     return numbers.load_balance * balance + numbers.router_z * jnp.sum(sums.z / tokens)
 
 
-def accumulate(loss: Any, params: Any, parts: Any, micro_batches: int) -> tuple[Array, Statistics, Any]:
-    """Sums loss, statistics and gradients over micro-batches. ``loss(params, part) -> (scalar sum, statistics)``."""
-    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+def accumulate(
+    loss: Any, params: Any, parts: Any, micro_batches: int, scale: Float[Array, ""] | None = None
+) -> tuple[Array, Statistics, Any]:
+    """Sums loss, statistics and gradients over micro-batches. ``loss(params, part) -> (scalar sum, statistics)``, of
+    which the sum is multiplied by ``scale``."""
+
+    def scaled(params: Any, part: Any) -> tuple[Array, Statistics]:
+        value, statistics = loss(params, part)
+        return (value if scale is None else value * scale), statistics
+
+    value_and_grad = jax.value_and_grad(scaled, has_aux=True)
     if micro_batches == 1:
         (value, statistics), gradient = value_and_grad(params, parts)
         return value, statistics, gradient
@@ -215,7 +225,7 @@ def update(
             value += router_losses(routing.sums, load, tokens, numbers, model.config.experts_per_token)
         statistics = _statistics(model, jax.lax.stop_gradient(scores), parts, part, jax.lax.stop_gradient(routing))
         if predictor is not None and part.observed is not None and routing is not None:
-            kl, of_predictor = divergence(model.config, predictor, part.observed, routing.scores)
+            kl, of_predictor = divergence(predictor, part.observed, routing.scores)
             value += (kl - jax.lax.stop_gradient(kl)) / observed  # the loss of other parameters: its gradient alone
             statistics |= of_predictor
         return value, statistics
@@ -223,13 +233,17 @@ def update(
     observed = 1 if old.observed is None else jnp.maximum(old.observed.valid.sum(), 1)
     foretelling = state.predictor
     trained = state.params, None if foretelling is None else foretelling.weights
-    value, statistics, (gradient, of_predictor) = accumulate(loss, trained, part, micro_batches)
+    value, statistics, (gradient, of_predictor), loss_scale = scaled_gradient(
+        state.loss_scale, lambda scale: accumulate(loss, trained, part, micro_batches, scale)
+    )
     state, measures = apply_gradient(state, gradient, numbers, freeze)
-    state = dataclasses.replace(state, params=laid_out(state.params, model.layout))
+    state = dataclasses.replace(state, params=laid_out(state.params, model.layout), loss_scale=loss_scale)
     if foretelling is not None and teach is not None:
         state = dataclasses.replace(state, predictor=learn(foretelling, of_predictor, numbers, teach))
     if packing is not None:
         measures["learner/packed_rows"] = jnp.float32(packing.source.shape[0])
+    if loss_scale is not None:
+        measures["learner/loss_scale"] = loss_scale.scale
     return state, statistics, {"learner/loss": value, **measures}
 
 

@@ -1,4 +1,4 @@
-"""One token at a time: the model's blocks, unrolled over layers, on slices of the stacked parameters."""
+"""One token at a time: the model's blocks, unrolled over layers."""
 
 from dataclasses import replace
 from typing import Any
@@ -22,18 +22,6 @@ def depth_first(config: ModelConfig, stacked: list[Any]) -> list[Any]:
     return layers
 
 
-def layer_variables(config: ModelConfig, variables: dict) -> list[dict]:
-    """The variables of each `Block` in depth order, sliced from the stacked ones: once, outside the token loop."""
-    collections = {}
-    for collection, tree in variables.items():
-        stacked = [
-            tuple(tree.get(f"segment_{s}", {}).get(f"block_{i}", {}) for i in range(len(kinds)))
-            for s, (kinds, _) in enumerate(config.segments)
-        ]
-        collections[collection] = depth_first(config, stacked)
-    return [dict(zip(collections, layer, strict=True)) for layer in zip(*collections.values(), strict=True)]
-
-
 def decode_step(
     model: Transformer,
     layers: list[dict],
@@ -46,14 +34,13 @@ def decode_step(
     """One token a row through all blocks, unrolled over layers: a scan would copy the whole cache at each step.
 
     Returns the residual stream before the final norm, the pasts with this token at their column, and the routing of
-    [layer, rows, 1] tokens. ``turn`` is the rotation at each row's position, [rows, 1, 1, c/2]; ``routes`` are to be
-    replayed, as in `Transformer.__call__`.
+    [layer, rows, 1] tokens. ``layers`` are the variables of each, see `by_layer.layers_of`. ``turn`` is the rotation at
+    each row's position, [rows, 1, 1, c/2]; ``routes`` are to be replayed, as in `Transformer.__call__`.
     """
     extended: list[Past] = []
     routing: list[Routing] = []
-    kinds = [moe for kinds, repeats in model.config.segments for moe in kinds * repeats]
     x = model.layout.constrain(x[:, None], "batch", "time", "embed")
-    for moe, variables, past in zip(kinds, layers, pasts, strict=True):
+    for moe, variables, past in zip(model.config.kinds, layers, pasts, strict=True):
         block = Block(model.config, moe, model.precision, model.kernels, model.layout)
         recorded = routes[len(routing)] if moe and routes is not None else None
         outputs: Any = block.apply(variables, x, turn, fed[:, None], recorded, past)

@@ -2,7 +2,7 @@
 
 RMSNorm, grouped-query attention with q/k norm and RoPE, a softmax router over all experts, top-k, SwiGLU experts.
 OLMoE and Mixtral differ in the q/k norm alone. Pure `init`/`apply`; routes are an input and an output. `decode`
-applies the same `Block` to slices of the stacked parameters.
+applies the same `Block` to one layer after the other, and so does `forward` where the variables lie by layer.
 """
 
 from typing import Any, cast
@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from rlstab_jax.models.attention_tpu import Segments
+from rlstab_jax.models.by_layer import LAYERS, layers_of
 from rlstab_jax.models.config import Kernels, ModelConfig
 from rlstab_jax.models.layers import (
     PREDICTOR,
@@ -38,7 +39,8 @@ from rlstab_jax.types import Routes, UserError
 
 @struct.dataclass
 class Output:
-    """Final hidden states [batch, time, d], the routing (None for a dense model), keys and values of each segment."""
+    """Final hidden states [batch, time, d], the routing (None for a dense model), keys and values: of each segment,
+    stacked, or where the variables lie by layer a list of those of each layer."""
 
     hidden: Float[Array, "batch time d"]
     routing: Routing | None
@@ -228,15 +230,33 @@ def forward(
     segments: Segments,
     routes: Routes | None = None,
 ) -> Output:
-    """`Transformer.__call__` on ``variables``. Raises UserError where the precision stores weights in another format
-    than theirs: they would be taken as they are, and no error of quantisation be seen.
+    """`Transformer.__call__` on ``variables``, stacked or by layer (`models.by_layer`).
+
+    Raises UserError where the precision stores weights in another format than theirs: they would be taken as they are,
+    and no error of quantisation be seen.
     """
-    if model.precision.weights != "none" and not variables.get(SCALE):
+    of_layers = variables.get(LAYERS, {}).values()
+    if model.precision.weights != "none" and not any(each.get(SCALE) for each in (variables, *of_layers)):
         raise UserError(
             f"the model's precision stores weights in {model.precision.weights}, but these are not quantised: pass "
             "inference.prepare(params, precision)"
         )
-    return cast(Output, model.apply(variables, tokens, segments, routes))
+    if LAYERS not in variables:
+        return cast(Output, model.apply(variables, tokens, segments, routes))
+    turn = rotations(tokens.shape[1], model.config).at(positions_in(segments))
+    x = model.layout.constrain(embed(model, variables, tokens), "batch", "time", "embed")
+    keys_values: list[KeyValues] = []
+    routing: list[Routing] = []
+    for moe, layer in zip(model.config.kinds, layers_of(variables), strict=True):
+        block = Block(model.config, moe, model.precision, model.kernels, model.layout, model.replay)
+        recorded = routes[len(routing)] if moe and routes is not None else None
+        outputs: Any = block.apply(layer, x, turn, segments, recorded)
+        x, kv, of_layer = outputs
+        keys_values.append(kv)
+        if moe:
+            routing.append(of_layer)
+    whole = jax.tree.map(lambda *layers: jnp.stack(layers), *routing) if routing else None
+    return Output(finish(model, variables, x), whole, keys_values)
 
 
 def embed(model: Transformer, variables: dict, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch d"]:

@@ -15,6 +15,7 @@ import tiny
 
 from rlstab_jax.inference import prepare
 from rlstab_jax.models import ModelConfig, Precision, fp8, quantised
+from rlstab_jax.models.by_layer import LAYERS
 from rlstab_jax.models.layers import SCALE
 from rlstab_jax.models.sharding import logical_axes
 from rlstab_jax.parallel.mesh import MeshConfig, make_mesh
@@ -30,31 +31,27 @@ PRECISIONS = {
     "int8 by block": quantised("int8", scales="block", block=8),
     "4 bits by block, router exempt": quantised("float4_e2m1fn", scales="block", block=32, quantise_router=False),
 }
-UP, DOWN, DENSE = (
-    ("segment_0", "block_0", "moe", "up"),
-    ("segment_0", "block_0", "moe", "down"),
-    ("segment_1", "block_0", "mlp", "up", "kernel"),
-)
+UP, DOWN, DENSE = ("0", "moe", "up"), ("0", "moe", "down"), ("1", "mlp", "up", "kernel")
 LM_HEAD = ("lm_head", "kernel")
 # Where scales lie on the mesh 1 x 2 x 2 x 2. The contracted axis of `down` and the columns of `up` are split in 2 x 8.
 SCALES = {
     "e4m3": {
-        UP: P(None, "expert", None, "tensor"),
-        DOWN: P(None, "expert", None, None),
+        UP: P("expert", None, "tensor"),
+        DOWN: P("expert", None, None),
         LM_HEAD: P(None, "tensor"),
-        DENSE: P(None, None, "tensor"),
+        DENSE: P(None, "tensor"),
     },
     "int8 by block": {
-        UP: P(None, "expert", None, "tensor"),
-        DOWN: P(None, "expert", "tensor", None),
+        UP: P("expert", None, "tensor"),
+        DOWN: P("expert", "tensor", None),
         LM_HEAD: P(None, "tensor"),
-        DENSE: P(None, None, None),  # 40 columns in two parts of 20, which no blocks of 8 fill
+        DENSE: P(None, None),  # 40 columns in two parts of 20, which no blocks of 8 fill
     },
     "4 bits by block, router exempt": {
-        UP: P(None, "expert", None, None),  # one block of 32 holds both parts
-        DOWN: P(None, "expert", None, None),
+        UP: P("expert", None, None),  # one block of 32 holds both parts
+        DOWN: P("expert", None, None),
         LM_HEAD: P(None, None),
-        DENSE: P(None, None, None),
+        DENSE: P(None, None),
     },
 }
 
@@ -69,9 +66,11 @@ def check(mesh: Mesh, name: str) -> None:
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
-    by_table = shardings(mesh, axes, INFERENCE)
-    assert jax.tree.all(jax.tree.map(lambda a, s: a.sharding.is_equivalent_to(s, a.ndim), got["params"], by_table))
-    scales = traverse_util.flatten_dict(got[SCALE])
+    for values in (got["params"], *(layer["params"] for layer in got[LAYERS].values())):
+        by_table = shardings(mesh, logical_axes(values), INFERENCE)
+        assert jax.tree.all(jax.tree.map(lambda a, s: a.sharding.is_equivalent_to(s, a.ndim), values, by_table))
+    scales = traverse_util.flatten_dict({depth: layer.get(SCALE, {}) for depth, layer in got[LAYERS].items()})
+    scales |= traverse_util.flatten_dict(got[SCALE])
     assert bool(scales) == (precision.weights != "none")
     for path, spec in SCALES.get(name, {}).items():
         scale = scales[path]

@@ -16,7 +16,8 @@ import tiny
 from flax import traverse_util
 
 from rlstab_jax.inference import prepare
-from rlstab_jax.models import Precision, fp8, quantised
+from rlstab_jax.inference.sampler import sample_batch
+from rlstab_jax.models import ModelConfig, Precision, fp8, quantised
 from rlstab_jax.models.layers import SCALE
 from rlstab_jax.models.transformer import embed, forward, logits_of
 
@@ -26,7 +27,7 @@ LINEAR = {"q", "k", "v", "o", "gate", "up", "down"}
 
 def with_scales(config: object, precision: Precision) -> set[str]:
     """Names of the parameters that have scales: the module's or, for experts, the parameter's own."""
-    flat = traverse_util.flatten_dict(prepare(tiny.parameters(config), precision)[SCALE])
+    flat = traverse_util.flatten_dict(prepare(tiny.parameters(config), precision, stacked=True)[SCALE])
     return {path[-2] if path[-1] == "kernel" else path[-1] for path in flat}
 
 
@@ -46,7 +47,7 @@ def test_exemptions(changes: dict, tied: set[str], untied: set[str]) -> None:
 
 def test_stored_values_and_scales() -> None:
     params = tiny.parameters()
-    variables = prepare(params, fp8(quantise_router=False, dtype="bfloat16"))
+    variables = prepare(params, fp8(quantise_router=False, dtype="bfloat16"), stacked=True)
     flat, scales, source = (
         traverse_util.flatten_dict(tree) for tree in (variables["params"], variables[SCALE], params)
     )
@@ -70,7 +71,7 @@ def test_stored_values_and_scales() -> None:
 
 def test_plain_engines() -> None:
     for dtype in ("float32", "bfloat16", "float16"):
-        flat = traverse_util.flatten_dict(prepare(tiny.parameters(UNTIED), Precision(dtype))["params"])
+        flat = traverse_util.flatten_dict(prepare(tiny.parameters(UNTIED), Precision(dtype), stacked=True)["params"])
         for path, leaf in flat.items():
             kept = path[-1] == "gain" or "router" in path
             assert leaf.dtype == (jnp.float32 if kept else jnp.dtype(dtype)), path
@@ -82,7 +83,7 @@ def test_a_float32_head_in_a_narrow_engine(precision: Precision) -> None:
     wide = dataclasses.replace(precision, float32_lm_head=True)
     for config, head in ((tiny.MIXED, ("embedding",)), (UNTIED, ("lm_head", "kernel"))):
         params = tiny.parameters(config)
-        plain, variables = prepare(params, precision), prepare(params, wide)
+        plain, variables = prepare(params, precision, stacked=True), prepare(params, wide, stacked=True)
         before, after, source = (traverse_util.flatten_dict(t) for t in (plain["params"], variables["params"], params))
         assert before.pop(head).dtype == jnp.bfloat16
         np.testing.assert_array_equal(after.pop(head), source[head], strict=True)
@@ -98,7 +99,7 @@ def test_a_float32_head_in_a_narrow_engine(precision: Precision) -> None:
 
 def test_float16_weights_saturate() -> None:
     params = jax.tree.map(lambda a: a * np.float32(1e6), tiny.parameters(UNTIED))
-    flat = traverse_util.flatten_dict(prepare(params, Precision("float16"))["params"])
+    flat = traverse_util.flatten_dict(prepare(params, Precision("float16"), stacked=True)["params"])
     largest = {path: np.abs(np.asarray(leaf, np.float32)).max() for path, leaf in flat.items()}
     assert {largest[path] for path, leaf in flat.items() if leaf.dtype == jnp.float16} == {65504.0}
 
@@ -106,7 +107,7 @@ def test_float16_weights_saturate() -> None:
 def test_scales_by_block() -> None:
     """Squares of 8 over input and output, per expert and layer; a tied embedding has the blocks of its transpose."""
     params = tiny.parameters()
-    scales = traverse_util.flatten_dict(prepare(params, fp8(scales="block", block=8))[SCALE])
+    scales = traverse_util.flatten_dict(prepare(params, fp8(scales="block", block=8), stacked=True)[SCALE])
     assert scales["embedding",].shape == (3, 4)  # 17 tokens, width 32
     up = "segment_0", "block_0", "moe", "up"
     assert scales[up].shape == (2, 8, 4, 2)
@@ -182,3 +183,23 @@ def test_laid_out_on_meshes() -> None:
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("equal in") == 4
+
+
+@pytest.mark.optimised
+def test_decoding_has_no_second_copy_of_the_weights() -> None:
+    """Stacked layers are taken apart outside the loop over tokens, which copies them; those that lie apart are not."""
+    config = ModelConfig(**(vars(SHALLOW) | {"expert_dim": 2048, "num_layers": 2}))
+    model = tiny.model(config)
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))
+    temporaries, stored = {}, 0
+    for stacked in (False, True):
+        prepared = functools.partial(prepare, precision=tiny.FLOAT32, stacked=stacked)
+        variables = jax.eval_shape(prepared, params["params"])
+        stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(variables))
+        program = sample_batch.lower(
+            model, variables, *tiny.prompts(), tiny.keys(), tiny.sampling(),
+            response_length=4, samples_per_prompt=tiny.SAMPLES, support=0, record_routes=True,
+        ).compile()  # fmt: skip
+        temporaries[stacked] = program.memory_analysis().temp_size_in_bytes
+    assert temporaries[False] < stored / 10
+    assert temporaries[True] > stored

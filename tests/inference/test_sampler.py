@@ -336,6 +336,7 @@ def test_under_truncation_equal_engines_have_equal_log_probs() -> None:
         ({"uniform": 1.5}, r"sampling.uniform = 1.5: expected from 0 \(no mixture\) to 1"),
         ({"stop_ids": np.zeros((3, 2), np.int32)}, r"sampling.stop_ids: shape \(3, 2\), expected \[n\], or \[8, n\]"),
         ({"stop_ids": np.int32([1, -1])}, "sampling.stop_ids = -1: expected token ids"),
+        ({"stop_ids": np.int32([1, 17])}, "sampling.stop_ids = 17: expected token ids from 0 to 16"),
         ({"min_new_tokens": np.int32([1, 2])}, r"sampling.min_new_tokens: shape \(2,\), expected .* each of 8 rows"),
     ],
 )
@@ -365,6 +366,8 @@ def test_prompts_that_no_model_can_read_are_refused() -> None:
             engine(*arrays, tiny.keys(), tiny.SAMPLES)
     with pytest.raises(UserError, match="response_length = 0, samples_per_prompt = 2: expected at least 1"):
         engine(prompts, mask, tiny.keys(), tiny.SAMPLES, response_length=0)
+    with pytest.raises(UserError, match="sampling.top_k = 6 with support = 5: expected a support of at least top_k"):
+        engine(prompts, mask, tiny.keys(), tiny.SAMPLES, support=5, sampling=tiny.sampling(top_k=6))
 
 
 def test_one_trace_for_all_numbers() -> None:

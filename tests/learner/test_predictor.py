@@ -106,7 +106,7 @@ def moved() -> dict:
 def test_divergence_and_its_gradient_by_hand() -> None:
     old = old_pass()
     _, routing = policy_scores(MODEL, {"params": moved()}, tiny.rollout(), old.routes, 2**20)
-    of = partial(divergence, CONFIG, observed=old.observed, scores=routing.scores)
+    of = partial(divergence, observed=old.observed, scores=routing.scores)
     (total, statistics), gradient = jax.value_and_grad(of, has_aux=True)(weights())
     valid = np.asarray(old.observed.valid)
     rows, place = np.nonzero(valid)
@@ -136,7 +136,7 @@ def test_only_the_predictors_learn_from_it_and_only_when_they_are_to() -> None:
     np.testing.assert_allclose(np.abs(step), 1e-2, rtol=1e-3)
     old = old_pass()
     _, routing = policy_scores(MODEL, {"params": tiny.parameters(CONFIG)}, tiny.rollout(), old.routes, 2**20)
-    gradient = jax.grad(lambda w: divergence(CONFIG, w, old.observed, routing.scores)[0])(weights())
+    gradient = jax.grad(lambda w: divergence(w, old.observed, routing.scores)[0])(weights())
     clear = np.abs(by_layer(gradient)) > 1e-4
     np.testing.assert_array_equal(np.sign(step)[clear], -np.sign(by_layer(gradient))[clear])
 
@@ -183,7 +183,7 @@ def test_what_an_update_changes_every_time_is_learnt() -> None:
 
     @jax.jit
     def lesson(predictor: Any) -> tuple[Any, dict]:
-        of = partial(divergence, CONFIG, observed=old.observed, scores=routing.scores)
+        of = partial(divergence, observed=old.observed, scores=routing.scores)
         (_, statistics), gradient = jax.value_and_grad(of, has_aux=True)(predictor.weights)
         return learn(predictor, gradient, numbers, True), statistics
 

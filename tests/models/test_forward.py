@@ -8,7 +8,7 @@ import tiny
 
 from rlstab_jax.inference import prepare
 from rlstab_jax.models import ModelConfig, Precision, fp8
-from rlstab_jax.models.decode import layer_variables
+from rlstab_jax.models.by_layer import layers_of
 from rlstab_jax.models.layers import RMSNorm, rotate, rotations
 from rlstab_jax.models.transformer import forward, logits_of
 
@@ -72,7 +72,7 @@ def mixed(cfg, p, x):
 def oracle(cfg, params, tokens):
     """Logits [time, vocab] and routes [layer, time, k] of one unpadded row."""
     x, routes = params["embedding"][tokens], []
-    for layer, p in enumerate(v["params"] for v in layer_variables(cfg, {"params": params})):
+    for layer, p in enumerate(v["params"] for v in layers_of({"params": params})):
         x = x + attended(cfg, p["attention"], norm(x, p["attention_norm"]["gain"], cfg.norm_eps))
         y = norm(x, p["mlp_norm"]["gain"], cfg.norm_eps)
         if cfg.kinds[layer]:
@@ -124,7 +124,7 @@ def test_routers_are_exact_in_engines_that_are_not(precision: Precision) -> None
     tokens = np.random.default_rng(2).integers(0, cfg.vocab_size, (1, 9))
     output = jax.jit(forward, static_argnums=0)(model, variables, jnp.asarray(tokens), jnp.ones((1, 9), bool))
     inputs = np.asarray(output.routing.inputs, np.float64)
-    kernels = [np.float64(v["params"]["moe"]["router"]["kernel"]) for v in layer_variables(cfg, {"params": params})]
+    kernels = [np.float64(v["params"]["moe"]["router"]["kernel"]) for v in layers_of({"params": params})]
     logits = np.einsum("lbtd,lde->lbte", inputs, kernels)
     scores = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     np.testing.assert_allclose(output.routing.scores, scores, atol=1e-5)
