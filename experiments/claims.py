@@ -204,6 +204,8 @@ LATER = (
              ("n8-clip-pr2",), ("n8-clip-r2",), primary=False),
     Contrast("FP16", "rollouts in fp16 end better than in bf16, a learner in float32 (their gaps are compared below)",
              "discrepancy", "higher", ("fp16",), ("bf16",)),
+    Contrast("FP16", "both engines in fp16 end better than both in bf16, as that work trains", "discrepancy", "higher",
+             ("both_fp16",), ("both_bf16",), primary=False),
 )  # fmt: skip
 LEADS = (
     Contrast("lead", f"without clipping and replay N = 8 collapses at {RATES[-1]:g}, more often than with both", _RATES,
@@ -235,6 +237,7 @@ DESCRIBED = (
     *(_less(_OFF, f"{_MINIBATCH} {size} responses less of 128, {routing}, N = 8", f"n8-clip-{mode}-batch{size}",
             f"n8-clip-{mode}") for size, mode, routing in ((64, "live", "live"), (64, "r3", "R3"), (256, "r3", "R3"))),
     _less(_OFF, "no cap on the weight less a cap of 5, live, N = 8", "n8-clip-live-nocap", "n8-clip-live"),
+    _less(_OFF, "a cap of 2 less a cap of 5, live, N = 8", "n8-clip-live-cap2", "n8-clip-live"),
     _less(_OFF, "a cap of 5 on pi_old/mu less one on pi_theta/mu, live, N = 8", "n8-clip-live-capfactor",
           "n8-clip-live"),
     _less(_ON, "without IS less with it, 4-bit rollouts", "no_is-4bit", "minirl-4bit"),

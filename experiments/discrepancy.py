@@ -20,10 +20,11 @@ PRECISIONS = {
     "e4m3_router_exempt": fp8("float8_e4m3fn", quantise_router=False),
     "e4m3_cache_exempt": fp8("float8_e4m3fn", kv_cache="none"),
 }
-# Of the engine that trains as well: what is not quantised is of its dtype in both.
+# The engine that trains, and the one that samples: what is not quantised is of one dtype in both.
 TRAINING = {
-    "both_bf16": PRECISIONS["bf16"],
-    "bf16_e4m3": fp8("float8_e4m3fn", dtype="bfloat16"),  # the paper's own
+    "both_bf16": ("bf16", PRECISIONS["bf16"]),
+    "both_fp16": ("fp16", PRECISIONS["fp16"]),
+    "bf16_e4m3": ("bf16", fp8("float8_e4m3fn", dtype="bfloat16")),  # the paper's own
 }
 REPLAYED = ("e4m3", "4bit")
 
@@ -38,13 +39,13 @@ STUDY = Study(
             for name in REPLAYED
         ),
         *(
-            Cell(name, {"rollout.precision": precision, "learner.precision": PRECISIONS["bf16"]}, name)
-            for name, precision in TRAINING.items()
+            Cell(name, {"rollout.precision": precision, "learner.precision": PRECISIONS[training]}, name)
+            for name, (training, precision) in TRAINING.items()
         ),
     ),
     panels=(
         Panel("live routing", tuple(PRECISIONS)[:6]),
-        Panel("exempt parts, training in bf16", ("e4m3", *tuple(PRECISIONS)[6:], *TRAINING)),
+        Panel("exempt parts, training in bf16 or fp16", ("e4m3", *tuple(PRECISIONS)[6:], *TRAINING)),
         Panel("R3", tuple(f"{name}-r3" for name in REPLAYED)),
     ),
 )

@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 
 from experiments import drawing, on_policy, statistics
-from experiments.discrepancy import PRECISIONS, TRAINING
+from experiments.discrepancy import PRECISIONS
 from experiments.gradients import Surrogate, compared, mean_gradients, run_of, states, unclipped
 from experiments.study import RESULTS, add, command, read, replaced
 from experiments.workers import prepare
@@ -41,7 +41,10 @@ _EQUAL = {"rollout.precision": PRECISIONS[EQUAL]}
 # By name, what it changes in the config of on-policy MiniRL. The first one is exact.
 ENGINES: dict[str, Mapping[str, Any]] = {
     **{name: {"rollout.precision": precision} for name, precision in PRECISIONS.items()},
-    "both_bf16": {"rollout.precision": TRAINING["both_bf16"], "learner.precision": PRECISIONS["bf16"]},
+    **{
+        f"both_{name}": {"rollout.precision": PRECISIONS[name], "learner.precision": PRECISIONS[name]}
+        for name in ("bf16", "fp16")
+    },
     "equal_other_experts": _EQUAL | {"kernels.decode_experts": "dense"},
     "equal_other_batch": _EQUAL | {"rollout.waves": 4},
 }
@@ -100,6 +103,7 @@ def measure(
             row: dict[str, Any] = {"point": point, "engines": name, "exact": float(exact[0] @ exact[1])}
             row |= {gap: _short(value[gap]) for gap in GAPS}
             row["disagreement"] = _short(value["layers/disagreement"].mean())
+            row["tokens_differ"] = _short(value["tokens_differ"])
             row["squares"] = {g: float(a @ b) for g, a, b in zip(GRADIENTS, *vectors, strict=True)}
             row["products"] = {
                 g: float(a @ exact[1] + b @ exact[0]) / 2 for g, a, b in zip(GRADIENTS, *vectors, strict=True)
@@ -133,7 +137,7 @@ def table(pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         line |= {gap: max(r[gap] for r in here) if gap == "max_ratio" else _mean(here, gap) for gap in GAPS}
         k3 = line["k3"]  # below 1e-9 nats a KL is rounding, and a share of it means nothing
         line["routing_share"] = 1 - line["k3_replayed"] / k3 if k3 > 1e-9 else float("nan")
-        line["disagreement"] = _mean(here, "disagreement")
+        line |= {share: _mean(here, share) for share in ("disagreement", "tokens_differ")}
         found = [distances(row) for row in here]
         for name in GRADIENTS:
             for i, quantity in enumerate(("cosine", "distance")):
@@ -183,6 +187,7 @@ def picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def main(
     seeds: int = 3,
+    first_pair: int = 0,
     draw_only: Annotated[bool, tyro.conf.arg(name="draw")] = False,
     runs: Path = Path("runs/studies"),
     batches: int = 8,
@@ -190,7 +195,8 @@ def main(
     """Measures the pairs that are not there yet, then draws.
 
     Args:
-      seeds: pairs of the on-policy study.
+      seeds: pairs of the on-policy study, up to this one.
+      first_pair: leave out the pairs before.
       draw_only: only draw.
       runs: where the run directories are.
       batches: mini-batches of each half of the sample.
@@ -199,7 +205,7 @@ def main(
     if not draw_only:
         prepare(runs)
     there = {row["pair"] for row in read(path)}
-    for pair in range(0 if draw_only else seeds):
+    for pair in () if draw_only else range(first_pair, seeds):
         if pair not in there:
             config = study.config(study.cell("minirl"), pair)
             found = measure(config, run_of(config, runs), batches)

@@ -2,13 +2,14 @@
 
 At the cold start of each on-policy MiniRL run and at its end, and each time at those weights and after seven more
 updates (as in the last mini-batch of N = 8), a large fresh sample of mu_old gives the gradient of Eq. 2 and those of
-the objectives that approximate it: with and without the weight, with 1/|y|, and with routes replayed, the right ones
-and another token's. This is claim (m), and what replay does to the first-order approximation.
+the objectives that approximate it: with and without the weight, with 1/|y|, and with routes replayed: the right ones,
+another token's, and those that the training engine chose at the cold start. This is claim (m), and what replay does to
+the first-order approximation.
 
 The sample is drawn in two halves, and all inner products are between a gradient of one half and one of the other: the
 sampling noise of the two is independent, so that it does not pass for similarity, nor its square for length.
 
-    python -m experiments.gradients [--seeds 10] [--draw]     # after `python -m experiments.on_policy`
+    python -m experiments.gradients [--seeds 10] [--draw]     # after `python -m experiments.on_policy --cells minirl`
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,8 +57,8 @@ class Surrogate(NamedTuple):
 
     objective: Objective
     replay: RoutingReplay = RoutingReplay.LIVE
-    permute: bool = False
-    """Under R3: replay another token's routes, as a control."""
+    replay_of: Literal["recorded", "permuted", "initial"] = "recorded"
+    """What R3 replays, as ``learner.replay_of``."""
 
 
 GRADIENTS = {
@@ -67,8 +68,9 @@ GRADIENTS = {
     "length_norm": Surrogate(unclipped(length_normalise=True)),
     "r2": Surrogate(unclipped(), RoutingReplay.R2),
     "r3": Surrogate(unclipped(), RoutingReplay.R3),
-    "permuted": Surrogate(unclipped(), RoutingReplay.R3, permute=True),
+    "permuted": Surrogate(unclipped(), RoutingReplay.R3, "permuted"),
     "clipped": Surrogate(minirl()),
+    "initial": Surrogate(unclipped(), RoutingReplay.R3, "initial"),
 }
 UPDATES = (0, 7)
 FOLDER = RESULTS / "gradients"
@@ -98,12 +100,18 @@ def gradient(
     return ravel_pytree(jax.grad(loss)(params))[0]
 
 
-def _replaying(engines: Engines, old: dict, rows: Minibatch, permute: int | None) -> Minibatch:
-    """The rows with pi_old's scores under R3, of the recorded routes or of those permuted by the key ``permute``."""
-    rollout = rows.rollout
-    if permute is not None:
-        routes = permuted(rollout.routes, rollout.fed_mask, jax.random.key(permute))
-        rollout = dataclasses.replace(rollout, routes=routes)
+def _replaying(
+    engines: Engines, old: dict, rows: Minibatch, replay_of: str, initial: dict | None, key: int
+) -> Minibatch:
+    """The rows with pi_old's scores under R3, of the recorded routes, of those permuted by a key, or of those that the
+    training engine chooses at the parameters ``initial``."""
+    rollout, routes = rows.rollout, rows.rollout.routes
+    if replay_of == "permuted":
+        routes = permuted(routes, rollout.fed_mask, jax.random.key(key))
+    elif replay_of == "initial":
+        assert initial is not None
+        routes = score_old(engines, initial, rollout, RoutingReplay.LIVE)[0].routes
+    rollout = dataclasses.replace(rollout, routes=routes)
     scores, _ = score_old(engines, old, rollout, RoutingReplay.R3)
     return dataclasses.replace(rows, rollout=rollout, old=scores)
 
@@ -116,6 +124,7 @@ def mean_gradients(
     step: int,
     wanted: Mapping[str, Surrogate],
     watch: Callable[[Minibatch], None] = lambda rows: None,
+    initial: dict | None = None,
 ) -> Float[np.ndarray, "objective parameters"]:
     """The gradients at ``params`` over fresh samples of mu_old.
 
@@ -126,6 +135,7 @@ def mean_gradients(
       prompts: of each mini-batch.
       step: keys of the first one's draws; the others follow.
       watch: is given each mini-batch.
+      initial: the weights that RL began with, where their routes are wanted.
     """
     config, total = engines.config, np.zeros(())
     for number, asked in enumerate(prompts, start=step):
@@ -133,14 +143,14 @@ def mean_gradients(
         rows = minibatch(rows, np.arange(config.responses_per_step, dtype=np.int32), engines.mesh)
         watch(rows)
         replaying = {
-            permute: _replaying(engines, old, rows, number if permute else None)
-            for permute in {kind.permute for kind in wanted.values() if kind.replay is RoutingReplay.R3}
+            of: _replaying(engines, old, rows, of, initial, number)
+            for of in {kind.replay_of for kind in wanted.values() if kind.replay is RoutingReplay.R3}
         }
         each = [
             gradient(
                 engines.training,
                 params,
-                replaying[kind.permute] if kind.replay is RoutingReplay.R3 else rows,
+                replaying[kind.replay_of] if kind.replay is RoutingReplay.R3 else rows,
                 kind.objective,
                 replay=kind.replay,
                 logits_per_chunk=config.learner.logits_per_chunk,
@@ -158,12 +168,21 @@ def inner_products(
     batches: int,
     step: int,
     wanted: Mapping[str, Surrogate] = GRADIENTS,
+    initial: dict | None = None,
 ) -> Float[np.ndarray, "objective objective"]:
     """Of `mean_gradients`, between two halves of a sample of ``batches`` mini-batches each, symmetrised."""
     config = engines.config
     data = prompt_iterator(engines.task.split("train"), config.prompts_per_step, seed=config.seed + step)
     halves = [
-        mean_gradients(engines, old, params, [next(data) for _ in range(batches)], step + half * batches, wanted)
+        mean_gradients(
+            engines,
+            old,
+            params,
+            [next(data) for _ in range(batches)],
+            step + half * batches,
+            wanted,
+            initial=initial,
+        )
         for half in range(2)
     ]
     products = halves[0] @ halves[1].T
@@ -218,7 +237,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """The inner products of one on-policy run: at its beginning and end, after each number of ``further`` updates."""
     engines, found = build(config), []
-    for point, begun in states(config, run, engines).items():
+    points = states(config, run, engines)
+    for point, begun in points.items():
         old = begun.params
         for updates in further:
             step = 10**6 * (1 + updates)  # far from the run's own, so that prompts and draws are fresh
@@ -227,26 +247,24 @@ def measure(
                 several = build(dataclasses.replace(config, minibatches=updates))
                 prompts = prompt_iterator(engines.task.split("train"), several.config.prompts_per_step, seed=step)
                 state, _ = learn(several, state, produce(several, old, None, next(prompts), step).rows, step)
-            products = inner_products(engines, old, state.params, batches, step, wanted)
+            products = inner_products(engines, old, state.params, batches, step, wanted, points["begin"].params)
             found.append({"point": point, "updates": updates, "names": list(wanted), "products": products.tolist()})
     return found
 
 
 def table(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Cosine with the gradient of Eq. 2, relative distance from it, projection on it: over pairs, with 95% intervals.
-    NaN where a pair's is not known."""
+    """Cosine with the gradient of Eq. 2, relative distance from it, projection on it: over the pairs that have the
+    gradient, with 95% intervals. NaN where a pair's is not known."""
     rows = [{"cold_start": pair["cold_start"], **row} for pair in pairs for row in pair["measured"]]
     out = []
     for point, updates in dict.fromkeys((row["point"], row["updates"]) for row in rows):
         here = [row for row in rows if (row["point"], row["updates"]) == (point, updates)]
-        cold_starts = np.array([row["cold_start"] for row in here])
-        products = [np.array(row["products"]) for row in here]
-        numbers = np.array([(*compared(of_pair), projected(of_pair)) for of_pair in products])  # [pair, quantity, name]
-        for i, name in enumerate(here[0]["names"]):
-            if name == REFERENCE:
-                continue
-            line: dict[str, Any] = {"point": point, "updates": updates, "gradient": name, "pairs": len(here)}
-            for quantity, values in zip(("cosine", "distance", "projection"), numbers[:, :, i].T, strict=True):
+        for name in dict.fromkeys(name for row in here for name in row["names"] if name != REFERENCE):
+            measured = [row for row in here if name in row["names"]]
+            cold_starts = np.array([row["cold_start"] for row in measured])
+            numbers = np.array([_beside_reference(row, name) for row in measured])  # [pair, quantity]
+            line: dict[str, Any] = {"point": point, "updates": updates, "gradient": name, "pairs": len(measured)}
+            for quantity, values in zip(("cosine", "distance", "projection"), numbers.T, strict=True):
                 known = np.isfinite(values)
                 if not known.all():
                     line |= {quantity: float("nan"), f"{quantity}_low": float("nan"), f"{quantity}_high": float("nan")}
@@ -255,6 +273,13 @@ def table(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 line |= {quantity: found.mean, f"{quantity}_low": found.low, f"{quantity}_high": found.high}
             out.append(line)
     return out
+
+
+def _beside_reference(row: Mapping[str, Any], name: str) -> tuple[float, float, float]:
+    """Cosine, distance and projection of one gradient of a measured row."""
+    products = np.array(row["products"])
+    own = row["names"].index(name)
+    return tuple(float(of_each[own]) for of_each in (*compared(products), projected(products)))
 
 
 def correlated(rows: Sequence[Mapping[str, Any]], name: str) -> str:
@@ -276,6 +301,7 @@ def run_of(config: RunConfig, runs: Path) -> Path:
 
 def main(
     seeds: int = 10,
+    first_pair: int = 0,
     draw_only: Annotated[bool, tyro.conf.arg(name="draw")] = False,
     runs: Path = Path("runs/studies"),
     batches: int = 16,
@@ -283,7 +309,8 @@ def main(
     """Measures the pairs that are not there yet, then writes the table.
 
     Args:
-      seeds: pairs of the on-policy study.
+      seeds: pairs of the on-policy study, up to this one.
+      first_pair: leave out the pairs before.
       draw_only: only write the table.
       runs: where the run directories are.
       batches: mini-batches of each half of the sample.
@@ -293,7 +320,7 @@ def main(
     if not draw_only:
         prepare(runs)
     there = {row["pair"] for row in read(path)}
-    for pair in range(0 if draw_only else seeds):
+    for pair in () if draw_only else range(first_pair, seeds):
         if pair in there:
             continue
         config = study.config(cell, pair)

@@ -58,6 +58,7 @@ def grid() -> tuple[Cell, ...]:
     ]
     caps = [cell(8, True, mode, "-nocap", **{"objective.cap": math.inf}) for mode in ("live", "r3")]
     caps += [cell(8, True, "live", "-capfactor", **{"objective.cap_on": "discrepancy"})]
+    caps += [cell(8, True, "live", "-cap2", **{"objective.cap": 2.0})]
     return (*on_policy, *main_cells, *rates, *sizes, *caps)
 
 
@@ -87,7 +88,7 @@ STUDY = Study(
             for title, mode, suffixes in (
                 ("N = 8, live, mini-batch of 128 or 64 responses", "live", ("", "-batch64")),
                 ("N = 8, R3, mini-batch of 128, 64 or 256 responses", "r3", ("", "-batch64", "-batch256")),
-                ("N = 8, live, the weight's cap", "live", ("", "-nocap", "-capfactor")),
+                ("N = 8, live, the weight's cap", "live", ("", "-nocap", "-cap2", "-capfactor")),
                 ("N = 8, R3, the weight's cap", "r3", ("", "-nocap")),
             )
         ),

@@ -319,12 +319,21 @@ def _engines(results: Path) -> str:
             f"{row['k3']:.2g}",
             "" if math.isnan(row["routing_share"]) else f"{row['routing_share']:.2f}",
             f"{row['disagreement']:.2g}",
+            f"{row['tokens_differ']:.2g}",
             *(shown(row, gradient) for gradient in engine_gaps.GRADIENTS),
         )
         for row in rows
         if row["point"] == "end"
     ]
-    head = ("engines", "pairs", "KL, nats", "share of routing", "routes that differ", *engine_gaps.GRADIENTS)
+    head = (
+        "engines",
+        "pairs",
+        "KL, nats",
+        "share of routing",
+        "routes that differ",
+        "their tokens",
+        *engine_gaps.GRADIENTS,
+    )
     return _rows(head, lines)
 
 

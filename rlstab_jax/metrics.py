@@ -82,6 +82,11 @@ METRICS: dict[str, Metric] = {
     **{f"routing/{name}": metric for name, metric in _ROUTING.items()},
     **{f"routing/layer_NN/{name}": metric for name, metric in _ROUTING.items()},
     "routing/minibatch_NN/old_vs_target": _ROUTING["old_vs_target"],
+    "routing/tokens_differ": Metric(
+        "tokens of which some layer's top-k set differs between the live choices of mu_old and pi_old",
+        "share of fed tokens",
+        "1",
+    ),
     "predictor/kl": Metric(
         "KL(router of pi_theta || what its predictor, as it is by then, makes of the old pass): what it learns by",
         "mean, observed tokens x MoE layers",
@@ -112,6 +117,11 @@ METRICS: dict[str, Metric] = {
     "learner/discarded": Metric("updates of the step that a monitor's policy skip took back", "count", "updates"),
     "learner/packed_rows": Metric("rows that a mini-batch was packed into", "mean, updates of the step", "rows"),
     "learner/learning_rate": Metric("learning rate of the step's last update", "last", "1"),
+    "learner/loss_scale": Metric(
+        "what the loss is multiplied by in float16, after the step's last update: half where a gradient overflowed",
+        "last",
+        "1",
+    ),
     "time/sample": Metric(
         "wall-clock time of sampling the batch that is learnt from, under a lag in an earlier step", "sum", "s"
     ),
@@ -147,6 +157,7 @@ _OF_SOME_RUNS = (
     "dynamic/",
     "learner/discarded",
     "learner/packed_rows",
+    "learner/loss_scale",
     "predictor/",
 )
 OPTIONAL = frozenset(name for name in METRICS if name.startswith(_OF_SOME_RUNS))

@@ -30,6 +30,15 @@ def disagreement(first: Routes, second: Routes, fed_mask: FedMask, num_experts: 
     return mean_of(differ(first, second), counted, axis=(1, 2))
 
 
+def tokens_differ(first: Routes, second: Routes, fed_mask: FedMask, num_experts: int) -> Mean:
+    """The share of tokens of which the top-k set of some layer differs between two passes.
+
+    Layers that were not recorded, in either pass, do not count, nor do tokens without any other.
+    """
+    counted = _recorded(first, num_experts) & _recorded(second, num_experts) & fed_mask
+    return mean_of((differ(first, second) & counted).any(0), counted.any(0))
+
+
 def three_ways(rollout: Routes, old: Routes, current: Routes, fed_mask: FedMask, num_experts: int) -> Statistics:
     """`disagreement` between each two of mu_old's, pi_old's and pi_theta's own choices, each of shape [layer].
 

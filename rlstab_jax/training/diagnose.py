@@ -24,7 +24,7 @@ from rlstab_jax.parallel.sharding import Layout
 from rlstab_jax.rundir import plain, run_of
 from rlstab_jax.stability.gaps import discrepancy, routing_discrepancy
 from rlstab_jax.stability.reduce import Statistics, mean_of, merge
-from rlstab_jax.stability.routing import disagreement, flips, margin_statistics
+from rlstab_jax.stability.routing import disagreement, flips, margin_statistics, tokens_differ
 from rlstab_jax.tasks import Prompt, encode_prompts
 from rlstab_jax.training import pretrained
 from rlstab_jax.training.config import RunConfig, truncates
@@ -79,6 +79,8 @@ class Gaps:
     """k3 - k3_replayed, what the routing adds; over k3, the routing's share of the discrepancy."""
     routing_disagreement: float
     """Share of token-layers whose top-k sets differ; NaN for a dense model."""
+    routing_tokens: float
+    """Share of tokens of which the set of some layer differs; NaN for a dense model."""
     entropy: float
     """Of pi_old on mu_old's prefixes, over the tokens that sampling kept, nats."""
     accuracy: float
@@ -167,13 +169,14 @@ def print_table(gaps: Sequence[Gaps]) -> None:
     table.add_column("precision", no_wrap=True)
     for name in ("k1", "k3", "k3\nreplayed", "routing's\nshare", "max\nratio", "F(2)"):
         table.add_column(name, justify="right", no_wrap=True)
-    for name in ("sets\ndiffer", "entropy", "accuracy"):
+    for name in ("sets\ndiffer", "in some\nlayer", "entropy", "accuracy"):
         table.add_column(name, justify="right", no_wrap=True)
     for g in gaps:
         # Below 1e-9 nats a KL is rounding, and a share of it means nothing.
         share = "-" if not g.routing_k3 or g.k3 < 1e-9 else f"{g.routing_k3 / g.k3:.0%}"
         numbers = (f"{g.k1:.1e}", f"{g.k3:.1e}", f"{g.k3_replayed:.1e}", share, f"{g.max_ratio:.3g}", f"{g.f2:.2%}")
-        table.add_row(g.precision, *numbers, f"{g.routing_disagreement:.1%}", f"{g.entropy:.3f}", f"{g.accuracy:.3f}")
+        routes = (f"{g.routing_disagreement:.1%}", f"{g.routing_tokens:.1%}")
+        table.add_row(g.precision, *numbers, *routes, f"{g.entropy:.3f}", f"{g.accuracy:.3f}")
     console.print(table)
     layers = Table(title="routing by MoE layer", box=box.SIMPLE)
     layers.add_column("precision", no_wrap=True)
@@ -226,6 +229,7 @@ def _gaps_of(engines: Engines, sampler: Transformer, params: dict, asked: list[P
         **{key: number[key] for key in ("k1", "k3", "max_ratio", "f2", "entropy")},
         **{key: number.get(key, np.nan) for key in ("k3_replayed", "routing_k3")},
         routing_disagreement=float(np.mean(value["layers/disagreement"])) if "k3_replayed" in number else np.nan,
+        routing_tokens=number.get("tokens_differ", np.nan),
         accuracy=float(rewards.total.mean()),
         length=float(mask.sum(1).mean()),
         responses=rows,
@@ -266,6 +270,7 @@ def engine_gaps(
     flipped = flips(rollout.routes, routing.live, routing.margin, rollout.fed_mask, num_experts)
     return statistics | {
         "k3_replayed": discrepancy(replayed.log_probs, rollout.log_probs, mask)["k3"],
+        "tokens_differ": tokens_differ(rollout.routes, routing.live, rollout.fed_mask, num_experts),
         "routing_k3": routing_discrepancy(live.log_probs, replayed.log_probs, rollout.log_probs, mask)["k3"],
         "layers/disagreement": disagreement(rollout.routes, routing.live, rollout.fed_mask, num_experts),
         "layers/first": flipped["first"],

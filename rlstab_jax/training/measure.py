@@ -14,7 +14,7 @@ from rlstab_jax.learner import PolicyScores
 from rlstab_jax.parallel.distributed import on_host
 from rlstab_jax.stability.gaps import discrepancy
 from rlstab_jax.stability.reduce import Mean, Statistics, merge, values
-from rlstab_jax.stability.routing import disagreement, load_max
+from rlstab_jax.stability.routing import disagreement, load_max, tokens_differ
 from rlstab_jax.types import Rollout
 
 
@@ -23,14 +23,17 @@ def rollout_statistics(rollout: Rollout, old: PolicyScores, live: PolicyScores |
     """The gap between mu_old and pi_old: ``discrepancy/*`` as trained on, ``discrepancy_live/*`` with live routes, if
     these were scored.
 
-    ``routing/rollout_vs_old`` [layer] compares live choices: the sampler's own with pi_old's at each layer.
+    ``routing/rollout_vs_old`` [layer] compares live choices: the sampler's own with pi_old's at each layer;
+    ``routing/tokens_differ`` is the share of tokens of which they differ at some layer.
     """
     mask = rollout.response_mask
     statistics = _prefixed("discrepancy", discrepancy(old.log_probs, rollout.log_probs, mask))
     if live is not None:
         statistics |= _prefixed("discrepancy_live", discrepancy(live.log_probs, rollout.log_probs, mask))
     if rollout.routes is not None and old.live is not None:
-        statistics["routing/rollout_vs_old"] = disagreement(rollout.routes, old.live, rollout.fed_mask, num_experts)
+        choices = rollout.routes, old.live, rollout.fed_mask, num_experts
+        statistics["routing/rollout_vs_old"] = disagreement(*choices)
+        statistics["routing/tokens_differ"] = tokens_differ(*choices)
     return statistics
 
 
@@ -69,7 +72,8 @@ def update_metrics(updates: list[tuple[Statistics, dict[str, Float[Array, ""]]]]
         metrics[name] = float(np.mean([measures[name] for _, measures in updates]))
     if "learner/packed_rows" in updates[0][1]:
         metrics["learner/packed_rows"] = float(np.mean([measures["learner/packed_rows"] for _, measures in updates]))
-    metrics["learner/learning_rate"] = float(updates[-1][1]["learner/learning_rate"])
+    last = updates[-1][1]
+    metrics |= {n: float(last[n]) for n in ("learner/learning_rate", "learner/loss_scale") if n in last}
     return metrics
 
 
