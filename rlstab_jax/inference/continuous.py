@@ -75,7 +75,9 @@ def sample_continuously(
     if slots < 1 or round_length < 1:
         raise UserError(f"slots = {slots}, round_length = {round_length}: expected at least 1 of each")
     vocab_size = model.config.vocab_size
-    total = check_request(prompts, prompt_mask, keys, sampling, samples_per_prompt, response_length, vocab_size, support)
+    total = check_request(
+        prompts, prompt_mask, keys, sampling, samples_per_prompt, response_length, vocab_size, support
+    )
     slots = min(slots, total)
     spare = spare_columns(prompt_mask)
     queue = _Queue(model, variables, prompts[:, spare:], prompt_mask[:, spare:], samples_per_prompt, slots)

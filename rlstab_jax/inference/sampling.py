@@ -249,7 +249,9 @@ def _check_tokens(sampling: Sampling, vocab_size: int, support: int) -> None:
     if 0 < support < vocab_size and not isinstance(sampling.top_k, jax.core.Tracer):
         largest = np.max(sampling.top_k)
         if largest > support:
-            raise UserError(f"sampling.top_k = {largest} with support = {support}: expected a support of at least top_k")
+            raise UserError(
+                f"sampling.top_k = {largest} with support = {support}: expected a support of at least top_k"
+            )
 
 
 def check_prompts(
