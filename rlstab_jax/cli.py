@@ -320,8 +320,8 @@ def parse_checkpoint(command: str, arguments: Sequence[str], known: Any, example
 def config_of_run(checkpoint: Path, command: str) -> tuple[Path, Any]:
     """The config that a run was made with, and its file: by the command in its manifest, checked against the config
     there. ``command`` is the one that asks."""
-    from rlstab_jax.rundir import config_difference, read_manifest, run_of
-    from rlstab_jax.training.config import MAY_CHANGE, defaults
+    from rlstab_jax.rundir import MAY_CHANGE, config_difference, read_manifest, run_of
+    from rlstab_jax.training.config import defaults
 
     if not checkpoint.is_dir():
         raise UserError(f"{checkpoint}: there is no such directory; give a run's, such as runs/quickstart-seed0")

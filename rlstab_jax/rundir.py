@@ -28,6 +28,15 @@ import numpy as np
 from rlstab_jax.metrics import STEP, describe
 from rlstab_jax.types import UserError
 
+# Fields of a config that may differ when a run goes on, and between runs that a report takes together: how long it is,
+# what it costs and shows, never what it computes but for the order of sums.
+MAY_CHANGE = (
+    "gradient_steps", "checkpoint_every", "keep_checkpoints", "logged_samples", "task.max_verifier_failures",
+    "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor", "rollout.waves", "kernels.expert_chunk",
+    "learner.micro_batches", "learner.score_micro_batches", "learner.logits_per_chunk", "learner.remat",
+    "learner.unroll", "learner.offload_optimizer", "learner.live_gap",
+)  # fmt: skip
+
 
 def plain(value: Any, nonfinite: Callable[[float], Any] = str) -> Any:
     """``value`` as JSON knows it: dataclasses become dicts, enums their values, tuples lists, arrays numbers or lists,

@@ -13,16 +13,9 @@ import numpy as np
 
 from rlstab_jax.report.curves import Metrics
 from rlstab_jax.report.panels import X
-from rlstab_jax.rundir import leaves, read_manifest, read_metrics
+from rlstab_jax.rundir import MAY_CHANGE, leaves, read_manifest, read_metrics
 from rlstab_jax.types import UserError
 
-# Fields in which the runs of one group may always differ: how long they are, and what they cost.
-INDIFFERENT = (
-    "gradient_steps", "checkpoint_every", "keep_checkpoints", "logged_samples", "task.max_verifier_failures",
-    "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor", "rollout.waves", "kernels.expert_chunk",
-    "learner.micro_batches", "learner.score_micro_batches", "learner.logits_per_chunk", "learner.remat",
-    "learner.unroll", "learner.offload_optimizer", "learner.live_gap",
-)  # fmt: skip
 PROVENANCE = ("code", "versions", "devices", "mesh", "rollout_mesh", "resolved")  # of a manifest, besides the config
 
 
@@ -137,7 +130,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def group_runs(runs: Sequence[Run], over: Sequence[str] = ("seed",)) -> list[Group]:
-    """Groups runs whose configs are equal but for the fields ``over`` and `INDIFFERENT`; both in the given order. Runs
+    """Groups runs whose configs are equal but for the fields ``over`` and `MAY_CHANGE`; both in the given order. Runs
     that --fresh has moved aside are a group of their own, and so are those with another code of a function.
 
     A group is named by what its runs' names begin with, and by all these names where two groups' begin alike.
@@ -151,7 +144,7 @@ def group_runs(runs: Sequence[Run], over: Sequence[str] = ("seed",)) -> list[Gro
         if not any(name in one for one in fields):
             raise UserError(f"--over {name}: no run's config has such a field; seed or cold_start.seed are some")
     for run, values in zip(runs, fields, strict=True):
-        rest = {name: value for name, value in values.items() if name not in (*over, *INDIFFERENT)}
+        rest = {name: value for name, value in values.items() if name not in (*over, *MAY_CHANGE)}
         rest["code"] = run.manifest.get("code")
         rest["aside"] = re.search(r"\.old-\d+$", run.path.name) is not None  # moved there by --fresh
         kept.setdefault(json.dumps(rest, sort_keys=True), []).append(run)

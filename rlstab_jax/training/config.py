@@ -8,7 +8,7 @@ from rlstab_jax.learner import LearnerConfig
 from rlstab_jax.models import Kernels, ModelConfig, Precision, fp8
 from rlstab_jax.objectives import ObjectiveConfig
 from rlstab_jax.parallel.mesh import MeshConfig
-from rlstab_jax.rundir import leaves, plain
+from rlstab_jax.rundir import MAY_CHANGE, leaves, plain
 from rlstab_jax.stability.monitor import LIVE, MonitorConfig
 from rlstab_jax.tasks import ArithmeticConfig, TaskConfig
 
@@ -170,16 +170,6 @@ class RunConfig:
     def needs_reference(self) -> bool:
         """Whether the parameters that RL begins with are kept."""
         return self.objective.needs_reference or self.learner.replay_of == "initial"
-
-
-# Fields that may differ when a run goes on: how long it is, what it costs and shows, never what it computes but for the
-# order of sums.
-MAY_CHANGE = (
-    "gradient_steps", "checkpoint_every", "keep_checkpoints", "logged_samples", "task.max_verifier_failures",
-    "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor", "rollout.waves", "kernels.expert_chunk",
-    "learner.micro_batches", "learner.score_micro_batches", "learner.logits_per_chunk", "learner.remat",
-    "learner.unroll", "learner.offload_optimizer", "learner.live_gap",
-)  # fmt: skip
 
 
 def may_change(config: RunConfig) -> tuple[str, ...]:

@@ -164,12 +164,12 @@ def print_table(gaps: Sequence[Gaps]) -> None:
 
     console = Console()
     if not console.is_terminal:
-        console = Console(width=110)
+        console = Console(width=120)
     table = Table(title="mu_old against pi_old at fixed weights; live routing unless said", box=box.SIMPLE)
     table.add_column("precision", no_wrap=True)
     for name in ("k1", "k3", "k3\nreplayed", "routing's\nshare", "max\nratio", "F(2)"):
         table.add_column(name, justify="right", no_wrap=True)
-    for name in ("sets\ndiffer", "in some\nlayer", "entropy", "accuracy"):
+    for name in ("sets\ndiffer", "tokens\ndiffer", "entropy", "accuracy"):
         table.add_column(name, justify="right", no_wrap=True)
     for g in gaps:
         # Below 1e-9 nats a KL is rounding, and a share of it means nothing.

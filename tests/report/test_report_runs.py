@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rlstab_jax.report.runs import INDIFFERENT, common_name, differences, group_runs, read_runs
+from rlstab_jax.report.runs import common_name, differences, group_runs, read_runs
 from rlstab_jax.types import UserError
 from tests.report.synthetic import write_run
 
@@ -40,12 +40,6 @@ def test_other_code_and_what_was_moved_aside_are_groups_of_their_own(tmp_path):
     assert [len(group.runs) for group in groups] == [1, 1, 1]
     differ, _ = differences(groups)
     assert "the code of mine.loss" in str(differ)
-
-
-def test_groups_may_differ_in_what_a_resumed_run_may_change():
-    from rlstab_jax.training.config import MAY_CHANGE
-
-    assert set(MAY_CHANGE) == set(INDIFFERENT)
 
 
 def test_groups_may_span_other_fields(study):

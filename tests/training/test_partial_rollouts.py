@@ -12,9 +12,10 @@ import pytest
 
 from rlstab_jax.learner import PolicyScores, score
 from rlstab_jax.learner.score import replayed_routes
+from rlstab_jax.rundir import MAY_CHANGE
 from rlstab_jax.tasks import prompt_iterator
 from rlstab_jax.training import partial
-from rlstab_jax.training.config import MAY_CHANGE, may_change
+from rlstab_jax.training.config import may_change
 from rlstab_jax.training.engines import build, initial_params
 from rlstab_jax.training.partial import Unfinished, begin, go_on
 from rlstab_jax.training.queue import blank
