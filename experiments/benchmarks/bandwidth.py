@@ -14,6 +14,7 @@ import numpy as np
 from experiments.benchmarks.common import Contender, environment, measure
 from rlstab_jax.inference import Sampling, sample, sample_keys
 from rlstab_jax.models import Kernels, ModelConfig, Precision, Transformer, resolve_kernels
+from rlstab_jax.models.by_layer import by_layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +128,7 @@ def parameters(load: Load) -> dict:
         key = jax.random.fold_in(jax.random.key(0), next(count))
         return jax.random.normal(key, leaf.shape, dtype) * jnp.asarray(scale, dtype)
 
-    return {"params": jax.tree_util.tree_map_with_path(draw, shapes["params"])}
+    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(by_layer, {"params": shapes["params"]}))
 
 
 def study(load: Load) -> dict[str, Any]:
