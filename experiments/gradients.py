@@ -30,8 +30,9 @@ from experiments import drawing, on_policy, statistics
 from experiments.claims import ENOUGH, NOT_YET, REFUTED, REPRODUCED, UNDECIDED
 from experiments.study import RESULTS, add, command, key_of, read
 from experiments.workers import prepare
-from rlstab_jax.learner import Minibatch, TrainState, init_state
+from rlstab_jax.learner import Minibatch, TrainState
 from rlstab_jax.learner.controls import permuted
+from rlstab_jax.learner.loss_scale import BEGIN
 from rlstab_jax.learner.score import policy_scores, replayed_routes
 from rlstab_jax.models import Transformer
 from rlstab_jax.objectives import Objective, coefficients, minirl, sequence_is, surrogate
@@ -87,7 +88,8 @@ def gradient(
     replay: RoutingReplay,
     logits_per_chunk: int,
 ) -> Float[Array, "parameters"]:
-    """The gradient of an objective's loss at ``params`` over rows that mu_old sampled, in one vector."""
+    """The gradient of an objective's loss at ``params`` over rows that mu_old sampled, in one vector; of a multiple of
+    it where the engine's dtype has float16's range."""
     routes = replayed_routes(replay, rows.rollout, rows.old.routes)
     old = rows.old.log_probs
     scores = Scores(old, old, rows.rollout.log_probs, rows.rollout.response_mask, rows.groups)
@@ -95,9 +97,10 @@ def gradient(
 
     def loss(params: dict) -> Float[Array, ""]:
         target, _ = policy_scores(model, {"params": params}, rows.rollout, routes, logits_per_chunk)
-        return surrogate(objective, dataclasses.replace(scores, target=target.log_probs), rows.advantage, c)[0]
+        return scale * surrogate(objective, dataclasses.replace(scores, target=target.log_probs), rows.advantage, c)[0]
 
-    return ravel_pytree(jax.grad(loss)(params))[0]
+    scale = BEGIN if model.precision.dtype == "float16" else 1.0
+    return ravel_pytree(jax.grad(loss)(params))[0] / scale
 
 
 def _replaying(
@@ -224,7 +227,7 @@ def states(config: RunConfig, run: Path, engines: Engines) -> dict[str, TrainSta
     started = cold_start(engines, run.parent / "cold_start", say=lambda line: None)
     if restored is None or started is None or restored[2]["gradient_steps"] < config.gradient_steps:
         raise UserError(f"{run} is not complete: `python -m experiments.on_policy --cells minirl` goes on with it")
-    begin = engines.place(init_state(started.params, engines.numbers))
+    begin = engines.place(first_train_state(engines, started.params))
     return {"begin": begin, "end": engines.place(restored[1].train)}
 
 

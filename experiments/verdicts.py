@@ -331,7 +331,7 @@ def _engines(results: Path) -> str:
         "KL, nats",
         "share of routing",
         "routes that differ",
-        "their tokens",
+        "tokens with any that differ",
         *engine_gaps.GRADIENTS,
     )
     return _rows(head, lines)

@@ -6,16 +6,16 @@ import jax
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from rlstab_jax.models.by_layer import by_layer
+from rlstab_jax.models.by_layer import LAYERS, by_layer
 from rlstab_jax.models.layers import SCALE
 from rlstab_jax.models.precision import Precision, saturate, store_weight
 from rlstab_jax.models.sharding import logical_axes, scale_axes
 from rlstab_jax.parallel.sharding import INFERENCE, TRAINING, constrain
 
 
-@partial(jax.jit, static_argnames=("precision", "mesh", "stacked"))
-def prepare(params: dict, precision: Precision, mesh: Mesh | None = None, stacked: bool = False) -> dict:
-    """Casts, quantises and lays out parameters for an engine, in one compiled call.
+@partial(jax.jit, static_argnames=("precision", "mesh"))
+def prepare(params: dict, precision: Precision, mesh: Mesh | None = None) -> dict:
+    """Casts, quantises and lays out parameters for an engine, layer by layer, in one compiled call.
 
     Linear layers and experts are stored in ``precision.weights``; router and LM head as ``precision.router``
     and ``precision.lm_head`` say (a tied embedding is stored as the LM head is, by channel one scale per token). The
@@ -26,15 +26,21 @@ def prepare(params: dict, precision: Precision, mesh: Mesh | None = None, stacke
       precision: the engine's.
       mesh: where there are several devices, the result is laid out by the table `INFERENCE`. A scale lies with its
         values; it is whole on each device where a block of values is not.
-      stacked: leave layers stacked, as `Transformer.apply` takes them.
 
     Returns:
       Variables for `forward` and the samplers, by layer (`models.by_layer`): {"params": ..., "weight_scale": ...,
-      "layers": ...}.
+      "layers": {"0": {"params": ..., "weight_scale": ...}, ...}}.
     """
+    apart = by_layer({"params": params})
+    tied = "lm_head" not in params
+    layers = {depth: _stored(layer["params"], precision, mesh, tied) for depth, layer in apart[LAYERS].items()}
+    return _stored(apart["params"], precision, mesh, tied) | {LAYERS: layers}
+
+
+def _stored(params: dict, precision: Precision, mesh: Mesh | None, tied: bool) -> dict:
+    """The same of a part of the parameters: of one layer, or of what is in none."""
     flat = traverse_util.flatten_dict(params)
     names = traverse_util.flatten_dict(logical_axes(params))
-    tied = ("lm_head", "kernel") not in flat
     values, scales = {}, {}
     for path, leaf in flat.items():
         of = precision
@@ -60,5 +66,4 @@ def prepare(params: dict, precision: Precision, mesh: Mesh | None = None, stacke
         values[path] = value
         if scale is not None:
             scales[path] = scale
-    variables = {"params": traverse_util.unflatten_dict(values), SCALE: traverse_util.unflatten_dict(scales)}
-    return variables if stacked else by_layer(variables)
+    return {"params": traverse_util.unflatten_dict(values), SCALE: traverse_util.unflatten_dict(scales)}

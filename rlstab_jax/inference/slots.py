@@ -11,8 +11,8 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from rlstab_jax.inference.sampling import Draw, Sampling, draw
-from rlstab_jax.models.by_layer import LAYERS, layers_of
-from rlstab_jax.models.decode import decode_step, depth_first
+from rlstab_jax.models.by_layer import by_layer, layers_of
+from rlstab_jax.models.decode import decode_step
 from rlstab_jax.models.layers import KeyValues, Past, rotations
 from rlstab_jax.models.transformer import Transformer, embed, finish, forward, logits_of
 from rlstab_jax.parallel.distributed import on_host
@@ -82,10 +82,10 @@ def prefill(
     prompt_mask: Bool[Array, "prompts prompt_length"],
 ) -> Prefill:
     """Feeds right-aligned prompts."""
-    output = forward(model, variables, prompts, prompt_mask)
+    output = forward(model, by_layer(variables), prompts, prompt_mask)
     logits = logits_of(model, variables, output.hidden[:, -1])
-    keys_values = output.keys_values if LAYERS in variables else depth_first(model.config, output.keys_values)
-    return Prefill(logits, keys_values, None if output.routing is None else output.routing.used)
+    assert output.keys_values is not None
+    return Prefill(logits, output.keys_values, None if output.routing is None else output.routing.used)
 
 
 def empty_responses(prompt: list[KeyValues], slots: int, window: int) -> list[KeyValues]:

@@ -16,14 +16,14 @@ from jaxtyping import Array, Float, Int
 
 from rlstab_jax.models.precision import Precision
 
-BEGIN, LARGEST = 2.0**16, 2.0**24
-# Updates without overflow after which the scale doubles: usually ten times as many, but runs of RL have hundreds.
-PATIENCE = 200
+BEGIN, SMALLEST, LARGEST = 2.0**16, 2.0**-24, 2.0**24
+# Updates without overflow after which the scale doubles. Elsewhere 2,000, since an overflow costs an update there.
+PATIENCE = 20
 
 
 @struct.dataclass
 class LossScale:
-    """What the loss is multiplied by, and how many updates in a row that has overflown nothing."""
+    """What the loss is multiplied by, and for how many updates in a row nothing has overflowed."""
 
     scale: Float[Array, ""]
     updates: Int[Array, ""]
@@ -45,7 +45,7 @@ def scaled_gradient(
 
     Returns:
       The three, of the loss itself, and the scale to begin the next update with. A gradient that is not finite at any
-      scale down to 1 is not for want of range: it is returned as it is, and the scale stays.
+      scale, which no range mends, is returned as it is, and the scale stays.
     """
     if kept is None:
         return *compute(None), None
@@ -56,7 +56,7 @@ def scaled_gradient(
 
     def overflows(state: tuple) -> Array:
         scale, (_, _, gradient) = state
-        return ~jnp.isfinite(optax.tree.norm(gradient)) & (scale >= 1)
+        return ~jnp.isfinite(optax.tree.norm(gradient)) & (scale >= SMALLEST)
 
     # The first attempt is one of the loop's, so that there is one program of the gradient.
     value, rest, gradient = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute, kept.scale))

@@ -117,7 +117,7 @@ def packed_forward(
             inputs=jax.vmap(back)(routing.inputs),
             scores=jax.vmap(back)(routing.scores),
         )
-    return Output(back(output.hidden), routing, ())
+    return Output(back(output.hidden), routing)
 
 
 def _moved(x: Array, index: Int[Array, "rows fed"], inverse: Int[Array, "others fed"], shards: int, fill: int) -> Array:

@@ -10,7 +10,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from rlstab_jax.learner.loss_scale import scaled_gradient
-from rlstab_jax.learner.optimizer import LearnerNumbers, TrainState, apply_gradient
+from rlstab_jax.learner.optimizer import LearnerNumbers, TrainState, apply_gradient, without_frozen
 from rlstab_jax.learner.packing import Packing
 from rlstab_jax.learner.predictor import Observed, divergence, fed_alone, learn
 from rlstab_jax.learner.score import PolicyScores, policy_scores, replayed_routes
@@ -233,9 +233,12 @@ def update(
     observed = 1 if old.observed is None else jnp.maximum(old.observed.valid.sum(), 1)
     foretelling = state.predictor
     trained = state.params, None if foretelling is None else foretelling.weights
-    value, statistics, (gradient, of_predictor), loss_scale = scaled_gradient(
-        state.loss_scale, lambda scale: accumulate(loss, trained, part, micro_batches, scale)
-    )
+
+    def gradients(scale: Array | None) -> tuple[Array, Statistics, Any]:
+        value, statistics, (gradient, of_predictor) = accumulate(loss, trained, part, micro_batches, scale)
+        return value, statistics, (without_frozen(gradient, freeze), of_predictor)
+
+    value, statistics, (gradient, of_predictor), loss_scale = scaled_gradient(state.loss_scale, gradients)
     state, measures = apply_gradient(state, gradient, numbers, freeze)
     state = dataclasses.replace(state, params=laid_out(state.params, model.layout), loss_scale=loss_scale)
     if foretelling is not None and teach is not None:

@@ -12,7 +12,9 @@ LAYERS = "layers"
 
 
 def by_layer(variables: dict) -> dict:
-    """Variables as `Transformer` has them, with those of the layers in the collection `LAYERS` instead of stacked."""
+    """Variables with those of the layers in the collection `LAYERS` instead of stacked; as they are if they lie so."""
+    if LAYERS in variables:
+        return variables
     apart: dict[tuple[int, int, int], dict] = {}
     rest: dict[str, dict] = {}
     for collection, tree in variables.items():
@@ -27,5 +29,5 @@ def by_layer(variables: dict) -> dict:
 
 def layers_of(variables: dict) -> list[dict]:
     """The variables of each layer that has some, in depth order."""
-    layers = (variables if LAYERS in variables else by_layer(variables))[LAYERS]
+    layers = by_layer(variables)[LAYERS]
     return [layers[str(depth)] for depth in range(len(layers))]

@@ -7,19 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from rlstab_jax.models.config import ModelConfig
 from rlstab_jax.models.layers import Past, Rotations, Routing
 from rlstab_jax.models.transformer import Block, Transformer
 from rlstab_jax.types import Routes
-
-
-def depth_first(config: ModelConfig, stacked: list[Any]) -> list[Any]:
-    """Per-layer trees in depth order, from one tuple per segment of trees stacked over its repetitions."""
-    layers = []
-    for blocks, (_, repeats) in zip(stacked, config.segments, strict=True):
-        for i in range(repeats):
-            layers += [jax.tree.map(lambda a, i=i: a[i], block) for block in blocks]
-    return layers
 
 
 def decode_step(

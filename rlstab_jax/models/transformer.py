@@ -39,12 +39,12 @@ from rlstab_jax.types import Routes, UserError
 
 @struct.dataclass
 class Output:
-    """Final hidden states [batch, time, d], the routing (None for a dense model), keys and values: of each segment,
-    stacked, or where the variables lie by layer a list of those of each layer."""
+    """Final hidden states [batch, time, d], the routing (None for a dense model), keys and values of each layer (None
+    unless the variables lie by layer)."""
 
     hidden: Float[Array, "batch time d"]
     routing: Routing | None
-    keys_values: Any
+    keys_values: list[KeyValues] | None = None
 
 
 class Block(nn.Module):
@@ -100,17 +100,16 @@ class Period(nn.Module):
     @nn.compact
     def __call__(self, x, turn, segments, routes):
         x = residual(x)
-        keys_values, routing, moe_layer = [], [], 0
+        routing, moe_layer = [], 0
         for i, moe in enumerate(self.kinds):
             block = Block(self.config, moe, self.precision, self.kernels, self.layout, self.replay, name=f"block_{i}")
             recorded = routes[moe_layer] if moe and routes is not None else None
-            x, kv, layer_routing = block(x, turn, segments, recorded)
-            keys_values.append(kv)
+            x, _, layer_routing = block(x, turn, segments, recorded)
             if moe:
                 moe_layer += 1
                 routing.append(layer_routing)
         stacked = jax.tree.map(lambda *layers: jnp.stack(layers), *routing) if routing else None
-        return x, (tuple(keys_values), stacked)
+        return x, stacked
 
 
 class Transformer(nn.Module):
@@ -173,22 +172,21 @@ class Transformer(nn.Module):
         """
         turn = rotations(tokens.shape[1], self.config).at(positions_in(segments))
         x = self.layout.constrain(self.embed(tokens), "batch", "time", "embed")
-        keys_values, routing, depth = [], [], 0
+        routing, depth = [], 0
         for segment, (kinds, repeats) in zip(self.segments, self.config.segments, strict=True):
             count = sum(kinds) * repeats
             recorded = None
             if routes is not None and count:
                 recorded = routes[depth : depth + count].reshape(repeats, sum(kinds), *routes.shape[1:])
             depth += count
-            x, (kv, layers) = segment(x, turn, segments, recorded)
-            keys_values.append(kv)
+            x, layers = segment(x, turn, segments, recorded)
             if layers is not None:
                 routing.append(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), layers))
         whole = jax.tree.map(lambda *parts: jnp.concatenate(parts), *routing) if routing else None
         hidden = self.final_norm(x)
         if self.is_initializing():
             self.logits(hidden[:, 0])  # an untied head has parameters of its own
-        return Output(hidden, whole, keys_values)
+        return Output(hidden, whole)
 
     def embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch d"]:
         """Token embeddings in the engine's dtype."""

@@ -33,7 +33,7 @@ def disagreement(first: Routes, second: Routes, fed_mask: FedMask, num_experts: 
 def tokens_differ(first: Routes, second: Routes, fed_mask: FedMask, num_experts: int) -> Mean:
     """The share of tokens of which the top-k set of some layer differs between two passes.
 
-    Layers that were not recorded, in either pass, do not count, nor do tokens without any other.
+    A layer that was not recorded, in either pass, does not count, and neither does a token without a recorded one.
     """
     counted = _recorded(first, num_experts) & _recorded(second, num_experts) & fed_mask
     return mean_of((differ(first, second) & counted).any(0), counted.any(0))

@@ -18,6 +18,7 @@ from flax import traverse_util
 from rlstab_jax.inference import prepare
 from rlstab_jax.inference.sampler import sample_batch
 from rlstab_jax.models import ModelConfig, Precision, fp8, quantised
+from rlstab_jax.models.by_layer import LAYERS, by_layer
 from rlstab_jax.models.layers import SCALE
 from rlstab_jax.models.transformer import embed, forward, logits_of
 
@@ -25,9 +26,19 @@ UNTIED = dataclasses.replace(tiny.MIXED, tie_embeddings=False)
 LINEAR = {"q", "k", "v", "o", "gate", "up", "down"}
 
 
+def collection(variables: dict, name: str) -> dict[tuple[str, ...], jax.Array]:
+    """The leaves of a collection by their path, which for those of a layer begins with its depth."""
+    parts = variables.get(name, {}) | {depth: layer.get(name, {}) for depth, layer in variables[LAYERS].items()}
+    return traverse_util.flatten_dict(parts)
+
+
+def source_of(params: dict) -> dict[tuple[str, ...], jax.Array]:
+    return collection(by_layer({"params": params}), "params")
+
+
 def with_scales(config: object, precision: Precision) -> set[str]:
     """Names of the parameters that have scales: the module's or, for experts, the parameter's own."""
-    flat = traverse_util.flatten_dict(prepare(tiny.parameters(config), precision, stacked=True)[SCALE])
+    flat = collection(prepare(tiny.parameters(config), precision), SCALE)
     return {path[-2] if path[-1] == "kernel" else path[-1] for path in flat}
 
 
@@ -47,10 +58,8 @@ def test_exemptions(changes: dict, tied: set[str], untied: set[str]) -> None:
 
 def test_stored_values_and_scales() -> None:
     params = tiny.parameters()
-    variables = prepare(params, fp8(quantise_router=False, dtype="bfloat16"), stacked=True)
-    flat, scales, source = (
-        traverse_util.flatten_dict(tree) for tree in (variables["params"], variables[SCALE], params)
-    )
+    variables = prepare(params, fp8(quantise_router=False, dtype="bfloat16"))
+    flat, scales, source = collection(variables, "params"), collection(variables, SCALE), source_of(params)
     assert flat.keys() == source.keys()
     for path, leaf in source.items():
         stored = flat[path]
@@ -71,7 +80,7 @@ def test_stored_values_and_scales() -> None:
 
 def test_plain_engines() -> None:
     for dtype in ("float32", "bfloat16", "float16"):
-        flat = traverse_util.flatten_dict(prepare(tiny.parameters(UNTIED), Precision(dtype), stacked=True)["params"])
+        flat = collection(prepare(tiny.parameters(UNTIED), Precision(dtype)), "params")
         for path, leaf in flat.items():
             kept = path[-1] == "gain" or "router" in path
             assert leaf.dtype == (jnp.float32 if kept else jnp.dtype(dtype)), path
@@ -83,12 +92,12 @@ def test_a_float32_head_in_a_narrow_engine(precision: Precision) -> None:
     wide = dataclasses.replace(precision, float32_lm_head=True)
     for config, head in ((tiny.MIXED, ("embedding",)), (UNTIED, ("lm_head", "kernel"))):
         params = tiny.parameters(config)
-        plain, variables = prepare(params, precision, stacked=True), prepare(params, wide, stacked=True)
-        before, after, source = (traverse_util.flatten_dict(t) for t in (plain["params"], variables["params"], params))
+        plain, variables = prepare(params, precision), prepare(params, wide)
+        before, after, source = collection(plain, "params"), collection(variables, "params"), source_of(params)
         assert before.pop(head).dtype == jnp.bfloat16
         np.testing.assert_array_equal(after.pop(head), source[head], strict=True)
         jax.tree.map(functools.partial(np.testing.assert_array_equal, strict=True), after, before)
-        jax.tree.map(np.testing.assert_array_equal, variables[SCALE], plain[SCALE])
+        jax.tree.map(np.testing.assert_array_equal, collection(variables, SCALE), collection(plain, SCALE))
         found, wanted = (
             embed(tiny.model(config, of), at_rest, np.arange(17))
             for of, at_rest in ((wide, variables), (precision, plain))
@@ -99,7 +108,7 @@ def test_a_float32_head_in_a_narrow_engine(precision: Precision) -> None:
 
 def test_float16_weights_saturate() -> None:
     params = jax.tree.map(lambda a: a * np.float32(1e6), tiny.parameters(UNTIED))
-    flat = traverse_util.flatten_dict(prepare(params, Precision("float16"), stacked=True)["params"])
+    flat = collection(prepare(params, Precision("float16")), "params")
     largest = {path: np.abs(np.asarray(leaf, np.float32)).max() for path, leaf in flat.items()}
     assert {largest[path] for path, leaf in flat.items() if leaf.dtype == jnp.float16} == {65504.0}
 
@@ -107,12 +116,12 @@ def test_float16_weights_saturate() -> None:
 def test_scales_by_block() -> None:
     """Squares of 8 over input and output, per expert and layer; a tied embedding has the blocks of its transpose."""
     params = tiny.parameters()
-    scales = traverse_util.flatten_dict(prepare(params, fp8(scales="block", block=8), stacked=True)[SCALE])
+    scales = collection(prepare(params, fp8(scales="block", block=8)), SCALE)
     assert scales["embedding",].shape == (3, 4)  # 17 tokens, width 32
-    up = "segment_0", "block_0", "moe", "up"
-    assert scales[up].shape == (2, 8, 4, 2)
-    weight = np.asarray(traverse_util.flatten_dict(params)[up])
-    largest = np.abs(weight.reshape(2, 8, 4, 8, 2, 8)).max((3, 5))
+    up = "2", "moe", "up"
+    assert scales[up].shape == (8, 4, 2)
+    weight = np.asarray(source_of(params)[up])
+    largest = np.abs(weight.reshape(8, 4, 8, 2, 8)).max((2, 4))
     np.testing.assert_array_equal(scales[up], largest * (1 / np.float32(448)))
 
 
@@ -187,14 +196,15 @@ def test_laid_out_on_meshes() -> None:
 
 @pytest.mark.optimised
 def test_decoding_has_no_second_copy_of_the_weights() -> None:
-    """Stacked layers are taken apart outside the loop over tokens, which copies them; those that lie apart are not."""
+    """Stacked layers are taken apart outside the loop over tokens, which copies them; those that lie apart are not. Nor
+    does their cast make a copy in between."""
     config = ModelConfig(**(vars(SHALLOW) | {"expert_dim": 2048, "num_layers": 2}))
     model = tiny.model(config)
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))
     temporaries, stored = {}, 0
     for stacked in (False, True):
-        prepared = functools.partial(prepare, precision=tiny.FLOAT32, stacked=stacked)
-        variables = jax.eval_shape(prepared, params["params"])
+        prepared = functools.partial(prepare, precision=tiny.FLOAT32)
+        variables = {"params": params["params"]} if stacked else jax.eval_shape(prepared, params["params"])
         stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(variables))
         program = sample_batch.lower(
             model, variables, *tiny.prompts(), tiny.keys(), tiny.sampling(),
@@ -203,3 +213,5 @@ def test_decoding_has_no_second_copy_of_the_weights() -> None:
         temporaries[stacked] = program.memory_analysis().temp_size_in_bytes
     assert temporaries[False] < stored / 10
     assert temporaries[True] > stored
+    cast = prepare.lower(params["params"], Precision("bfloat16")).compile().memory_analysis()
+    assert cast.temp_size_in_bytes < stored / 10 < cast.output_size_in_bytes

@@ -101,3 +101,7 @@ def test_a_gradient_that_float16_would_lose() -> None:
     assert cosine(got, wanted) > 0.999
     assert 1 < float(measures["learner/loss_scale"]) < 2.0**20
     assert np.isfinite(measures["learner/grad_norm"])
+    huge = dataclasses.replace(large, advantage=1e4 * large.advantage)
+    state, measures, got = step(HALF, huge, begin=2.0**20)
+    assert cosine(got, wanted) > 0.999
+    assert scaling.SMALLEST < float(measures["learner/loss_scale"]) < 1
