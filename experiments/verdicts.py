@@ -276,6 +276,7 @@ def _projections(results: Path) -> str:
         "r2": "R2",
         "r3": "R3",
         "permuted": "R3, another token's routes",
+        "initial": "R3, the cold start's routes",
         "clipped": "live routes, clipping and truncation",
     }
     rows = gradients.table(read(results / "gradients" / gradients.FILE))
