@@ -20,11 +20,14 @@ PRECISIONS = {
     "e4m3_router_exempt": fp8("float8_e4m3fn", quantise_router=False),
     "e4m3_cache_exempt": fp8("float8_e4m3fn", kv_cache="none"),
 }
-# The engine that trains, and the one that samples: what is not quantised is of one dtype in both.
+# Of both engines: what is not quantised is of one dtype.
 TRAINING = {
-    "both_bf16": ("bf16", PRECISIONS["bf16"]),
-    "both_fp16": ("fp16", PRECISIONS["fp16"]),
-    "bf16_e4m3": ("bf16", fp8("float8_e4m3fn", dtype="bfloat16")),  # the paper's own
+    "both_bf16": {"rollout.precision": PRECISIONS["bf16"], "learner.precision": PRECISIONS["bf16"]},
+    "both_fp16": {"rollout.precision": PRECISIONS["fp16"], "learner.precision": PRECISIONS["fp16"]},
+    "bf16_e4m3": {  # the paper's own
+        "rollout.precision": fp8("float8_e4m3fn", dtype="bfloat16"),
+        "learner.precision": PRECISIONS["bf16"],
+    },
 }
 REPLAYED = ("e4m3", "4bit")
 
@@ -38,10 +41,7 @@ STUDY = Study(
             Cell(f"{name}-r3", replay("r3") | {"rollout.precision": PRECISIONS[name]}, f"{name}, R3")
             for name in REPLAYED
         ),
-        *(
-            Cell(name, {"rollout.precision": precision, "learner.precision": PRECISIONS[training]}, name)
-            for name, (training, precision) in TRAINING.items()
-        ),
+        *(Cell(name, changes, name) for name, changes in TRAINING.items()),
     ),
     panels=(
         Panel("live routing", tuple(PRECISIONS)[:6]),

@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 
 from experiments import drawing, on_policy, statistics
-from experiments.discrepancy import PRECISIONS
+from experiments.discrepancy import PRECISIONS, TRAINING
 from experiments.gradients import Surrogate, compared, mean_gradients, run_of, states, unclipped
 from experiments.study import RESULTS, add, command, read, replaced
 from experiments.workers import prepare
@@ -41,10 +41,7 @@ _EQUAL = {"rollout.precision": PRECISIONS[EQUAL]}
 # By name, what it changes in the config of on-policy MiniRL. The first one is exact.
 ENGINES: dict[str, Mapping[str, Any]] = {
     **{name: {"rollout.precision": precision} for name, precision in PRECISIONS.items()},
-    **{
-        f"both_{name}": {"rollout.precision": PRECISIONS[name], "learner.precision": PRECISIONS[name]}
-        for name in ("bf16", "fp16")
-    },
+    **{name: TRAINING[name] for name in ("both_bf16", "both_fp16")},
     "equal_other_experts": _EQUAL | {"kernels.decode_experts": "dense"},
     "equal_other_batch": _EQUAL | {"rollout.waves": 4},
 }

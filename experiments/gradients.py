@@ -31,7 +31,6 @@ from experiments.claims import ENOUGH, NOT_YET, REFUTED, REPRODUCED, UNDECIDED
 from experiments.study import RESULTS, add, command, key_of, read
 from experiments.workers import prepare
 from rlstab_jax.learner import Minibatch, TrainState
-from rlstab_jax.learner.controls import permuted
 from rlstab_jax.learner.loss_scale import BEGIN
 from rlstab_jax.learner.score import policy_scores, replayed_routes
 from rlstab_jax.models import Transformer
@@ -42,7 +41,7 @@ from rlstab_jax.training.cold_start import cold_start
 from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.engines import Engines, build, initial_params
 from rlstab_jax.training.loop import RunState, first_train_state, learn, minibatch, produce
-from rlstab_jax.training.passes import score_old
+from rlstab_jax.training.passes import score_old, with_routes_of
 from rlstab_jax.types import RoutingReplay, Scores, UserError
 
 REFERENCE = "sequence"  # Eq. 2, live routing, no truncation
@@ -88,18 +87,18 @@ def gradient(
     replay: RoutingReplay,
     logits_per_chunk: int,
 ) -> Float[Array, "parameters"]:
-    """The gradient of an objective's loss at ``params`` over rows that mu_old sampled, in one vector; of a multiple of
-    it where the engine's dtype has float16's range."""
+    """The gradient of an objective's loss at ``params`` over rows that mu_old sampled, in one vector. In float16 the
+    loss is scaled, as a learner's is."""
     routes = replayed_routes(replay, rows.rollout, rows.old.routes)
     old = rows.old.log_probs
     scores = Scores(old, old, rows.rollout.log_probs, rows.rollout.response_mask, rows.groups)
     c = coefficients(objective, scores)
+    scale = BEGIN if model.precision.dtype == "float16" else 1.0
 
     def loss(params: dict) -> Float[Array, ""]:
         target, _ = policy_scores(model, {"params": params}, rows.rollout, routes, logits_per_chunk)
         return scale * surrogate(objective, dataclasses.replace(scores, target=target.log_probs), rows.advantage, c)[0]
 
-    scale = BEGIN if model.precision.dtype == "float16" else 1.0
     return ravel_pytree(jax.grad(loss)(params))[0] / scale
 
 
@@ -108,13 +107,7 @@ def _replaying(
 ) -> Minibatch:
     """The rows with pi_old's scores under R3, of the recorded routes, of those permuted by a key, or of those that the
     training engine chooses at the parameters ``initial``."""
-    rollout, routes = rows.rollout, rows.rollout.routes
-    if replay_of == "permuted":
-        routes = permuted(routes, rollout.fed_mask, jax.random.key(key))
-    elif replay_of == "initial":
-        assert initial is not None
-        routes = score_old(engines, initial, rollout, RoutingReplay.LIVE)[0].routes
-    rollout = dataclasses.replace(rollout, routes=routes)
+    rollout = with_routes_of(engines, replay_of, initial, rows.rollout, jax.random.key(key))
     scores, _ = score_old(engines, old, rollout, RoutingReplay.R3)
     return dataclasses.replace(rows, rollout=rollout, old=scores)
 

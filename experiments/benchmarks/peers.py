@@ -66,7 +66,7 @@ def contenders(
 Engine = tuple[Callable[[], np.ndarray], Callable[[], object]]  # logits of the prompts, and one run
 
 
-def _layers(config: ModelConfig, params: dict) -> list[dict]:
+def _layers(params: dict) -> list[dict]:
     """Our parameters by layer, as NumPy arrays."""
     return [jax.tree.map(np.asarray, layer["params"]) for layer in layers_of({"params": params})]
 
@@ -78,7 +78,7 @@ def hugging_face_state(config: ModelConfig, params: dict) -> dict[str, np.ndarra
         "model.norm.weight": params["final_norm"]["gain"],
         "lm_head.weight": params["lm_head"]["kernel"].T,
     }
-    for i, layer in enumerate(_layers(config, params)):
+    for i, layer in enumerate(_layers(params)):
         attention, moe = layer["attention"], layer["moe"]
         gate_up = np.concatenate([moe["gate"], moe["up"]], axis=-1)
         state |= {
@@ -237,7 +237,7 @@ def _tunix_load(config: ModelConfig, params: dict, model: Any) -> None:
     model.embedder.input_embedding.value = jnp.asarray(params["embedding"])
     model.final_norm.w.value = jnp.asarray(params["final_norm"]["gain"])
     model.lm_head.w.value = jnp.asarray(params["lm_head"]["kernel"])
-    for theirs, ours in zip(model.layers, _layers(config, params), strict=True):
+    for theirs, ours in zip(model.layers, _layers(params), strict=True):
         attention, moe = ours["attention"], ours["moe"]
         theirs.input_layernorm.w.value = ours["attention_norm"]["gain"]
         theirs.post_attention_layernorm.w.value = ours["mlp_norm"]["gain"]

@@ -63,7 +63,7 @@ def sample(
 
     Raises:
       UserError: no prompt or an empty one, a token id outside the vocabulary, a mask that is not bool, no response, a
-        number of ``sampling`` outside its range, another number of keys than of responses.
+        number of ``sampling`` outside its range or above ``support``, another number of keys than of responses.
     """
     vocab_size = model.config.vocab_size
     check_request(prompts, prompt_mask, keys, sampling, samples_per_prompt, response_length, vocab_size, support)

@@ -98,13 +98,17 @@ def routes_to_replay(engines: Engines, initial: dict | None, rollout: Rollout, s
       initial: the parameters that RL began with, where their choice is asked for.
       step: the global step that learns from the rollout; a permutation depends on it and the run's seed.
     """
-    config = engines.config
-    if config.learner.replay_of == "recorded":
+    key = jax.random.fold_in(jax.random.key(engines.config.seed), step)
+    return with_routes_of(engines, engines.config.learner.replay_of, initial, rollout, key)
+
+
+def with_routes_of(engines: Engines, replay_of: str, initial: dict | None, rollout: Rollout, key: Array) -> Rollout:
+    """The rollout with the routes that ``learner.replay_of`` names; ``key`` is of the permutation."""
+    if replay_of == "recorded":
         return rollout
-    if config.learner.replay_of == "initial":
+    if replay_of == "initial":
         assert initial is not None
         return replace(rollout, routes=score_old(engines, initial, rollout, RoutingReplay.LIVE)[0].routes)
-    key = jax.random.fold_in(jax.random.key(config.seed), step)
     return replace(rollout, routes=engines.settle(permuted(rollout.routes, rollout.fed_mask, key)))
 
 
