@@ -71,7 +71,7 @@ def _layers(params: dict) -> list[dict]:
     return [jax.tree.map(np.asarray, layer["params"]) for layer in layers_of({"params": params})]
 
 
-def hugging_face_state(config: ModelConfig, params: dict) -> dict[str, np.ndarray]:
+def hugging_face_state(params: dict) -> dict[str, np.ndarray]:
     """Our parameters under the names and in the layout of `Qwen3MoeForCausalLM`: linear weights are [out, in]."""
     state = {
         "model.embed_tokens.weight": params["embedding"],
@@ -121,7 +121,7 @@ def hugging_face_model(config: ModelConfig, params: dict, experts: str) -> Any:
             tie_word_embeddings=False,
         )
     )
-    model.load_state_dict({name: torch.tensor(v) for name, v in hugging_face_state(config, params).items()})
+    model.load_state_dict({name: torch.tensor(v) for name, v in hugging_face_state(params).items()})
     model.set_experts_implementation(experts)
     return model.eval()
 
