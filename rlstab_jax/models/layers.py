@@ -243,13 +243,19 @@ def route(
 
 
 def _top_k(x: Float[Array, "tokens expert"], k: int, layout: Layout) -> tuple[Array, Array]:
-    """`jax.lax.top_k` of each token where it lies: on CPU, XLA would gather all tokens on each device for it."""
-    top_k = partial(jax.lax.top_k, k=k)
+    """`jax.lax.top_k` of each token where it lies: on CPU, XLA would gather all tokens on each device for it.
+
+    The barrier keeps it whole: where its users take different parts of it, XLA for CPUs would sort all experts.
+    """
+
+    def top_k(x: Array) -> tuple[Array, Array]:
+        values, order = jax.lax.optimization_barrier(jax.lax.top_k(x, k))
+        return values, order
+
     if not layout.splits or x.shape[0] % layout.row_parts:
         return top_k(x)
     rows = PartitionSpec(layout.rows, None)
-    values, order = jax.shard_map(top_k, mesh=layout.mesh, in_specs=rows, out_specs=[rows, rows])(x)
-    return values, order
+    return jax.shard_map(top_k, mesh=layout.mesh, in_specs=rows, out_specs=(rows, rows))(x)
 
 
 class MoE(nn.Module):
