@@ -245,12 +245,13 @@ def route(
 def _top_k(x: Float[Array, "tokens expert"], k: int, layout: Layout) -> tuple[Array, Array]:
     """`jax.lax.top_k` of each token where it lies: on CPU, XLA would gather all tokens on each device for it.
 
-    The barrier keeps it whole: where its users take different parts of it, XLA for CPUs would sort all experts.
+    Barriers keep its results whole: where users take different parts of them, XLA for CPUs would sort all experts. One
+    for each, since the same compiler fails on a barrier for both.
     """
 
     def top_k(x: Array) -> tuple[Array, Array]:
-        values, order = jax.lax.optimization_barrier(jax.lax.top_k(x, k))
-        return values, order
+        values, order = jax.lax.top_k(x, k)
+        return jax.lax.optimization_barrier(values), jax.lax.optimization_barrier(order)
 
     if not layout.splits or x.shape[0] % layout.row_parts:
         return top_k(x)
