@@ -29,8 +29,8 @@ from rlstab_jax.types import UserError
 
 LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers", "google-tunix")
 
-# Huge pages; and what `keep_freed_memory` tells glibc.
-MALLOC = ("hugetlb=1", "mmap_max=0", "trim_threshold=18446744073709551615", "arena_max=1")
+# Huge pages; and what `keep_freed_memory` tells glibc, here before Python starts.
+MALLOC = ("hugetlb=1", "mmap_max=0", "trim_threshold=18446744073709551615")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +189,9 @@ def held_to(threads: int, module: str, arguments: Sequence[str], devices: int = 
     variables["JAX_PLATFORMS"] = "cpu"
     virtual = f"--xla_force_host_platform_device_count={devices}" if devices > 1 else ""
     variables["XLA_FLAGS"] = " ".join(f"{os.environ.get('XLA_FLAGS', '')} {alone} {virtual}".split())
-    variables["GLIBC_TUNABLES"] = ":".join(f"glibc.malloc.{setting}" for setting in MALLOC)
+    variables["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "0"
+    malloc = MALLOC + (("arena_max=1",) if devices > 1 else ())
+    variables["GLIBC_TUNABLES"] = ":".join(f"glibc.malloc.{setting}" for setting in malloc)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"
         command = [sys.executable, "-m", module, *arguments, "--worker", str(file)]

@@ -19,11 +19,12 @@ def prepare_jax(compilation_cache: Path | None = None) -> None:
 
     Call it before the first array is made: later it has less effect, or none.
     """
-    if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
-        # Virtual CPU devices: programs in flight together can starve each other's collectives of threads, for ever.
+    # Virtual CPU devices: programs in flight together can starve each other's collectives of threads, for ever.
+    virtual = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if virtual or on_cpu():
         jax.config.update("jax_cpu_enable_async_dispatch", False)
     if on_cpu():
-        keep_freed_memory()
+        keep_freed_memory(computes_in_threads=virtual)
     if compilation_cache is None:
         return
     with contextlib.suppress(OSError):
@@ -40,13 +41,18 @@ def on_cpu() -> bool:
     return importlib.util.find_spec("libtpu") is None and not entry_points(group="jax_plugins")
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory(computes_in_threads: bool = True) -> bool:
     """Tells glibc to keep what is freed for the next allocation, whatever its size, instead of giving it back.
 
     XLA on CPU allocates a program's temporary memory as one block, in each call. By default blocks above 32 MiB are
-    mapped and unmapped each time, and the kernel clears them page by page, which takes a good part of an update. One
-    arena for all threads, since the others cannot hold large blocks. The process keeps the memory of its peak. To be
-    called before JAX's backends start, whose threads choose their arenas.
+    mapped and unmapped each time, and the kernel clears them page by page, which takes a good part of an update. The
+    process keeps the memory of its peak. To be called before JAX's backends start, whose threads choose their arenas.
+
+    Args:
+      computes_in_threads: programs run in other threads than the main one, as with asynchronous dispatch or virtual
+        devices. Then all threads share an arena, since those of other threads cannot hold large blocks. Otherwise the
+        compiler's threads have their own, and do not strew the main one with what they keep: after compiling, thousands
+        of holes would be searched whenever a product asks for a little memory, in a sixth of a small update's time.
 
     Returns:
       whether this system's allocator has these options, and took them.
@@ -54,4 +60,5 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return all([mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, -1), mallopt(M_ARENA_MAX, 1)])
+    arenas = [mallopt(M_ARENA_MAX, 1)] if computes_in_threads else []
+    return all([mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, -1), *arenas])

@@ -9,36 +9,65 @@ import pytest
 
 from rlstab_jax.parallel import process
 
-# Allocates and frees 128 MiB over and over, in another thread as XLA does, and counts page faults after the first time.
+# Allocates and frees 128 MiB over and over, where programs would run, and counts page faults after the first time.
 # Without huge pages (PR_SET_THP_DISABLE), which would make the faults few in either case.
 FAULTS = """
 import ctypes, resource, sys, threading
 import numpy as np
 from rlstab_jax.parallel.process import keep_freed_memory
 assert ctypes.CDLL(None).prctl(41, *map(ctypes.c_ulong, (1, 0, 0, 0))) == 0
-if sys.argv[1] == "kept":
-    assert keep_freed_memory()
+memory, place = sys.argv[1:]
+if memory == "kept":
+    assert keep_freed_memory(computes_in_threads=place == "thread")
 def work():
     np.ones(2**24)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(4):
         np.ones(2**24)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-thread = threading.Thread(target=work)
-thread.start()
-thread.join()
+if place == "main":
+    work()
+else:
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
 """
 
 
 @pytest.mark.skipif(process.platform.libc_ver()[0] != "glibc", reason="only glibc's allocator has these options")
-def test_freed_memory_is_used_again():
-    def faults(how: str) -> int:
-        command = [sys.executable, "-c", FAULTS, how]
+@pytest.mark.parametrize("place", ["main", "thread"])
+def test_freed_memory_is_used_again(place):
+    def faults(memory: str) -> int:
+        command = [sys.executable, "-c", FAULTS, memory, place]
         return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
     pages = 4 * 2**27 // os.sysconf("SC_PAGE_SIZE")
     assert faults("mapped") > 0.9 * pages
     assert faults("kept") < 0.01 * pages
+
+
+@pytest.mark.skipif(process.platform.libc_ver()[0] != "glibc", reason="only glibc's allocator has arenas")
+@pytest.mark.parametrize(("virtual", "arenas"), [(1, "several"), (2, "one")])
+def test_programs_run_in_the_main_thread_whose_memory_others_leave_alone(virtual, arenas):
+    """The arenas of glibc, as many as its report of them names, after something was compiled in other threads."""
+    report = """
+import ctypes, jax, jax.numpy as jnp, sys
+from rlstab_jax.parallel.process import prepare_jax
+prepare_jax()
+jax.jit(lambda x: jnp.sin(x @ x).sum())(jnp.ones((64, 64))).block_until_ready()
+c = ctypes.CDLL(None)
+c.fopen.restype = ctypes.c_void_p
+file = ctypes.c_void_p(c.fopen(b"/dev/stdout", b"w"))
+assert c.malloc_info(0, file) == 0
+c.fclose(file)
+"""
+    variables = {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={virtual}" * (virtual > 1),
+    }
+    command = [sys.executable, "-c", report]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | variables)
+    assert ("one" if done.stdout.count("<heap nr=") == 1 else "several") == arenas
 
 
 @pytest.mark.parametrize(
@@ -65,7 +94,7 @@ def test_memory_is_kept_where_nothing_but_the_cpu_can_be_meant(monkeypatch, plat
 
 def test_an_accelerators_host_gives_memory_back(monkeypatch):
     called = []
-    monkeypatch.setattr(process, "keep_freed_memory", lambda: called.append(True))
+    monkeypatch.setattr(process, "keep_freed_memory", lambda computes_in_threads: called.append(True))
     monkeypatch.setattr(process, "on_cpu", lambda: False)
     process.prepare_jax()
     assert called == []
