@@ -37,7 +37,14 @@ def base(**changes: Any) -> RunConfig:
         task=ArithmeticConfig(),
         model=ModelConfig(rope_theta=100.0),
         rollout=RolloutConfig(precision=fp8("float8_e4m3fn")),
-        learner=LearnerConfig(learning_rate=LEARNING_RATE, warmup_steps=20, max_grad_norm=math.inf, replay="live"),
+        learner=LearnerConfig(
+            learning_rate=LEARNING_RATE,
+            warmup_steps=20,
+            max_grad_norm=math.inf,
+            replay="live",
+            remat="none",  # so small a model recomputes nothing, and has no loop over its layers
+            unroll=2,
+        ),
         objective=ObjectiveConfig("minirl", cap=5.0),
         cold_start=ColdStartConfig(target_accuracy=0.23),
         evaluation=EvaluationConfig(every=16, prompts=256, samples=2),

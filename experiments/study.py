@@ -32,8 +32,8 @@ RESULTS = Path(__file__).parent / "results"
 RUNS = "runs.jsonl"
 MOST_PAIRS = 40
 X, ACCURACY = "progress/gradient_steps", "eval/accuracy_training"
-# Fields that do not change what a run computes.
-BESIDES = ("checkpoint_every", "keep_checkpoints", "logged_samples")
+# Fields that do not change what a run computes, but for the order of sums.
+BESIDES = ("checkpoint_every", "keep_checkpoints", "logged_samples", "learner.remat", "learner.unroll")
 
 
 @dataclasses.dataclass(frozen=True)
