@@ -12,7 +12,7 @@ def config() -> RunConfig:
         minibatches=1,
         model=ModelConfig(rope_theta=100.0),
         rollout=RolloutConfig(precision=fp8("float8_e4m3fn")),
-        # So small a model recomputes nothing, and has no loop over its layers: a third less time for an update.
+        # So small a model recomputes nothing, and has no loop over its layers: a quarter less time for an update.
         learner=LearnerConfig(learning_rate=1.5e-3, replay="live", remat="none", unroll=2),
         objective=ObjectiveConfig("minirl"),
     )
