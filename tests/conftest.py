@@ -20,9 +20,10 @@ def pytest_configure(config: pytest.Config) -> None:
     """Workers, and the processes that tests start, inherit all of this: each program is compiled once in a session.
 
     Compiling is most of the suite's time, and about a fifth of all goes into optimising programs that run once. Modules
-    that are marked ``optimised`` do without that economy; JAX_DISABLE_MOST_OPTIMIZATIONS=0 is for all to do without.
+    and tests that are marked ``optimised`` do without that economy; JAX_DISABLE_MOST_OPTIMIZATIONS=0 is for all to do
+    without.
     """
-    config.addinivalue_line("markers", "optimised: a module whose programs are compiled as a user's are")
+    config.addinivalue_line("markers", "optimised: a module or test whose programs are compiled as a user's are")
     os.environ.setdefault(_QUICK.upper(), "1")
     _compile_as_told()
     if _CACHE not in os.environ:
@@ -38,9 +39,18 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _optimised(request: pytest.FixtureRequest) -> Iterator[None]:
+def _optimised_module(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield from _optimised(request.node)
+
+
+@pytest.fixture(autouse=True)
+def _optimised_test(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield from _optimised(request.node)
+
+
+def _optimised(node: pytest.Item | pytest.Collector) -> Iterator[None]:
     """A function that is compiled is not compiled anew for other options: none is kept from before, or for later."""
-    if request.node.get_closest_marker("optimised") is None:
+    if not any(marker.name == "optimised" for marker in node.own_markers):
         yield
         return
     with pytest.MonkeyPatch.context() as patch:

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from rlstab_jax.models.experts import KERNELS, ExpertWeights
+from rlstab_jax.models.layers import route
 from rlstab_jax.models.precision import Precision, Stored, fp8, quantised, store, store_activations, store_weight
+from rlstab_jax.models.sharding import Layout
 
 D, F = 8, 6
 # Those of accelerators are in test_accelerator_kernels.py.
@@ -191,3 +193,22 @@ def test_stored_weights_are_used_as_they_are() -> None:
         second = apply(*inputs, ExpertWeights(**stored | {"down": doubled}), precision)
         np.testing.assert_allclose(second[:, 3], 2 * first[:, 3], rtol=1e-6, err_msg=name)
         np.testing.assert_array_equal(np.delete(second, 3, 1), np.delete(first, 3, 1))
+
+
+@pytest.mark.optimised
+def test_choosing_experts_sorts_nothing():
+    """On CPU a sort of all experts takes several times as long as the compiler's own top-k, which it uses only where
+    the results are taken as they are: the router needs k choices, and the margin to the one behind them."""
+
+    def chosen(scores):
+        return route(scores, 2, None, renormalise=True, layout=Layout())
+
+    scores = jax.nn.log_softmax(jax.random.normal(jax.random.key(0), (40, 8)))
+    program = jax.jit(chosen).lower(scores).compile()
+    assert "TopK" in program.as_text()
+    assert " sort(" not in program.as_text()
+    used, _, _, margin = program(scores)
+    order = np.argsort(-np.asarray(scores), axis=1)
+    np.testing.assert_array_equal(used, order[:, :2])
+    second, third = np.take_along_axis(np.exp(scores), order[:, 1:3], axis=1).T
+    np.testing.assert_allclose(margin, second - third, atol=1e-6)
