@@ -6,6 +6,8 @@ Tables, each with its own JSON file of raw seconds:
               lengths, interleaved in one process. This engine also records log-probs and routes; the peers do what
               they do by default. Every engine draws at temperature 1 from the full vocabulary, none stops early.
               With 2 threads this engine runs on 2 virtual devices as well, each with half of the rows.
+  groups      the same where 8 rows answer each prompt, as in RL: this engine computes a prompt once for its group,
+              `generate` is told of them (num_return_sequences), Tunix's sampler gets every prompt 8 times
   recording   routes recorded or not
   precision   each number format of weights, activations and KV cache, and each dtype
   batch       1 to 256 rows
@@ -59,7 +61,9 @@ class Scale:
     response: int
     """New tokens of each row, where lengths are equal."""
     batches: tuple[int, ...]
-    """Rows, for the tables `peers` and `recording`."""
+    """Rows, for the tables `peers`, `groups` and `recording`."""
+    group: int
+    """Responses to each prompt, for the table `groups`; divides ``batches``."""
     sweep: tuple[int, ...]
     """Rows, for the table `batch`."""
     buffers: tuple[int, ...]
@@ -90,6 +94,7 @@ FULL = Scale(
     prompt=32,
     response=64,
     batches=(64, 256),
+    group=8,
     sweep=(1, 4, 16, 64, 256),
     buffers=(32, 128, 512, 1024),
     rows=64,
@@ -102,6 +107,7 @@ QUICK = Scale(
     prompt=4,
     response=4,
     batches=(2,),
+    group=2,
     sweep=(1, 2),
     buffers=(32,),
     rows=2,
@@ -153,13 +159,15 @@ def ours(
     precision: Precision = FLOAT32,
     record_routes: bool = True,
     devices: int = 1,
+    group: int = 1,
 ) -> Contender:
     """This engine's `sample`. It records the log-probs of its draws, and routes unless told not to."""
     mesh = make_mesh(MeshConfig(data=devices), jax.devices()[:devices])
     model, params = Transformer(scale.model, precision, KERNELS, mesh=mesh), parameters(scale.model)
     variables = prepare(jax.device_put(params, NamedSharding(mesh, PartitionSpec())), precision, mesh)
-    prompts = jax.device_put(prompts_of(scale, rows), NamedSharding(mesh, PartitionSpec(Layout(mesh).rows)))
-    keys = sample_keys(jax.random.key(0), 0, range(rows), 1)
+    asked = rows // group
+    prompts = jax.device_put(prompts_of(scale, asked), NamedSharding(mesh, PartitionSpec(Layout(mesh).rows)))
+    keys = sample_keys(jax.random.key(0), 0, range(asked), group)
 
     def run() -> object:
         rollout = sample(
@@ -170,6 +178,7 @@ def ours(
             keys,
             sampling_of(lengths),
             response_length=response,
+            samples_per_prompt=group,
             record_routes=record_routes,
         )
         return jax.block_until_ready(rollout)
@@ -177,8 +186,8 @@ def ours(
     return Contender(name, run, rows * response if lengths is None else int(lengths.sum()))
 
 
-def peers_table(scale: Scale, threads: int) -> list[Cell]:
-    """This engine and its peers, at each batch size."""
+def peers_table(scale: Scale, threads: int, group: int = 1) -> list[Cell]:
+    """This engine and its peers, at each batch size, of which ``group`` rows answer each prompt."""
     cells = []
     for rows in scale.batches:
         differences: dict[str, float] = {}
@@ -186,17 +195,23 @@ def peers_table(scale: Scale, threads: int) -> list[Cell]:
             Missing(name, "left out of a quick run") for name in (*peers.HUGGING_FACE, peers.TUNIX)
         ]
         if scale.peers:
-            prompts = prompts_of(scale, rows)
+            prompts = prompts_of(scale, rows // group)
             reference = prompt_logits(scale, prompts)
             params = jax.tree.map(np.asarray, parameters(scale.model))
-            others, differences = peers.contenders(scale.model, params, prompts, scale.response, reference, threads)
-        engines = [ours(OURS, scale, rows, scale.response)]
+            others, differences = peers.contenders(
+                scale.model, params, prompts, scale.response, reference, threads, group
+            )
+        engines = [ours(OURS, scale, rows, scale.response, group=group)]
         if 1 < threads <= jax.local_device_count():
             name = f"{OURS}, {threads} virtual devices"
-            engines.append(ours(name, scale, rows, scale.response, devices=threads))
+            engines.append(ours(name, scale, rows, scale.response, devices=threads, group=group))
         results = measure([*engines, *others], scale.repetitions)
         cells.append({"batch": rows, "differences": differences, "contenders": results})
     return cells
+
+
+def groups_table(scale: Scale, threads: int) -> list[Cell]:
+    return peers_table(scale, threads, scale.group)
 
 
 def prompt_logits(scale: Scale, prompts: np.ndarray) -> np.ndarray:
@@ -305,6 +320,7 @@ def continuous_table(scale: Scale, threads: int) -> list[Cell]:
 
 TABLES: dict[str, Callable[[Scale, int], list[Cell]]] = {
     "peers": peers_table,
+    "groups": groups_table,
     "recording": recording_table,
     "precision": precision_table,
     "batch": batch_table,
@@ -322,7 +338,7 @@ BENCHMARK = Benchmark(
     quick=QUICK,
     settings={"kernels": dataclasses.asdict(KERNELS)},
     page=decode_report.PAGE,
-    devices=lambda table, threads: threads if table == "peers" else 1,
+    devices=lambda table, threads: threads if table in ("peers", "groups") else 1,
     gpu=("bandwidth", lambda quick: bandwidth.study(bandwidth.TINY if quick else bandwidth.FULL)),
 )
 main = BENCHMARK.main

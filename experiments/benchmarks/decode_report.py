@@ -193,6 +193,7 @@ PAGE = Page(
     about=ABOUT,
     tables={
         "peers": ("Against its peers", peers_rows),
+        "groups": ("Against its peers, eight responses to each prompt", peers_rows),
         "recording": ("What recording routes costs", recording_rows),
         "precision": ("Number formats", precision_rows),
         "batch": ("Batch size", batch_rows),
@@ -202,6 +203,7 @@ PAGE = Page(
     },
     panels={
         "peers": peers_panel,
+        "groups": peers_panel,
         "recording": recording_panel,
         "precision": precision_panel,
         "batch": batch_panel,

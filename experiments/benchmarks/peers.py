@@ -32,17 +32,24 @@ INSTALL = "see `experiments/benchmarks/peers.py`"
 
 
 def contenders(
-    config: ModelConfig, params: dict, prompts: np.ndarray, new_tokens: int, reference: np.ndarray, threads: int
+    config: ModelConfig,
+    params: dict,
+    prompts: np.ndarray,
+    new_tokens: int,
+    reference: np.ndarray,
+    threads: int,
+    group: int = 1,
 ) -> tuple[list[Contender | Missing], dict[str, float]]:
     """All peers on the same weights, prompts and lengths: temperature 1, full vocabulary, no stop token.
 
     Args:
       config: the model; all layers MoE.
       params: our parameters, float32.
-      prompts: [batch, prompt_length], full rows.
+      prompts: [prompts, prompt_length], full rows.
       new_tokens: drawn by each row.
-      reference: our logits of the prompts, [batch, prompt_length, vocab].
+      reference: our logits of the prompts, [prompts, prompt_length, vocab].
       threads: of torch.
+      group: responses to each prompt.
 
     Returns:
       the contenders, and for each that is there the largest absolute difference of its logits from ours.
@@ -51,7 +58,7 @@ def contenders(
     differences: dict[str, float] = {}
     for build, names in ((_transformers, list(HUGGING_FACE)), (_tunix, [TUNIX])):
         try:
-            engines = build(config, params, prompts, new_tokens, threads)
+            engines = build(config, params, prompts, new_tokens, threads, group)
         except ImportError as error:
             found += [Missing(name, f"{error}: {INSTALL}") for name in names]
             continue
@@ -59,7 +66,7 @@ def contenders(
             differences[name] = float(np.abs(logits() - reference).max())
             if not differences[name] < 1e-3:
                 raise AssertionError(f"{name}: its logits differ from ours by {differences[name]:.3g}, above 1e-3")
-            found.append(Contender(name, run, prompts.shape[0] * new_tokens))
+            found.append(Contender(name, run, prompts.shape[0] * group * new_tokens))
     return found, differences
 
 
@@ -127,7 +134,7 @@ def hugging_face_model(config: ModelConfig, params: dict, experts: str) -> Any:
 
 
 def _transformers(
-    config: ModelConfig, params: dict, prompts: np.ndarray, new_tokens: int, threads: int
+    config: ModelConfig, params: dict, prompts: np.ndarray, new_tokens: int, threads: int, group: int
 ) -> dict[str, Engine]:
     import torch
 
@@ -147,12 +154,13 @@ def _transformers(
             temperature=1.0,
             top_k=0,
             top_p=1.0,
+            num_return_sequences=group,
             max_new_tokens=new_tokens,
             eos_token_id=None,
             pad_token_id=0,
             cache_implementation=cache,
         )
-        assert tokens.shape[1] == prompts.shape[1] + new_tokens
+        assert tokens.shape == (prompts.shape[0] * group, prompts.shape[1] + new_tokens)
 
     return {name: (partial(logits, how[0]), partial(run, *how)) for name, how in HUGGING_FACE.items()}
 
@@ -207,7 +215,9 @@ def tunix_model(config: ModelConfig, params: dict) -> Any:
     return model
 
 
-def _tunix(config: ModelConfig, params: dict, prompts: np.ndarray, new_tokens: int, threads: int) -> dict[str, Engine]:
+def _tunix(
+    config: ModelConfig, params: dict, prompts: np.ndarray, new_tokens: int, threads: int, group: int
+) -> dict[str, Engine]:
     from flax import nnx
     from tunix.generate.sampler import CacheConfig, Sampler
 
@@ -215,7 +225,7 @@ def _tunix(config: ModelConfig, params: dict, prompts: np.ndarray, new_tokens: i
     batch, length = prompts.shape
     cache = CacheConfig(length + new_tokens, config.num_layers, config.num_kv_heads, config.head_dim)
     sampler = Sampler(model, _Ids(config.vocab_size), cache)
-    texts = prompts.tolist()
+    texts = np.repeat(prompts, group, axis=0).tolist()
 
     def logits() -> np.ndarray:
         causal = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (batch, length, length))
