@@ -11,6 +11,7 @@ from typing import Any
 
 from experiments.benchmarks.common import environment, held_to, write_json
 from experiments.benchmarks.pages import Cell, Page
+from rlstab_jax.parallel.process import prepare_jax
 from rlstab_jax.types import UserError
 
 
@@ -50,6 +51,7 @@ class Benchmark:
         if options.repetitions:
             scale = dataclasses.replace(scale, repetitions=options.repetitions)
         if options.worker:
+            prepare_jax()
             write_json(options.worker, self._measured(options.tables, scale, options.threads[0]))
             return
         if options.gpu:

@@ -29,9 +29,6 @@ from rlstab_jax.types import UserError
 
 LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers", "google-tunix")
 
-# Huge pages; and what `keep_freed_memory` tells glibc, here before Python starts.
-MALLOC = ("hugetlb=1", "mmap_max=0", "trim_threshold=18446744073709551615")
-
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
@@ -175,9 +172,9 @@ def held_to(threads: int, module: str, arguments: Sequence[str], devices: int = 
     """Runs ``python -m module arguments --worker FILE`` on so many CPU cores; returns what it wrote to FILE as JSON.
 
     A process of its own, since XLA sizes its thread pool when it starts: by the cores that the process may use, and
-    makes its ``devices`` then. Linux. For all libraries alike, memory that is freed is kept for the next run, as
-    `rlstab train` keeps it, and large arrays lie in huge pages: clearing new pages in each run takes longer than some
-    of the work.
+    makes its ``devices`` then. Linux. For all libraries alike, large arrays lie in huge pages, and the child is to keep
+    memory that is freed for the next run (`prepare_jax`), as `rlstab train` does: clearing new pages in each run takes
+    longer than some of the work.
     """
     if sys.platform != "linux":
         raise UserError("holding a process to some cores needs Linux: use --quick, which holds none")
@@ -189,9 +186,7 @@ def held_to(threads: int, module: str, arguments: Sequence[str], devices: int = 
     variables["JAX_PLATFORMS"] = "cpu"
     virtual = f"--xla_force_host_platform_device_count={devices}" if devices > 1 else ""
     variables["XLA_FLAGS"] = " ".join(f"{os.environ.get('XLA_FLAGS', '')} {alone} {virtual}".split())
-    variables["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "0"
-    malloc = MALLOC + (("arena_max=1",) if devices > 1 else ())
-    variables["GLIBC_TUNABLES"] = ":".join(f"glibc.malloc.{setting}" for setting in malloc)
+    variables["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"
         command = [sys.executable, "-m", module, *arguments, "--worker", str(file)]
