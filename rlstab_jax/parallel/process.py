@@ -24,7 +24,7 @@ def prepare_jax(compilation_cache: Path | None = None) -> None:
     if virtual or on_cpu():
         jax.config.update("jax_cpu_enable_async_dispatch", False)
     if on_cpu():
-        keep_freed_memory(computes_in_threads=virtual)
+        keep_freed_memory(threads_allocate=virtual)
     if compilation_cache is None:
         return
     with contextlib.suppress(OSError):
@@ -41,7 +41,7 @@ def on_cpu() -> bool:
     return importlib.util.find_spec("libtpu") is None and not entry_points(group="jax_plugins")
 
 
-def keep_freed_memory(computes_in_threads: bool = True) -> bool:
+def keep_freed_memory(threads_allocate: bool = True) -> bool:
     """Tells glibc to keep what is freed for the next allocation, whatever its size, instead of giving it back.
 
     XLA on CPU allocates a program's temporary memory as one block, in each call. By default blocks above 32 MiB are
@@ -49,10 +49,10 @@ def keep_freed_memory(computes_in_threads: bool = True) -> bool:
     process keeps the memory of its peak. To be called before JAX's backends start, whose threads choose their arenas.
 
     Args:
-      computes_in_threads: programs run in other threads than the main one, as with asynchronous dispatch or virtual
-        devices. Then all threads share an arena, since those of other threads cannot hold large blocks. Otherwise the
-        compiler's threads have their own, and do not strew the main one with what they keep: after compiling, thousands
-        of holes would be searched whenever a product asks for a little memory, in a sixth of a small update's time.
+      threads_allocate: that block is allocated by another thread than the main one, as under asynchronous dispatch or
+        with virtual devices. Then all threads share an arena, since those of other threads cannot hold large blocks.
+        Otherwise each has its own: what the compiler keeps leaves thousands of holes in an arena, and a product that
+        asks for a little memory would search them, in a sixth of a small update's time.
 
     Returns:
       whether this system's allocator has these options, and took them.
@@ -60,5 +60,5 @@ def keep_freed_memory(computes_in_threads: bool = True) -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    arenas = [mallopt(M_ARENA_MAX, 1)] if computes_in_threads else []
+    arenas = [mallopt(M_ARENA_MAX, 1)] if threads_allocate else []
     return all([mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, -1), *arenas])

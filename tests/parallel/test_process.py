@@ -18,7 +18,7 @@ from rlstab_jax.parallel.process import keep_freed_memory
 assert ctypes.CDLL(None).prctl(41, *map(ctypes.c_ulong, (1, 0, 0, 0))) == 0
 memory, place = sys.argv[1:]
 if memory == "kept":
-    assert keep_freed_memory(computes_in_threads=place == "thread")
+    assert keep_freed_memory(threads_allocate=place == "thread")
 def work():
     np.ones(2**24)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -48,7 +48,7 @@ def test_freed_memory_is_used_again(place):
 
 @pytest.mark.skipif(process.platform.libc_ver()[0] != "glibc", reason="only glibc's allocator has arenas")
 @pytest.mark.parametrize(("virtual", "arenas"), [(1, "several"), (2, "one")])
-def test_programs_run_in_the_main_thread_whose_memory_others_leave_alone(virtual, arenas):
+def test_the_compilers_threads_have_memory_of_their_own(virtual, arenas):
     """The arenas of glibc, as many as its report of them names, after something was compiled in other threads."""
     report = """
 import ctypes, jax, jax.numpy as jnp, sys
@@ -94,7 +94,7 @@ def test_memory_is_kept_where_nothing_but_the_cpu_can_be_meant(monkeypatch, plat
 
 def test_an_accelerators_host_gives_memory_back(monkeypatch):
     called = []
-    monkeypatch.setattr(process, "keep_freed_memory", lambda computes_in_threads: called.append(True))
+    monkeypatch.setattr(process, "keep_freed_memory", lambda threads_allocate: called.append(True))
     monkeypatch.setattr(process, "on_cpu", lambda: False)
     process.prepare_jax()
     assert called == []
