@@ -41,7 +41,7 @@ def on_cpu() -> bool:
     return importlib.util.find_spec("libtpu") is None and not entry_points(group="jax_plugins")
 
 
-def keep_freed_memory(threads_allocate: bool = True) -> bool:
+def keep_freed_memory(threads_allocate: bool) -> bool:
     """Tells glibc to keep what is freed for the next allocation, whatever its size, instead of giving it back.
 
     XLA on CPU allocates a program's temporary memory as one block, in each call. By default blocks above 32 MiB are

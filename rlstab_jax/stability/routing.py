@@ -14,7 +14,8 @@ FedMask = Bool[Array, "batch fed"]
 
 
 def differ(first: Routes, second: Routes) -> Bool[Array, "layer batch fed"]:
-    """Whether the top-k *sets* of two passes differ, whatever their order; also where nothing was fed or recorded."""
+    """Whether the top-k *sets* of two passes differ, whatever their order; also where nothing was fed, and without a
+    meaning where one of them was not recorded. The experts of a token are distinct."""
     return ~(first[..., :, None] == second[..., None, :]).any(-1).all(-1)
 
 
