@@ -26,6 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "optimised: a module or test whose programs are compiled as a user's are")
     os.environ.setdefault(_QUICK.upper(), "1")
     _compile_as_told()
+    gc.set_threshold(50_000, 20, 100)  # walking over all that JAX traces and keeps would be a twentieth of the time
     if _CACHE not in os.environ:
         _made.append(tempfile.mkdtemp(prefix="rlstab_compiled_"))
         os.environ |= {_CACHE: _made[0], "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}

@@ -100,6 +100,10 @@ def test_sft_puts_the_cold_start_where_train_looks(tmp_path: Path, monkeypatch: 
             "--model.num-experts 0 --learner.replay live --learner.router-z 1",
             "learner.router_z: the model is dense and has no router",
         ),
+        (
+            "--model.num-experts 0 --learner.replay live --objective.name rspo",
+            "objective 'rspo' reads the routers' log probabilities, but the model is dense: use another objective",
+        ),
         ("--kernels.attention cudnn", "kernels.attention = 'cudnn' needs an NVIDIA GPU, but this is 'cpu'"),
         ("--learner.precision.weights float8_e4m3fn", "learner.precision: the training engine is not quantised"),
         ("--rollout.precision.block 0", "rollout.precision.block = 0: expected at least 1"),

@@ -35,16 +35,17 @@ def init_loss_scale(precision: Precision) -> LossScale | None:
 
 
 def scaled_gradient(
-    kept: LossScale | None, compute: Callable[[Float[Array, ""] | None], tuple[Array, Any, Any]]
-) -> tuple[Float[Array, ""], Any, Any, LossScale | None]:
-    """The loss, what comes with it, and the gradient, at the largest scale that overflows nothing.
+    kept: LossScale | None, compute: Callable[[Float[Array, ""] | None], tuple[Array, Any, Any, Any]]
+) -> tuple[Float[Array, ""], Any, Any, Any, LossScale | None]:
+    """The loss, what comes with it, its gradient, and another one, at the largest scale at which its own is finite.
 
     Args:
       kept: the scale to begin with; None for no scaling.
-      compute: gives them from a loss that is multiplied by its argument, if any.
+      compute: gives the four from a loss that is multiplied by its argument, if any. The last is what else is scaled
+        with the loss, such as the gradient of parameters that have no part in it; no scale is sought for it.
 
     Returns:
-      The three, of the loss itself, and the scale to begin the next update with. A gradient that is not finite at any
+      The four, of the loss itself, and the scale to begin the next update with. A gradient that is not finite at any
       scale, which no range mends, is returned as it is, and the scale stays.
     """
     if kept is None:
@@ -55,15 +56,16 @@ def scaled_gradient(
         return scale / 2, compute(scale)
 
     def overflows(state: tuple) -> Array:
-        scale, (_, _, gradient) = state
+        scale, (_, _, gradient, _) = state
         return ~jnp.isfinite(optax.tree.norm(gradient)) & (scale >= SMALLEST)
 
     # The first attempt is one of the loop's, so that there is one program of the gradient.
-    value, rest, gradient = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute, kept.scale))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute, kept.scale))
+    value, rest, gradient, other = zeros
     unknown = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), gradient)
-    below, (value, rest, gradient) = jax.lax.while_loop(overflows, attempt, (kept.scale, (value, rest, unknown)))
-    used = below * 2
-    value, gradient = value / used, jax.tree.map(lambda leaf: leaf / used, gradient)
+    below, computed = jax.lax.while_loop(overflows, attempt, (kept.scale, (value, rest, unknown, other)))
+    used, (value, rest, gradient, other) = below * 2, computed
+    value, gradient, other = jax.tree.map(lambda leaf: leaf / used, (value, gradient, other))
     updates = jnp.where(used == kept.scale, kept.updates + 1, 0)
     grown = updates == PATIENCE
     following = LossScale(
@@ -71,4 +73,4 @@ def scaled_gradient(
         jnp.where(grown, 0, updates),
     )
     finite = jnp.isfinite(optax.tree.norm(gradient))
-    return value, rest, gradient, jax.tree.map(lambda new, old: jnp.where(finite, new, old), following, kept)
+    return value, rest, gradient, other, jax.tree.map(lambda new, old: jnp.where(finite, new, old), following, kept)

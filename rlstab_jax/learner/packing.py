@@ -15,7 +15,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Int
 
 from rlstab_jax.models.transformer import Output, Transformer, forward
-from rlstab_jax.types import Rollout, Routes
+from rlstab_jax.types import Rollout, Routes, UserError
 
 
 @struct.dataclass
@@ -29,6 +29,7 @@ class Packing:
     source: Int[Array, "packed fed"]
     place: Int[Array, "batch fed"]
     shards: int = struct.field(pytree_node=False, default=1)
+    micro_batches: int = struct.field(pytree_node=False, default=1)
 
     @property
     def segments(self) -> Int[Array, "packed fed"]:
@@ -73,7 +74,16 @@ def plan(fed: Bool[np.ndarray, "batch fed"], micro_batches: int = 1, shards: int
     place[share] = in_packed
     source = source.reshape(micro_batches, shards, height, length).transpose(1, 2, 0, 3).reshape(-1, length)
     arrays: Any = source, place
-    return Packing(arrays[0], arrays[1], shards)
+    return Packing(arrays[0], arrays[1], shards, micro_batches)
+
+
+def check_parts(packing: Packing | None, micro_batches: int) -> None:
+    """Raises UserError unless ``packing`` was planned for so many micro-batches: its positions are within one."""
+    if packing is not None and packing.micro_batches != micro_batches:
+        raise UserError(
+            f"packing: planned for {packing.micro_batches} micro-batches, used with micro_batches = {micro_batches}; "
+            "plan it for as many"
+        )
 
 
 def first_fit(lengths: Int[np.ndarray, "rows"], space: int) -> tuple[Int[np.ndarray, "rows"], Int[np.ndarray, "rows"]]:

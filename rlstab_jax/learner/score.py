@@ -9,9 +9,9 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from rlstab_jax.learner.head import head_log_probs
-from rlstab_jax.learner.packing import Packing, packed_forward
+from rlstab_jax.learner.packing import Packing, check_parts, packed_forward
 from rlstab_jax.learner.predictor import Observed, observe
-from rlstab_jax.models.layers import Routing
+from rlstab_jax.models.layers import PREDICTOR, Routing
 from rlstab_jax.models.sharding import laid_out
 from rlstab_jax.models.transformer import Transformer, forward
 from rlstab_jax.stability.reduce import Mean, Statistics, mean_of
@@ -149,6 +149,12 @@ def score(
     Returns:
       The scores, and the `score_statistics`.
     """
+    check_parts(packing, micro_batches)
+    if replay is RoutingReplay.PR2 and PREDICTOR not in variables:
+        raise UserError(
+            f"replay 'pr2' needs the predictors' weights as variables[{PREDICTOR!r}]; without them the old pass routes "
+            "live, as under 'r2'"
+        )
     if replay is RoutingReplay.R3:
         replayed_routes(replay, rollout, None)
     else:

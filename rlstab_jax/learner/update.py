@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlstab_jax.learner.loss_scale import scaled_gradient
 from rlstab_jax.learner.optimizer import LearnerNumbers, TrainState, apply_gradient, without_frozen
-from rlstab_jax.learner.packing import Packing
+from rlstab_jax.learner.packing import Packing, check_parts
 from rlstab_jax.learner.predictor import Observed, divergence, fed_alone, learn
 from rlstab_jax.learner.score import PolicyScores, policy_scores, replayed_routes
 from rlstab_jax.models.layers import RouterSums, Routing
@@ -189,6 +189,12 @@ def update(
     Returns:
       The new state, unreduced statistics (to merge over a step's updates), and the measures of this update alone.
     """
+    check_parts(packing, micro_batches)
+    if replay is RoutingReplay.PR2 and (state.predictor is None or minibatch.old.observed is None):
+        raise UserError(
+            "replay 'pr2' needs a state with predictors (init_state(..., predictor=True)) and an old pass that "
+            "observed the routers (score(..., observed_tokens=n)); without them it would be R2, so ask for 'r2'"
+        )
     minibatch = model.layout.constrain_rows(minibatch)
     rollout = minibatch.rollout
     # Group numbers in [0, rows), as objectives expect: the first row of each group.
@@ -234,11 +240,11 @@ def update(
     foretelling = state.predictor
     trained = state.params, None if foretelling is None else foretelling.weights
 
-    def gradients(scale: Array | None) -> tuple[Array, Statistics, Any]:
+    def gradients(scale: Array | None) -> tuple[Array, Statistics, Any, Any]:
         value, statistics, (gradient, of_predictor) = accumulate(loss, trained, part, micro_batches, scale)
-        return value, statistics, (without_frozen(gradient, freeze), of_predictor)
+        return value, statistics, without_frozen(gradient, freeze), of_predictor
 
-    value, statistics, (gradient, of_predictor), loss_scale = scaled_gradient(state.loss_scale, gradients)
+    value, statistics, gradient, of_predictor, loss_scale = scaled_gradient(state.loss_scale, gradients)
     state, measures = apply_gradient(state, gradient, numbers, freeze)
     state = dataclasses.replace(state, params=laid_out(state.params, model.layout), loss_scale=loss_scale)
     if foretelling is not None and teach is not None:

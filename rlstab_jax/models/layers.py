@@ -34,7 +34,7 @@ from rlstab_jax.types import Routes, route_dtype
 
 # Quantised weights travel as two collections: "params" holds the stored values, SCALE their scales, by the same names.
 SCALE = "weight_scale"
-# Weights [d, E] that foretell each router's choice (PR2, see `learner.predictor`): tokens without recorded routes then
+# Weights [d, E] that foretell each router's choice (PR2, see `learner.predictor`): where no routes are given, tokens
 # use the experts that are foretold.
 PREDICTOR = "predictor"
 

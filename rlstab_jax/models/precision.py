@@ -135,7 +135,8 @@ def saturate(x: Float[Array, "*shape"], dtype: jnp.dtype | str) -> Float[Array, 
     65504. bfloat16 has the range of float32."""
     if jnp.finfo(x.dtype).maxexp > jnp.finfo(dtype).maxexp:
         largest = float(jnp.finfo(dtype).max)
-        x = jnp.where(jnp.isinf(x), x, jnp.clip(x, -largest, largest))
+        wide = x.astype(jnp.float32)  # bfloat16 would round the bound up
+        x = jnp.where(jnp.isinf(wide), wide, jnp.clip(wide, -largest, largest))
     return x.astype(dtype)
 
 

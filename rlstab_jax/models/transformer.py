@@ -231,8 +231,10 @@ def forward(
     """`Transformer.__call__` on ``variables``, stacked or by layer (`models.by_layer`).
 
     Raises UserError where the precision stores weights in another format than theirs: they would be taken as they are,
-    and no error of quantisation be seen.
+    and no error of quantisation be seen; and for routes of another number of layers.
     """
+    if routes is not None and len(routes) != model.config.num_moe_layers:
+        raise UserError(f"routes {routes.shape}: the model has {model.config.num_moe_layers} MoE layers, [layer, ...]")
     of_layers = variables.get(LAYERS, {}).values()
     if model.precision.weights != "none" and not any(each.get(SCALE) for each in (variables, *of_layers)):
         raise UserError(

@@ -2,8 +2,8 @@
 
 Groups are the responses of one prompt; they may differ in size. Each group's rewards are shifted by its smallest before
 they are averaged, so that equal rewards give an advantage of exactly 0 in any precision. A NaN or infinite reward makes
-its whole group NaN, and the surrogate then gives that group a gradient of exactly 0; `check_rewards` refuses it on the
-host.
+its own group NaN or infinite and no other, and the surrogate then gives that group a gradient of exactly 0;
+`check_rewards` refuses it on the host.
 """
 
 import jax
@@ -58,7 +58,7 @@ def batch_normalised(
 ) -> Float[Array, "batch"]:
     """A = (R - mean over its group) / (std of these over the batch + epsilon): REINFORCE++-baseline (2501.03262)."""
     advantage = group_mean(rewards, groups)
-    return advantage / (jnp.std(advantage) + epsilon)
+    return advantage / (jnp.std(advantage, where=jnp.isfinite(advantage)) + epsilon)
 
 
 def constant_baseline(

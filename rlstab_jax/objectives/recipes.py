@@ -1,5 +1,5 @@
-"""Published objectives, each a composition of pieces. Their gradients are those of the papers, but for what `rspo` says
-of its own; loss values need not be.
+"""Published objectives, each a composition of pieces. Their gradients are those of the papers, but for what `dapo` and
+`rspo` say of their own; loss values need not be.
 
 Symbols as in the paper: ``rollout`` mu_old, ``old`` pi_old, ``target`` pi_theta; r = pi_theta/pi_old, A the
 advantage, c the normalisation. Numbers are traced: two objectives of one recipe that differ in numbers alone share one
@@ -112,10 +112,11 @@ def dr_grpo(eps_low: float = 0.2, eps_high: float = 0.2, length: float = 1.0) ->
 
 
 def dapo(eps_low: float = 0.2, eps_high: float = 0.28, dual_clip: float = INFINITY) -> Objective:
-    """DAPO (2503.14476): GRPO with a higher upper clip and the mean over all tokens of the batch.
+    """DAPO (2503.14476): GRPO with a higher upper clip and the mean over all tokens of the mini-batch.
 
-    Its dynamic sampling and its overlong penalty are no part of the loss: the one chooses prompts, the other shapes
-    rewards.
+    The source writes that mean over the responses of one prompt (``normalise.group_token_mean``); over the mini-batch,
+    as implementations have it, a prompt counts by its tokens. Its dynamic sampling and its overlong penalty are no part
+    of the loss: the one chooses prompts, the other shapes rewards.
     """
     return Objective(
         advantage=piece(advantages.group_mean_std),
@@ -198,7 +199,8 @@ def rspo(eps_low: float = 0.33, eps_high: float = 0.49, floor: float = 0.7) -> O
     gamma_t = max(floor, exp(-mean |log router probability of theta - of theta_old|)), stop-gradient. Each token is
     clipped on gamma_t r_t by the sign of A; a clipped token has no gradient. Clip range of GMPO, about exp(+-0.4)
     (2507.20673); the floor is this project's choice. Here the mean clips both sides at once, the source only the side
-    of A's sign.
+    of A's sign. Routers are compared at the experts that pi_old used, but where R3 has no route of a token: there those
+    of pi_theta are, by their rank.
     """
     ratio = piece(ratios.product, first=target_over_old, second=piece(ratios.router_shift, floor=floor))
     clipped = piece(ratios.clipped, of=ratio, low=1 - eps_low, high=1 + eps_high)

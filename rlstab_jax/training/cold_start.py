@@ -343,8 +343,9 @@ def supervised_update(
         scores, _ = policy_scores(model, {"params": params}, part, None, logits_per_chunk)
         return -scores.log_probs.sum() / tokens, {}
 
-    value, _, gradient, loss_scale = scaled_gradient(
-        state.loss_scale, lambda scale: accumulate(loss, state.params, batch, micro_batches, scale)
-    )
+    def gradients(scale: Array | None) -> tuple[Array, dict, dict, None]:
+        return *accumulate(loss, state.params, batch, micro_batches, scale), None
+
+    value, _, gradient, _, loss_scale = scaled_gradient(state.loss_scale, gradients)
     state, _ = apply_gradient(state, gradient, numbers)
     return dataclasses.replace(state, loss_scale=loss_scale), value

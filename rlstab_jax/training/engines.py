@@ -237,11 +237,6 @@ def build_pair(
     """
     rollout, model = config.rollout, config.model
     kernels = resolve_kernels(config.kernels, platform, rollout.prompt_length + rollout.response_length)
-    if config.learner.packing and kernels.attention == "cudnn":
-        raise UserError(
-            "learner.packing = True with kernels.attention = 'cudnn', which takes one sequence a row: use "
-            "packing = False, or 'reference'"
-        )
     sampling_mesh = rollout_mesh or mesh
     if rollout.slots and sampling_mesh.size > 1:
         raise UserError(
@@ -269,6 +264,12 @@ def build_pair(
         _check_packing(config, {"mesh": rows, "rollout.mesh": rollout_rows})
     objective = build_objective(config.objective)
     fit.check(objective)
+    needs_router = fit.reads(objective, "router")
+    if needs_router and not model.num_moe_layers:
+        raise UserError(
+            f"objective {config.objective.name!r} reads the routers' log probabilities, but the model is dense: use "
+            "another objective, or give it experts"
+        )
     if config.samples_per_prompt == 1 and objective.advantage.func in GROUP_RELATIVE:
         raise UserError(
             f"samples_per_prompt = 1, but objective {config.objective.name!r} compares the responses of one prompt: "
@@ -304,7 +305,7 @@ def build_pair(
         inference=inference,
         training=training,
         objective=objective,
-        needs_router=fit.reads(objective, "router"),
+        needs_router=needs_router,
         numbers=config.learner.numbers(),
         replay=RoutingReplay(config.learner.replay),
         sampling=sampling,

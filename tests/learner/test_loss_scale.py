@@ -28,36 +28,37 @@ def gradient_in_half(kept: LossScale, x: jax.Array) -> tuple:
 
     def compute(of: jax.Array) -> tuple:
         value, gradient = jax.value_and_grad(lambda x: of * jnp.sum(3 * x.astype(jnp.float16)).astype(jnp.float32))(x)
-        return value, {"tries": of}, gradient
+        return value, {"tries": of}, gradient, jnp.array([of, jnp.nan])
 
     return scaled_gradient(kept, compute)
 
 
 def test_only_float16_is_scaled() -> None:
     assert init_loss_scale(Precision()) is init_loss_scale(Precision(dtype="bfloat16")) is None
-    assert scaled_gradient(None, lambda of: (of, 1, 2)) == (None, 1, 2, None)
+    assert scaled_gradient(None, lambda of: (of, 1, 2, 3)) == (None, 1, 2, 3, None)
     assert float(init_loss_scale(HALF).scale) == scaling.BEGIN
 
 
 def test_the_largest_scale_that_overflows_nothing() -> None:
-    value, rest, gradient, after = gradient_in_half(scale(2.0**16), jnp.ones(2))
+    value, rest, gradient, other, after = gradient_in_half(scale(2.0**16), jnp.ones(2))
+    np.testing.assert_array_equal(other, [1, np.nan])  # scaled alike; that it is not finite seeks no other scale
     assert (float(value), gradient.tolist()) == (6.0, [3.0, 3.0])  # 3 x 2^14 is below 65504, 3 x 2^15 is not
     assert float(rest["tries"]) == float(after.scale) == 2.0**14
     assert int(after.updates) == 0
-    _, _, _, again = gradient_in_half(after, jnp.ones(2))
+    *_, again = gradient_in_half(after, jnp.ones(2))
     assert (float(again.scale), int(again.updates)) == (2.0**14, 1)
 
 
 def test_the_scale_doubles_after_so_many_updates_and_has_a_bound() -> None:
     *_, after = gradient_in_half(scale(8.0, scaling.PATIENCE - 1), jnp.ones(2))
     assert (float(after.scale), int(after.updates)) == (16.0, 0)
-    nothing = jax.jit(lambda kept: scaled_gradient(kept, lambda of: (of * 0, (), jnp.zeros(2))))
+    nothing = jax.jit(lambda kept: scaled_gradient(kept, lambda of: (of * 0, (), jnp.zeros(2), ())))
     assert float(nothing(scale(scaling.LARGEST, scaling.PATIENCE - 1))[-1].scale) == scaling.LARGEST
 
 
 def test_what_no_scale_mends_shows_and_leaves_the_scale() -> None:
-    broken = jax.jit(lambda kept: scaled_gradient(kept, lambda of: (of, (), jnp.full(2, jnp.inf))))
-    _, _, gradient, after = broken(scale(2.0**10, 7))
+    broken = jax.jit(lambda kept: scaled_gradient(kept, lambda of: (of, (), jnp.full(2, jnp.inf), ())))
+    _, _, gradient, _, after = broken(scale(2.0**10, 7))
     assert not np.isfinite(gradient).any()
     assert (float(after.scale), int(after.updates)) == (2.0**10, 7)
 

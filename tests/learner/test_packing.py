@@ -90,6 +90,19 @@ def test_scores_are_as_unpacked() -> None:
         CLOSE(statistics[name].value(), others[name].value())
 
 
+def test_a_plan_for_other_micro_batches_is_refused() -> None:
+    rollout, variables = short_rollout(), {"params": tiny.parameters(CONFIG)}
+    packing, message = plan(np.asarray(rollout.fed_mask), 4), "planned for 4 micro-batches, used with micro_batches = 2"
+    with pytest.raises(UserError, match=message):
+        score(MODEL, variables, rollout, packing=packing, micro_batches=2)
+    old, _ = score(MODEL, variables, rollout, replay=R3)
+    with pytest.raises(UserError, match=message):
+        update(
+            MODEL, tiny.state(CONFIG), tiny.minibatch(rollout, old, tiny.MINIRL), tiny.MINIRL, tiny.numbers(),
+            replay=R3, packing=packing, micro_batches=2,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize(("replay", "micro_batches", "shards"), [(R2, 1, 2), (R3, 2, 1)])
 def test_the_update_is_as_unpacked(replay: RoutingReplay, micro_batches: int, shards: int) -> None:
     """Loss, gradient and statistics."""

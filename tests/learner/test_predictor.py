@@ -14,7 +14,7 @@ from rlstab_jax.learner import Minibatch, PolicyScores, TrainState, init_state, 
 from rlstab_jax.learner.predictor import divergence, init_predictor, learn
 from rlstab_jax.learner.score import policy_scores
 from rlstab_jax.models.layers import PREDICTOR
-from rlstab_jax.types import RoutingReplay
+from rlstab_jax.types import RoutingReplay, UserError
 
 CONFIG = tiny.MIXED  # two MoE layers, between dense ones
 MODEL = tiny.model(CONFIG, remat="full")
@@ -205,6 +205,16 @@ def test_responses_that_are_dropped_teach_nothing(packed: bool) -> None:
     assert abs(statistics["predictor/kl"].value()) < 1e-6
     of_prompts = kept.fed_mask.sum() * LAYERS
     assert statistics["predictor/kl"].weight == of_prompts < rollout.fed_mask.sum() * LAYERS
+
+
+def test_nothing_foretells_without_predictors() -> None:
+    with pytest.raises(UserError, match=r"replay 'pr2' needs the predictors' weights as variables\['predictor'\]"):
+        score(MODEL, {"params": tiny.parameters(CONFIG)}, tiny.rollout(), replay=PR2)
+    old = old_pass()
+    untaught = init_state(jax.tree.map(jnp.copy, tiny.parameters(CONFIG)), tiny.numbers())
+    for state_, scores in ((untaught, old), (state(weights()), dataclasses.replace(old, observed=None))):
+        with pytest.raises(UserError, match="replay 'pr2' needs a state with predictors"):
+            update(MODEL, state_, minibatch(scores), tiny.MINIRL, tiny.numbers(), replay=PR2)
 
 
 def test_a_gradient_that_is_not_finite_teaches_nothing() -> None:

@@ -159,6 +159,7 @@ def test_casts_saturate(dtype: str) -> None:
     want = np.where(np.isinf(x), x, want).astype(dtype).astype(np.float32)
     np.testing.assert_array_equal(got, want)
     assert np.isnan(saturate(jnp.float32(np.nan), dtype))
+    assert np.isfinite(np.asarray(saturate(jnp.asarray([65520.0, -1e38], "bfloat16"), dtype), np.float32)).all()
     half = jnp.asarray([60000.0, 1.5], dtype)
     total, product = saturating(jnp.add, half, half), saturating(jnp.multiply, half, half)
     assert total.dtype == product.dtype == jnp.dtype(dtype)

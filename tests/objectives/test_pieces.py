@@ -54,6 +54,14 @@ def test_advantages(seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["group_mean", "group_mean_std", "leave_one_out", "batch_normalised"])
+def test_a_reward_that_is_not_finite_spoils_its_own_group_alone(name: str) -> None:
+    for value in (jnp.nan, jnp.inf):
+        result = getattr(advantages, name)(jnp.array([value, 1.0, 1.0, 0.0]), jnp.array([0, 0, 2, 2]))
+        assert not np.isfinite(result[:2]).any()
+        assert result[2] == -result[3] > 0
+
+
+@pytest.mark.parametrize("name", ["group_mean", "group_mean_std", "leave_one_out", "batch_normalised"])
 def test_equal_rewards_are_exactly_zero(name: str) -> None:
     rewards = jnp.full(6, 0.1, jnp.float32)
     result = getattr(advantages, name)(rewards, jnp.array([0, 0, 0, 3, 3, 5]))
