@@ -116,7 +116,7 @@ def open_run(
     manifest, file = plain(manifest), path / "manifest.json"
     if file.exists():
         before = read_manifest(path)
-        if _begun(path):
+        if begun(path):
             code = manifest.get("code", {})  # a run of before it was kept is not asked for it
             there = {**before.get("config", {}), **before.get("code", code)}
             _same_config(path, config_difference(there, {**manifest["config"], **code}, defaults), may_change)
@@ -131,7 +131,7 @@ def open_run(
     return RunDir(path)
 
 
-def _begun(path: Path) -> bool:
+def begun(path: Path) -> bool:
     """Whether a directory holds anything of a run but its manifest: one that failed before its first step does not."""
     return any((path / name).exists() for name in ("metrics.jsonl", "responses.jsonl")) or any(
         path.glob("checkpoints/*")

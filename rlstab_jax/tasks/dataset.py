@@ -1,6 +1,7 @@
 """A task made of files: prompts of a data set, a tokeniser, and verifiers that judge the responses."""
 
 import dataclasses
+import datetime
 import hashlib
 import math
 from collections import Counter
@@ -11,7 +12,7 @@ import numpy as np
 import tyro
 
 from rlstab_jax.tasks.extract import EXTRACTORS, Extract
-from rlstab_jax.tasks.hf_tokenizer import HFTokenizer
+from rlstab_jax.tasks.hf_tokenizer import TODAY, HFTokenizer
 from rlstab_jax.tasks.protocol import ChatTokenizer, Prompt, PromptSource, Rewards, Split, TaskConfig, Tokenizer
 from rlstab_jax.tasks.records import Fields, Layout, Question, read_questions
 from rlstab_jax.tasks.tokenizer import CharTokenizer
@@ -43,6 +44,9 @@ class DatasetConfig(TaskConfig):
     """Characters of the character tokeniser."""
     chat: bool = False
     """Whether prompts go through the tokeniser's chat template, text as one message of the user."""
+    chat_date: str = TODAY.isoformat()
+    """The date that a chat template may print as today's, YYYY-MM-DD. A constant: prompts are known by their text, and
+    were they others each day, so would be the split, the ids and the draws."""
     stop: tuple[str, ...] = ()
     """Tokens that end a response besides the tokeniser's own; the first one ends demonstrations. A base model's files
     rarely name the one that ends a turn of its chat template."""
@@ -58,7 +62,8 @@ class DatasetConfig(TaskConfig):
     """Reward of a response that met the length limit. None is 0, and refuses verifiers that give less than that: not to
     stop would be better than a wrong answer."""
     max_verifier_failures: float = 0.1
-    """A run stops when a verifier fails on more than this share of a batch; a failure's reward is 0."""
+    """A run stops when a verifier fails on more than this share of the responses of a batch that it was shown; a
+    failure's reward is 0."""
     answer_in: Extract = "any"
     """Where the answer of a response is, for majority votes."""
 
@@ -155,6 +160,7 @@ class Dataset:
             {name: spread(values) for name, values in judged.components.items()},
             tuple(dataclasses.replace(failure, row=shown[failure.row]) for failure in judged.failures),
             judged.gave_up,
+            judged.shown,
         )
 
     def check(self, judged: Rewards, prompts: Sequence[Prompt]) -> None:
@@ -265,7 +271,7 @@ def _prompts(questions: dict[str, Question], ids: dict[str, int]) -> tuple[Promp
 def _tokenizer(config: DatasetConfig) -> Tokenizer:
     if not config.tokenizer:
         return CharTokenizer(config.alphabet)
-    return HFTokenizer(config.tokenizer, config.stop)
+    return HFTokenizer(config.tokenizer, config.stop, datetime.date.fromisoformat(config.chat_date))
 
 
 def _check(config: DatasetConfig) -> None:
@@ -282,6 +288,10 @@ def _check(config: DatasetConfig) -> None:
     )
     require(len(set(config.alphabet)) == len(config.alphabet), "alphabet", "each character once")
     require(not config.chat or bool(config.tokenizer), "chat", "False, without a tokenizer that has a chat template")
+    try:
+        datetime.date.fromisoformat(config.chat_date)
+    except ValueError:
+        require(False, "chat_date", "a date as YYYY-MM-DD")
     require(not config.stop or bool(config.tokenizer), "stop", "(), without a tokenizer that has special tokens")
     require(config.max_prompt_tokens >= 0, "max_prompt_tokens", "0 (no limit) or more")
     require(config.response_tokens >= 1, "response_tokens", "at least 1")

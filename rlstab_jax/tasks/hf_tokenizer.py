@@ -10,6 +10,7 @@ from typing import Any
 
 from rlstab_jax.types import UserError
 
+TODAY = datetime.date(2024, 7, 26)  # what Llama 3.2's template, which prints a date, takes where it is told none
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -21,18 +22,19 @@ class HFTokenizer:
         special tokens; a chat template), chat_template.jinja, and generation_config.json or config.json (the ids that
         stop a response, and padding).
       stop: tokens, as text, that stop a response besides; they come first in ``stop_ids``.
+      today: the date that a chat template may print, a constant, so that a conversation has one text on all days.
 
     Raises:
       UserError: no tokenizer.json, one that cannot be read, nothing that says which token stops a response, a stop
         token that is none, or the extra ``hf`` is not installed.
     """
 
-    def __init__(self, directory: str | Path, stop: Sequence[str] = ()):
+    def __init__(self, directory: str | Path, stop: Sequence[str] = (), today: datetime.date = TODAY):
         try:
             import tokenizers
         except ImportError as error:
             raise UserError("tokenizer.json needs the library tokenizers: pip install 'rlstab_jax[hf]'") from error
-        self.directory = Path(directory)
+        self.directory, self._today = Path(directory), today
         file = self.directory / "tokenizer.json"
         if not file.is_file():
             raise UserError(f"{file} is not there: give the directory of a checkpoint with its tokeniser")
@@ -112,7 +114,7 @@ class HFTokenizer:
         if not isinstance(source, str):
             raise UserError(f"{self.directory}: no chat template: neither {file.name} nor in tokenizer_config.json")
         try:
-            return _environment().from_string(source)
+            return _environment(self._today).from_string(source)
         except jinja2.TemplateError as error:
             raise UserError(f"{self.directory}: the chat template is malformed: {error}") from error
 
@@ -155,7 +157,7 @@ class HFTokenizer:
         return value
 
 
-def _environment() -> Any:
+def _environment(today: datetime.date) -> Any:
     """Where templates run, as their authors know it: a sandbox that writes to nothing, with a few helpers."""
     import jinja2.ext
     import jinja2.sandbox
@@ -177,7 +179,7 @@ def _environment() -> Any:
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # jinja's own escapes for HTML
 
     def strftime_now(format: str) -> str:
-        return datetime.datetime.now().strftime(format)
+        return today.strftime(format)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]

@@ -53,6 +53,8 @@ class _Worker:
         self._finalizer: weakref.finalize | None = None
 
     def ask(self, pair: tuple[str, str]) -> dict[str, Any]:
+        if self._process is not None and self._process.poll() is not None:
+            self._let_go(self._process)  # it was killed while it had nothing to do: no answer is to blame
         process = self._process = self._process or self._start()
         assert process.stdin is not None
         assert process.stdout is not None
@@ -65,16 +67,19 @@ class _Worker:
             pass
         if reply.endswith("\n"):
             return json.loads(reply)
-        self._process = None
-        if self._finalizer is not None:  # it would hold the dead process, and so its pipes
-            self._finalizer.detach()
-        for pipe in (process.stdin, process.stdout):
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
+        self._let_go(process)
         code = process.wait()
         if code < 0:  # killed: by its own timers, or by a system that is short of memory
             return {"gave_up": signal.Signals(-code).name}
         return {"error": f"a math-verify worker ended with exit code {code}: does `import math_verify` work?"}
+
+    def _let_go(self, process: subprocess.Popen[str]) -> None:
+        self._process = None
+        if self._finalizer is not None:  # it would hold the dead process, and so its pipes
+            self._finalizer.detach()
+        for pipe in filter(None, (process.stdin, process.stdout)):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
 
     def _start(self) -> subprocess.Popen[str]:
         process = subprocess.Popen(

@@ -127,12 +127,14 @@ class Rewards:
       components: the rewards that it is the weighted sum of, by name, unweighted; empty where a task has but one.
       failures: verdicts that failed and count as 0.
       gave_up: answers that used up the time or memory of a verifier, and count as 0.
+      shown: responses that the verifiers were shown; 0 where a task has none.
     """
 
     total: Float[np.ndarray, "batch"]
     components: dict[str, Float[np.ndarray, "batch"]] = dataclasses.field(default_factory=dict)
     failures: tuple[Failure, ...] = ()
     gave_up: int = 0
+    shown: int = 0
 
     @staticmethod
     def joined(parts: Sequence["Rewards"]) -> "Rewards":
@@ -147,6 +149,7 @@ class Rewards:
                 for failure in part.failures
             ),
             sum(part.gave_up for part in parts),
+            sum(part.shown for part in parts),
         )
 
 

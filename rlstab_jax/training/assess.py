@@ -125,14 +125,18 @@ def assess(
 
 
 def _check_failures(task: Any, rows: Sequence[dict[str, Any]], of: int, path: Path) -> None:
-    """Raises UserError where a verifier failed on more than the task allows of all ``of`` responses: as soon as it did,
-    since what comes later cannot mend it."""
+    """Raises UserError where a verifier failed on more than the task allows of what it is shown of ``of`` responses: as
+    soon as it did, since what comes later cannot mend it."""
+    if not isinstance(task, Dataset):
+        return
     failures = verifier_failures(rows)
-    if isinstance(task, Dataset) and failures > task.config.max_verifier_failures * of:
+    if not task.config.judge_truncated:
+        of -= sum(response["truncated"] for row in rows for response in row["responses"])
+    if failures > task.config.max_verifier_failures * of:
         first = next(response["failure"] for row in rows for response in row["responses"] if "failure" in response)
         raise UserError(
-            f"verifiers failed on {failures} responses, more than task.max_verifier_failures allows of the {of} asked "
-            f"for; first: {first}. {path} has them all. Mend the verifier or the data"
+            f"verifiers failed on {failures} responses, more than task.max_verifier_failures allows of {of} to be "
+            f"judged; first: {first}. {path} has them all. Mend the verifier or the data"
         )
 
 

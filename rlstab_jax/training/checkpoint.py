@@ -89,7 +89,8 @@ class Checkpoints:
         self._read_only, self._notify = read_only, notify
         self._current: int | None = None  # the step last saved or restored here
         self._writes = not read_only and jax.process_index() == 0
-        _log.addFilter(_not_orbax)
+        self._filter = lambda record: _not_orbax(record)  # its own, since another one may be open meanwhile
+        _log.addFilter(self._filter)
         with _write_errors(self.directory):
             self._manager = self._open()
         self._metrics = by_first(lambda: {step: self._metric_on_disk(step) for step in self._on_disk()})
@@ -165,7 +166,7 @@ class Checkpoints:
             self.wait()
         finally:
             self._manager.close()
-            _log.removeFilter(_not_orbax)
+            _log.removeFilter(self._filter)
 
     def __enter__(self) -> Self:
         return self
@@ -206,7 +207,7 @@ class Checkpoints:
 
     def _finish(self) -> None:
         self._manager.wait_until_finished()
-        if not self._writes:
+        if not self._writes or self._current is None:  # until one is known to be good, the one before it may be needed
             return
         steps = self._on_disk()
         keep = {*steps[-self._keep_last :], *(self._by_metric(steps)[:1] if self._keep_best else [])}
@@ -234,16 +235,21 @@ class Checkpoints:
 
     @_quiet_readers()
     def _first_good(self, steps: Iterable[int], template: Tree, partial: bool = False) -> Restored | None:
-        damaged = []
+        damaged, gone = [], False
         for step in steps:
             try:
                 restored = self._read(step, template, partial)
             except _Damaged as error:
+                if self._read_only and step not in by_first(self._on_disk):
+                    gone = True  # deleted by the run that trains beside this, which has saved another
+                    continue
                 damaged.append(step)
                 self._set_aside(step, error)
             else:
                 self._current = step
                 return restored
+        if gone:
+            return self._first_good(reversed(by_first(self._on_disk)), template, partial)
         if damaged:
             raise UserError(f"{self.directory}: no good checkpoint among steps {damaged}: start afresh elsewhere")
         return None

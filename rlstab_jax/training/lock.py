@@ -24,7 +24,8 @@ def held(path: Path) -> Iterator[None]:
     Raises:
       UserError: another process holds it.
     """
-    file = path.absolute().with_name(f".{path.absolute().name}.lock")
+    there = path.resolve()  # the same for all names of a run
+    file = there.with_name(f".{there.name}.lock")
     lock = together(lambda: _lock(file, path) if first() else None)
     try:
         yield

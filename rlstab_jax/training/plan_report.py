@@ -35,7 +35,8 @@ class PerN:
 
 
 def by_minibatches(plan: Plan, minibatches: Sequence[int], price: float | None) -> list[PerN]:
-    """The table over N. Parts of a batch that learn at once stay as large as they are; waves are as few as fit.
+    """The table over N. Parts of a batch that are scored or learn at once stay as large as they are, so that
+    learner.score_micro_batches grows with N; waves are as few as fit.
 
     A decode step reads the weights once, whatever the rows: the rest of it, like all other phases, grows with the rows.
     """
@@ -81,11 +82,15 @@ def needed_with(plan: Plan, phase: Phase, growth: float, factor: float, waves: i
     batch = held.get("global batch", held.get("rollout", 0.0))
     others = held.get("waiting batches", 0.0) + held.get("earlier attempts", 0.0)
     if phase.name not in SAMPLING:
-        return phase.needed + (batch + others) * (factor - 1)
+        results = held.get("results", 0.0) if phase.name == "score" else 0.0  # of the whole batch
+        return phase.needed + (batch + others + results) * (factor - 1)
     states = held["training state"] + held.get("previous state", 0.0)
     fixed = held.get("weights", 0.0) + states + held.get("reference", 0.0)
     before = plan.bytes_of("score", "rollout") * factor if waves > 1 else 0.0
-    return fixed + (phase.needed - fixed - batch - others) * growth + before + others * factor
+    of_rows = phase.needed - fixed - batch - others
+    temporaries = min(held.get("temporaries", 0.0), of_rows)  # with fewer rows, part of these stays
+    of_rows = (of_rows - temporaries) * growth + temporaries * max(growth, 1.0)
+    return fixed + of_rows + before + others * factor
 
 
 def _waves(plan: Plan, prompts: int, factor: float) -> int | None:
@@ -226,7 +231,7 @@ def _minibatch_table(plan: Plan, rows: Sequence[PerN], price: float | None) -> T
     table = Table(
         "N", "responses", "waves", "needs GiB", "s a gradient step", "sampling", "chip-hours",
         title=f"By N, for {config.gradient_steps} gradient steps of {config.prompts_per_minibatch} prompts x "
-        f"{config.samples_per_prompt}; compiled for N = {config.minibatches}",
+        f"{config.samples_per_prompt}; compiled for N = {config.minibatches}; learner.score_micro_batches grows with N",
         title_justify="left",
     )  # fmt: skip
     if price is not None:

@@ -27,7 +27,7 @@ from rlstab_jax.models.safetensors_io import INDEX
 from rlstab_jax.models.sharding import logical_axes
 from rlstab_jax.parallel.mesh import MeshConfig, make_mesh
 from rlstab_jax.parallel.sharding import TRAINING, check_divides, shardings
-from rlstab_jax.rundir import plain, read_manifest
+from rlstab_jax.rundir import begun, plain, read_manifest
 from rlstab_jax.tasks import Tokenizer
 from rlstab_jax.tasks.hf_tokenizer import HFTokenizer
 from rlstab_jax.training.checkpoint import Checkpoints, parameters
@@ -218,8 +218,13 @@ def load_parameters(
 
 def keep_card(run: Path, initial: str, tokenizer: Tokenizer) -> None:
     """Leaves in ``run / "initial"`` what must travel along with a run's parameters: the card and the files of those
-    that it began from, if any, and the tokeniser that it trains with, if that comes from files."""
+    that it began from, if any, and the tokeniser that it trains with, if that comes from files.
+
+    A run that has not begun may have been tried with others: what is there then is replaced.
+    """
     target = run / "initial"
+    if not begun(run):
+        shutil.rmtree(target, ignore_errors=True)
     files = tokenizer if isinstance(tokenizer, HFTokenizer) else None
     if target.exists() or not (initial or files):
         return
@@ -256,6 +261,7 @@ def _aside(out: Path) -> Iterator[Path]:
     """A directory that gets the name ``out`` when all is in it, and is removed if that fails."""
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(f".{out.name}.{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)  # of a process of that number which was killed
     aside.mkdir()
     try:
         yield aside

@@ -17,7 +17,7 @@ import numpy as np
 from rlstab_jax.own_code import code_of
 from rlstab_jax.parallel.distributed import agree_on, by_first, first, of_first, together
 from rlstab_jax.report import draw_run
-from rlstab_jax.rundir import Bystander, RunDir, open_run, plain, read_manifest, read_metrics
+from rlstab_jax.rundir import MAY_CHANGE, Bystander, RunDir, open_run, plain, read_manifest, read_metrics
 from rlstab_jax.stability.monitor import Monitor
 from rlstab_jax.tasks import DescribedTask, prompt_iterator
 from rlstab_jax.training.checkpoint import Checkpoints
@@ -290,7 +290,11 @@ def _check_content(engines: Engines, out: Path) -> None:
     if not isinstance(engines.task, DescribedTask) or not (out / "manifest.json").exists():
         return
     manifest = read_manifest(out)
-    if plain(engines.config.task) != manifest.get("config", {}).get("task"):
+
+    def fixed(task: dict[str, Any] | None) -> dict[str, Any]:
+        return {name: value for name, value in (task or {}).items() if f"task.{name}" not in MAY_CHANGE}
+
+    if fixed(plain(engines.config.task)) != fixed(manifest.get("config", {}).get("task")):
         return  # which field it is, `open_run` says
     before, now = manifest.get("resolved", {}).get("task", {}), engines.task.description
     for name, what in (("fingerprint", "on other prompts"), ("tokenizer", "with another tokeniser")):

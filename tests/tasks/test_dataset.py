@@ -1,5 +1,6 @@
 """Tasks made of files: ids, splits, templates, what is left out, and how responses are judged."""
 
+import dataclasses
 import json
 import math
 import string
@@ -130,9 +131,9 @@ def test_grain_takes_up_where_it_was(sums):
 class StandIn(CharTokenizer):
     """A character tokeniser that has a chat template."""
 
-    def __init__(self, directory, stop):
+    def __init__(self, directory, stop, today):
         super().__init__(string.printable)
-        self.directory, self.stop = directory, stop
+        self.directory, self.stop, self.today = directory, stop, today
 
     def chat(self, messages):
         return "".join(f"<{message['role']}>{message['content']}\n" for message in messages) + "<assistant>"
@@ -152,6 +153,7 @@ def test_templates(tmp_path):
     common = {"alphabet": "", "tokenizer": "some/folder", "heldout_share": 0.0}
     task = config(path, chat=True, template="{prompt} = ? \\boxed{}", stop=("</a>",), **common).build()
     assert (task.tokenizer.directory, task.tokenizer.stop) == ("some/folder", ("</a>",))
+    assert str(task.tokenizer.today) == task.config.chat_date
     assert sorted(texts(task, "train")) == [
         "<system>Count.\n<user>2 + 3 =\n<assistant>",
         "<user>1 + {1} = ? \\boxed{}\n<assistant>",
@@ -234,9 +236,11 @@ def test_a_failure_is_of_its_own_row(sums):
     rewards = task.rewards([prompt] * 3, [("a", True), ("b", False), ("c", True)])
     assert [(f.row, f.message) for f in rewards.failures] == [(0, "RuntimeError: a"), (2, "RuntimeError: c")]
     strict = config(sums, rewards=(Reward("fails", fails),), max_verifier_failures=0.5).build()
-    strict.check(rewards, [prompt] * 4)  # a share of the whole batch, whoever judged which part of it
-    with pytest.raises(UserError, match="its verifier failed on 2 of 3 responses, more than"):
-        strict.check(rewards, [prompt] * 3)
+    with pytest.raises(UserError, match="its verifier failed on 2 of 2 responses, more than"):
+        strict.check(rewards, [prompt] * 3)  # of those that it was shown, however many were cut off
+    right = config(sums).build().rewards([prompt] * 3, [("a", True), ("b", True), ("c", False)])
+    both = Rewards.joined([dataclasses.replace(rewards, components={}), dataclasses.replace(right, components={})])
+    strict.check(both, [prompt] * 6)  # a share of the whole batch, whoever judged which part of it
 
 
 def test_what_is_demonstrated_has_a_fingerprint_of_its_own(sums, tmp_path):
@@ -265,6 +269,7 @@ def test_demonstrations(sums):
         ({"alphabet": "aa"}, "task.alphabet = 'aa': expected each character once"),
         ({"stop": ("</a>",)}, "task.stop = ('</a>',): expected (), without a tokenizer"),
         ({"chat": True}, "task.chat = True: expected False, without a tokenizer"),
+        ({"chat_date": "26 Jul 2024"}, "task.chat_date = '26 Jul 2024': expected a date as YYYY-MM-DD"),
         ({"max_prompt_tokens": -1}, "task.max_prompt_tokens = -1: expected 0"),
         ({"response_tokens": 0}, "task.response_tokens = 0: expected at least 1"),
         ({"max_verifier_failures": 2.0}, "task.max_verifier_failures = 2.0: expected a share"),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from rlstab_jax.tasks.hf_tokenizer import HFTokenizer
+from rlstab_jax.tasks.hf_tokenizer import TODAY, HFTokenizer
 from rlstab_jax.types import UserError
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -110,9 +110,9 @@ def test_stop_tokens_of_ones_own(tmp_path: Path) -> None:
         HFTokenizer(tmp_path, stop=("</s>",))
 
 
-def templated(directory: Path, template: str, **names: Any) -> HFTokenizer:
+def templated(directory: Path, template: str, today: datetime.date = TODAY, **names: Any) -> HFTokenizer:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "chat_template": template}
-    return HFTokenizer(write(directory, tokenizer_config=config | names))
+    return HFTokenizer(write(directory, tokenizer_config=config | names), today=today)
 
 
 def test_chat_by_hand(tmp_path: Path) -> None:
@@ -132,9 +132,12 @@ def test_rich_template_by_hand(tmp_path: Path) -> None:
     expected = (
         "none|<|endoftext|>\n[SYSTEM] Answer <briefly> & 'well'\n[USER] wie groß ist 12+30? ∑\n"
         '[ASSISTANT] 42{"b": ["<é>", 1.5, null], "a": true}\n[USER] and 6*7?\n'
-        f"2 asked on {datetime.datetime.now().year}, no thinking"
+        "2 asked on 2024, no thinking"  # a constant: a conversation has one text on all days
     )
-    assert tokenizer.chat([*TALK, {"role": "stop"}, {"role": "lost"}], thinking=False) == expected
+    talk = [*TALK, {"role": "stop"}, {"role": "lost"}]
+    assert tokenizer.chat(talk, thinking=False) == expected
+    other = HFTokenizer(tmp_path, today=datetime.date(1999, 1, 1))
+    assert other.chat(talk, thinking=False) == expected.replace("2024", "1999")
 
 
 @pytest.mark.parametrize(
@@ -186,7 +189,7 @@ def test_equals_transformers(tmp_path: Path, template: str, options: dict) -> No
     transformers = pytest.importorskip("transformers", reason="the comparison needs the extra `parity`")
     padding = {"__type": "AddedToken", "content": "<|im_end|>", "special": True, "normalized": False}
     padding |= {"lstrip": False, "rstrip": False, "single_word": False}  # as versions before 5 save it
-    ours = templated(tmp_path, template, bos_token="<|endoftext|>", pad_token=padding)
+    ours = templated(tmp_path, template, datetime.date.today(), bos_token="<|endoftext|>", pad_token=padding)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for generate in (True, False):
         text = ours.chat(TALK, add_generation_prompt=generate, **options)

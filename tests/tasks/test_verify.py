@@ -139,6 +139,16 @@ def test_explosive_answers_cost_their_own_reward():
     assert MATH.judge([prompt("72")], [BOX % "144/2"]) == [Verdict(1.0)]
 
 
+def test_a_worker_that_was_killed_while_idle_costs_no_reward():
+    verifier = MathVerify(workers=1)
+    assert verifier.judge([prompt("72")], [BOX % "144/2"]) == [Verdict(1.0)]
+    worker = verifier._pool._idle.get()
+    worker._process.kill()
+    worker._process.wait()
+    verifier._pool._idle.put(worker)
+    assert verifier.judge([prompt("72")], [BOX % "216/3"]) == [Verdict(1.0)]
+
+
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts descriptors in /proc")
 def test_workers_that_die_leave_no_descriptors():
     verifier = MathVerify(workers=1, seconds=0.5)

@@ -133,9 +133,12 @@ def test_other_data_under_a_run_is_refused(trained: Path, capsys: pytest.Capture
         written(data, changed)
         try:
             assert train("--out", tmp_path / "run", "--task.train", data, "--seed", 3, "--steps", 6) == 2
+            # Nor where a field differs that may.
+            assert train("--out", tmp_path / "run", "--task.train", data, "--seed", 3, "--steps", 6,
+                         "--task.max-verifier-failures", 0.9) == 2  # fmt: skip
         finally:
             data.write_bytes(original)
-    assert "holds a run on other prompts: what the task's files hold has changed" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("holds a run on other prompts: what the task's files hold has changed") == 2
 
 
 def test_a_changed_field_of_the_data_is_named(trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path):
@@ -242,7 +245,7 @@ def test_too_many_failures_are_said_once_there_are(whole: Path, questions: Path,
     named += ["--batch", "4", "--newest", *UNCACHED, *map(str, allowed)]
     assert main([*named, "0.0", "--out", str(out)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    allowed = "more than task.max_verifier_failures allows of the 30 asked for"
+    allowed = "more than task.max_verifier_failures allows of 30 to be judged"
     assert f"verifiers failed on {of_batch[first]} responses, {allowed}" in line
     assert rows(out / "responses.jsonl") == [row for row in answered if row["batch"] <= first]
     assert not (out / "eval.json").exists()

@@ -219,6 +219,16 @@ def test_falls_back_to_the_checkpoint_before(
     assert capfd.readouterr() == ("", "")
 
 
+def test_the_one_before_is_kept_until_the_last_is_known_to_be_good(three: pathlib.Path, lines: list[str]) -> None:
+    flip(largest(three / "3"))
+    with Checkpoints(three, keep_last=1, keep_best=False, notify=lines.append) as checkpoints:
+        assert checkpoints.steps() == [1, 2, 3]
+        restored = checkpoints.restore(template())
+        assert restored is not None
+        assert restored[0] == 2
+        assert checkpoints.steps() == [2]
+
+
 def test_a_bit_that_only_the_checksum_sees(three: pathlib.Path, lines: list[str]) -> None:
     flip(largest(three / "3"))
     with Checkpoints(three, notify=lines.append) as checkpoints:
@@ -244,6 +254,27 @@ def test_a_reader_moves_nothing(three: pathlib.Path, lines: list[str]) -> None:
     assert_equal(params, make_state(2).params)
     assert len(lines) == 1
     assert (three / "3").exists()
+
+
+def test_a_reader_goes_after_a_run_that_trains_meanwhile(
+    three: pathlib.Path, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which deletes what the reader has seen, and saves more."""
+    listed = Checkpoints.steps
+
+    def steps(self: Checkpoints) -> list[int]:
+        seen = listed(self)
+        if self._read_only:
+            with Checkpoints(three, keep_last=1, keep_best=False) as writer:
+                writer.restore(template())
+                writer.save(4, make_state(4), {})
+        return seen
+
+    monkeypatch.setattr(Checkpoints, "steps", steps)
+    step, params = parameters(three, template().params, notify=lines.append)
+    assert step == 4
+    assert_equal(params, make_state(4).params)
+    assert lines == []
 
 
 @pytest.mark.parametrize(

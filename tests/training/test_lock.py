@@ -24,6 +24,12 @@ def test_a_second_one_is_refused_until_the_first_is_done(tmp_path: Path) -> None
     refused = pytest.raises(UserError, match=rf"{re.escape(str(run))}: process \d+ on .* is at work on this run")
     with held(run), held(other), refused, held(run):
         pass
+    run.mkdir(parents=True)
+    other.symlink_to(run)
+    with held(run), pytest.raises(UserError, match="is at work on this run"), held(other):
+        pass
+    other.unlink()
+    run.rmdir()
     with held(run):
         assert not run.exists()
     assert list((tmp_path / "runs").iterdir()) == []

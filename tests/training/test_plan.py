@@ -270,6 +270,19 @@ def test_what_does_not_grow() -> None:
     assert needed_with(plan, decode, growth=4.0, factor=4.0, waves=1) == (2 + 3 + 3 + 16) * GIB
 
 
+def test_what_does_not_shrink_and_what_does() -> None:
+    """Of 6 GiB that belong to the rows 2 are temporaries, of which half the rows may need as much."""
+    plan = by_hand()
+    decode = dataclasses.replace(
+        plan.phases[1], needed=11 * GIB, memory={**plan.phases[1].memory, "temporaries": 2 * GIB}
+    )
+    assert needed_with(plan, decode, growth=0.5, factor=0.5, waves=1) == (2 + 3 + 2 + 2) * GIB
+    assert needed_with(plan, decode, growth=2.0, factor=2.0, waves=1) == (2 + 3 + 12) * GIB
+    # Scores are of the whole batch: beside the rollout of 1 GiB, 3 of results.
+    score = dataclasses.replace(plan.phases[2], needed=7 * GIB, memory={**plan.phases[2].memory, "results": 3 * GIB})
+    assert needed_with(plan, score, growth=1.0, factor=4.0, waves=4) == (7 + 3 * (1 + 3)) * GIB
+
+
 def test_no_wave_fits() -> None:
     plan = by_hand()
     decode = dataclasses.replace(plan.phases[1], needed=200 * GIB)

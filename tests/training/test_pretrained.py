@@ -152,6 +152,13 @@ def test_the_tokeniser_that_a_run_trained_with_is_exported(imported: Path, tmp_p
         assert kept.stop_ids == (3, 1)
         assert kept.vocab_size == 4
         assert (tmp_path / name / "initial" / "model.json").exists() == bool(initial)
+    # What an attempt with another beginning left is replaced, until the run has begun.
+    keep_card(tmp_path / "imported", "", HFTokenizer(other))
+    assert HFTokenizer(tmp_path / "imported" / "initial").stop_ids == (1,)
+    assert not (tmp_path / "imported" / "initial" / "model.json").exists()
+    (tmp_path / "imported" / "metrics.jsonl").touch()
+    keep_card(tmp_path / "imported", str(imported), HFTokenizer(other))
+    assert not (tmp_path / "imported" / "initial" / "model.json").exists()
 
 
 def test_parameters_of_another_model(imported: Path, run: RunConfig) -> None:
