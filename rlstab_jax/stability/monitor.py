@@ -261,7 +261,8 @@ class Monitor:
         if not math.isfinite(row.get("reward/mean", math.nan)):
             return []  # the evaluation before the first step
         state.rows += 1
-        state.rewards.append(row["reward/mean"])
+        if state.first_accuracy is not None:  # else there is nothing to compare them with
+            state.rewards.append(row["reward/mean"])
         remarks = self._judge(row) if state.ready else self._learn(row)
         best = state.best_reward
         state.best_reward = row["reward/mean"] if best is None else max(best, row["reward/mean"])
