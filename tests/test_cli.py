@@ -205,7 +205,7 @@ def test_what_is_left_and_the_same_command_again(run: Path, capsys: pytest.Captu
     assert again(run, "--profile", 2) == 0
     assert (run / "metrics.jsonl").read_bytes() == before
     for step in (0, 5):
-        assert again(run, "--steps", 8, "--profile", step) == 1
+        assert again(run, "--steps", 8, "--profile", step) == 2
         assert f"profile = {step}: expected a global step of the run, from 1 to 4" in capsys.readouterr().err
     assert again(run, "--steps", 8) == 0
     lines = capsys.readouterr().out.splitlines()

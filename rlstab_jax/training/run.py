@@ -90,6 +90,9 @@ def train(
         the directory.
     """
     engines = together(lambda: build(config))
+    last = -(-config.gradient_steps // config.minibatches)
+    if profile is not None and not 1 <= profile <= last:  # one that is made already is none: the same command goes on
+        raise UserError(f"profile = {profile}: expected a global step of the run, from 1 to {last}")
     if isinstance(engines.task, DescribedTask):  # each process reads its own files
         agree_on({f"the task's {name}": value for name, value in engines.task.description.items()})
     with held(home_of(str(out)).path):
@@ -217,9 +220,6 @@ def _train(
 ) -> bool:
     """From ``state`` to the run's end, or to a stop; returns whether it is complete."""
     config = engines.config
-    last = progress.global_steps - (progress.gradient_steps - config.gradient_steps) // config.minibatches
-    if profile is not None and not 1 <= profile <= last:  # one that is made already is none: the same command goes on
-        raise UserError(f"profile = {profile}: expected a global step of the run, from 1 to {last}")
     state = dataclasses.replace(state, reference=engines.making.place(state.reference))  # once
     data = prompt_iterator(engines.task.split("train"), config.prompts_per_step, seed=config.seed)
     if progress.prompts:
