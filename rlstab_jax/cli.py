@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import json
+import math
+import os
 import sys
 import time
 import zlib
@@ -17,6 +19,7 @@ from rlstab_jax.parallel import distributed
 from rlstab_jax.parallel.distributed import DistributedOptions
 from rlstab_jax.parallel.process import prepare_jax
 from rlstab_jax.progress import progress, silence
+from rlstab_jax.training.interrupt import keep_interrupts
 from rlstab_jax.types import UserError
 
 USAGE = """usage: rlstab COMMAND CONFIG [options]
@@ -122,6 +125,9 @@ def eval_options() -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code. A user's mistake is one line on standard error, never a traceback."""
+    process = arguments is None
+    if process:
+        keep_interrupts()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command = arguments[0] if arguments else ""
     if command not in COMMANDS:
@@ -148,9 +154,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, OSError) as error:  # an OSError names its file: no permission, no such directory
         print(f"rlstab {command}: {error}", file=sys.stderr)
         return distributed.failed(1 if began else 2)
-    except SystemExit as error:  # the parser has printed help, or a mistake in the options
-        return int(error.code or 0)
+    except SystemExit as error:
+        if not began and isinstance(error.code, int | None):  # the parser has printed help, or a mistake in the options
+            return error.code or 0
+        print(f"rlstab {command}: code of the config's called sys.exit({error.code!r})", file=sys.stderr)
+        return distributed.failed(1)
     except KeyboardInterrupt:
+        print(f"rlstab {command}: stopped by Ctrl-C", file=sys.stderr, flush=True)
+        if process:  # without Python's own end: it unloads what the compiler's threads are still at work with
+            sys.stdout.flush()
+            os._exit(STOPPED["SIGINT"])
         return STOPPED["SIGINT"]
 
 
@@ -259,7 +272,12 @@ def diagnose_command(arguments: Sequence[str], begin: Any) -> int:
     checkpoint, path, options, config = parse_checkpoint("diagnose", arguments, DiagnoseOptions(), example)
     out = options.out or Path("runs") / f"diagnose-{run_of(checkpoint).name}-{path.stem}"
     prepare_jax(options.compilation_cache)
-    step, gaps = diagnose(config, checkpoint, options.precisions, options.prompts, begin, print_line)
+
+    def ready() -> None:
+        out.mkdir(parents=True, exist_ok=True)  # which fails now, and not after the work
+        begin()
+
+    step, gaps = diagnose(config, checkpoint, options.precisions, options.prompts, ready, print_line)
     print_table(gaps)
     write_json(out / "gaps.json", checkpoint, step, gaps)
     draw_diagnosis([dataclasses.asdict(g) for g in gaps], out / "gaps.png", f"{checkpoint.name}, step {step}")
@@ -277,7 +295,7 @@ def plan_command(arguments: Sequence[str], begin: Any) -> int:
 
     _, options, config = parse("plan", arguments, PlanOptions())
     chosen = topology(options.topology)
-    if (options.price is not None and options.price < 0) or any(n < 1 for n in options.by):
+    if (options.price is not None and not 0 <= options.price < math.inf) or any(n < 1 for n in options.by):
         raise UserError(f"--price {options.price} --by {options.by}: expected a price of 0 or more, and N of 1 or more")
     without_accelerators()
     plan = make_plan(config, chosen, say=lambda line: print(line, file=sys.stderr, flush=True))

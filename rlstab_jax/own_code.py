@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+import numpy as np
+
 # Values whose text is all that there is to them.
-_PLAIN = (bool, int, float, complex, str, bytes, tuple, frozenset, type(None))
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
 def code_of(config: Any) -> dict[str, str]:
@@ -20,7 +22,7 @@ def code_of(config: Any) -> dict[str, str]:
         fields = code_of([getattr(config, f.name) for f in dataclasses.fields(config)])
         return fields | _checksum(type(config))
     if isinstance(config, functools.partial):
-        return code_of(config.func)
+        return code_of([config.func, *config.args, *config.keywords.values()])
     if isinstance(config, Mapping):
         return code_of(list(config.values()))
     if isinstance(config, list | tuple):
@@ -37,7 +39,10 @@ def _checksum(code: FunctionType | type) -> dict[str, str]:
 
 def _gather(code: Any, sources: dict[str, bytes]) -> None:
     """The sources of a function or class and of those that it mentions, as far as they are a user's own."""
-    code = inspect.unwrap(code.func if isinstance(code, functools.partial) else code)
+    if isinstance(code, functools.partial):
+        _gather_value(f"what {_name(code.func)} is given", [code.args, code.keywords], sources)
+        code = code.func
+    code = inspect.unwrap(code)
     if not isinstance(code, FunctionType | type) or _name(code) in sources or not _is_own(code):
         return
     try:
@@ -50,10 +55,34 @@ def _gather(code: Any, sources: dict[str, bytes]) -> None:
             for name, mentioned in _mentioned(function).items():
                 if callable(mentioned):
                     _gather(mentioned, sources)
-                elif isinstance(mentioned, _PLAIN):
-                    sources[f"{_name(function)}: {name}"] = repr(mentioned).encode()
+                _gather_value(f"{_name(function)}: {name}", mentioned, sources)
     for base in code.__bases__ if isinstance(code, type) else ():
         _gather(base, sources)
+
+
+def _gather_value(name: str, value: Any, sources: dict[str, bytes]) -> None:
+    """Data, and what an object of a user's own class holds."""
+    if not isinstance(value, type) and _is_own(type(value)):
+        _gather(type(value), sources)
+        value = getattr(value, "__dict__", None)
+    if (text := _text(value)) is not None:
+        sources[name] = text.encode()
+
+
+def _text(value: Any) -> str | None:
+    """All that there is to data: plain values, arrays, and collections of these; None for anything else."""
+    if isinstance(value, _PLAIN):
+        return repr(value)
+    if isinstance(value, np.ndarray | np.generic) and value.dtype != object:
+        return f"{value.dtype}{value.shape} {zlib.crc32(np.ascontiguousarray(value).tobytes()):08x}"
+    if isinstance(value, Mapping):
+        value = [item for pair in value.items() for item in pair]
+    elif isinstance(value, set | frozenset):
+        value = sorted(value, key=repr)
+    elif not isinstance(value, list | tuple):
+        return None
+    texts = [_text(item) for item in value]
+    return None if None in texts else f"[{', '.join(map(str, texts))}]"
 
 
 def _mentioned(function: FunctionType) -> dict[str, Any]:
@@ -90,5 +119,5 @@ def _is_own_module(module: ModuleType | None, name: str = "") -> bool:
     return root not in (__package__, *(sys.stdlib_module_names - {"__main__"})) and "-packages" not in file
 
 
-def _name(code: FunctionType | type) -> str:
-    return f"{code.__module__}.{code.__qualname__}"
+def _name(code: Any) -> str:
+    return f"{code.__module__}.{getattr(code, '__qualname__', type(code).__qualname__)}"

@@ -146,8 +146,11 @@ def run_of(checkpoint: Path) -> Path:
 def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
     """The manifest of the run directory ``path``. Raises UserError where there is none or it cannot be read."""
     try:
-        return json.loads((Path(path) / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
+        manifest = json.loads((Path(path) / "manifest.json").read_text())
+        if not all(isinstance(part, dict) for part in (manifest, manifest.get("config", {}), manifest.get("code", {}))):
+            raise ValueError("it, its config and its code are JSON objects")
+        return manifest
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: its manifest.json cannot be read ({error}); is it the directory of a run?") from error
 
 
@@ -338,7 +341,12 @@ def _complete_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 def cut_lines(path: Path, key: str, last: float) -> list[dict[str, Any]]:
     """Leaves the complete lines whose ``key`` is at most ``last``, and returns what they say."""
-    kept = [(line, row) for line, row in _complete_lines(path) if row[key] <= last]
+    kept = []
+    for number, (line, row) in enumerate(_complete_lines(path), start=1):
+        if not isinstance(row.get(key), int | float):
+            raise UserError(f"{path}, line {number}: {key} is {row.get(key)!r}, expected a number: mend or remove it")
+        if row[key] <= last:
+            kept.append((line, row))
     if path.exists() and path.stat().st_size != sum(len(line) for line, _ in kept):
         write_aside(path, b"".join(line for line, _ in kept))
     return [row for _, row in kept]

@@ -23,6 +23,11 @@ class UserError(ValueError):
     """A mistake that the user can mend. Its message names the file, field or shape, what was expected, what to do."""
 
 
+def one_line(error: BaseException) -> str:
+    """What a user's own code has raised, as a part of a message."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
 class RoutingReplay(enum.Enum):
     """Which recorded experts the training engine uses (gate weights are always live)."""
 

@@ -261,6 +261,35 @@ def test_what_a_function_of_the_config_mentions_counts_too(tmp_path):
         del sys.modules["mine_of_a_test"]
 
 
+@pytest.mark.parametrize(
+    ("data", "edited"),
+    [
+        ("{'w': 2.0}", "{'w': 3.0}"),
+        ("[1, (2, {3})]", "[1, (2, {4})]"),
+        ("numpy.arange(3.0)", "numpy.arange(3.0) + 1"),
+        ("Held({'k': 1})", "Held({'k': 2})"),
+        ("functools.partial(scaled, by=[2])", "functools.partial(scaled, by=[3])"),
+    ],
+)
+def test_data_that_a_function_mentions_counts_too(tmp_path, data, edited):
+    def code(data):
+        file = tmp_path / "mine.py"
+        file.write_text(
+            "import functools\nimport numpy\n\nclass Held:\n    def __init__(self, held):\n        self.held = held\n\n"
+            f"def scaled(x, by):\n    return x\n\nDATA = {data}\n\ndef verifier(text):\n    return DATA\n"
+        )
+        linecache.checkcache(str(file))
+        spec = importlib.util.spec_from_file_location("mine_of_a_test", file)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return code_of({"verifier": module.verifier})
+
+    try:
+        assert code(data) == code(data) != code(edited)
+    finally:
+        del sys.modules["mine_of_a_test"]
+
+
 def test_what_lies_in_a_module_that_a_function_mentions_counts_too(tmp_path, monkeypatch):
     """``helpers.grade`` is read through its module."""
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -340,8 +369,9 @@ def test_what_is_no_run_is_left_alone(tmp_path, content):
         open_run(tmp_path / "run", MANIFEST)
 
 
-def test_unreadable_manifest(tmp_path):
-    (tmp_path / "manifest.json").write_text("{")
+@pytest.mark.parametrize("content", ["{", "[]", "null", '{"config": []}'])
+def test_unreadable_manifest(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(UserError, match=r"manifest\.json cannot be read"):
         open_run(tmp_path, MANIFEST)
 

@@ -12,7 +12,7 @@ import tyro
 from rlstab_jax.checks import HUGE, TINY, check_fields, check_ranges
 from rlstab_jax.objectives import fit, recipes, regularisers
 from rlstab_jax.objectives.core import Objective, Regulariser, piece
-from rlstab_jax.types import UserError
+from rlstab_jax.types import UserError, one_line
 
 RecipeName = Literal[
     "minirl",
@@ -130,8 +130,8 @@ def build(config: ObjectiveConfig) -> Objective:
         raise UserError(f"objective.{unknown[0]}: {_label(config)} has no such number; it takes: {known}")
     try:
         objective = recipe(**numbers)
-    except TypeError as error:  # e.g. a number without a default
-        raise UserError(f"objective: {_label(config)} cannot be called: {error}") from error
+    except Exception as error:  # e.g. a number without a default
+        raise UserError(f"objective: {_label(config)} cannot be called: {one_line(error)}") from error
     if not isinstance(objective, Objective):
         raise UserError(f"objective: {_label(config)} returned {objective!r}, expected an Objective")
     return _regularised(objective, config)

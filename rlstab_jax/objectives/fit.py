@@ -1,13 +1,19 @@
 """Whether an objective runs on what a run has for it, found by tracing it on a small batch."""
 
+import traceback
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from rlstab_jax.objectives.core import Objective, advantages_of, coefficients, surrogate
-from rlstab_jax.types import Scores, UserError
+from rlstab_jax.types import Scores, UserError, one_line
+
+# Of the batch, which is traced and never made: no size that code would name, and rows of groups of any usual size.
+PACKAGE = Path(__file__).parents[1]
+ROWS, LENGTH = 2**10 * 3**2 * 5 * 7, 11
 
 
 def check(objective: Objective) -> None:
@@ -17,7 +23,16 @@ def check(objective: Objective) -> None:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"objective: it does not run on a batch: {type(error).__name__}: {error}") from error
+        raise UserError(f"objective: it does not run on a batch{_place(error)}: {one_line(error)}") from error
+
+
+def _place(error: Exception) -> str:
+    """Where a user's own code was at last, if it was there at all."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [
+        frame for frame in frames if "-packages" not in frame.filename and PACKAGE not in Path(frame.filename).parents
+    ]
+    return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
 
 
 def reads(objective: Objective, what: Literal["reference", "router"]) -> bool:
@@ -32,15 +47,15 @@ def reads(objective: Objective, what: Literal["reference", "router"]) -> bool:
 def _trace(objective: Objective, reference: bool = True, router: bool = True) -> None:
     """As a run does: advantages and coefficients before the updates, which alone have entropies and pi_theta's router;
     the loss without groups, since it sees parts of them."""
-    array: Any = jax.ShapeDtypeStruct((2, 3), np.float32)
-    of_router: Any = jax.ShapeDtypeStruct((2, 3, 4), np.float32) if router else None
-    groups: Any = jax.ShapeDtypeStruct((2,), np.int32)
-    mask: Any = jax.ShapeDtypeStruct((2, 3), bool)
+    array: Any = jax.ShapeDtypeStruct((ROWS, LENGTH), np.float32)
+    of_router: Any = jax.ShapeDtypeStruct((ROWS, LENGTH, 4), np.float32) if router else None
+    groups: Any = jax.ShapeDtypeStruct((ROWS,), np.int32)
+    mask: Any = jax.ShapeDtypeStruct((ROWS, LENGTH), bool)
     before = Scores(array, array, array, mask, groups, array if reference else None, router_old=of_router)
 
-    def loss(before: Scores, entropy: Any, router_target: Any, rewards: Any) -> Any:
+    def loss(objective: Objective, before: Scores, entropy: Any, router_target: Any, rewards: Any) -> Any:
         advantage, c = advantages_of(objective, before, rewards), coefficients(objective, before)
         scores = replace(before, groups=None, entropy=entropy, router_target=router_target)
         return surrogate(objective, scores, advantage, c)[0]
 
-    jax.eval_shape(loss, before, array, of_router, jax.ShapeDtypeStruct((2,), np.float32))
+    jax.eval_shape(loss, objective, before, array, of_router, jax.ShapeDtypeStruct((ROWS,), np.float32))

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import jax
 
+from rlstab_jax.types import UserError
+
 # Numbers of the options of glibc's mallopt, from its malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
@@ -31,6 +33,16 @@ def prepare_jax(compilation_cache: Path | None = None) -> None:
         compilation_cache.mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # the many small ones take seconds as well
+
+
+def check_devices() -> None:
+    """Raises UserError where JAX finds none of the devices that it is told to use."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        told = jax.config.jax_platforms  # type: ignore[attr-defined]
+        words = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise UserError(f"JAX finds no device for JAX_PLATFORMS = {told!r} ({words}): unset it, or use cpu") from error
 
 
 def on_cpu() -> bool:

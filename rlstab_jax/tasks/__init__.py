@@ -16,7 +16,9 @@ from rlstab_jax.tasks.protocol import (
     Task,
     TaskConfig,
     Tokenizer,
+    build_task,
     check_judge,
+    reward_of,
 )
 from rlstab_jax.tasks.records import Fields
 from rlstab_jax.tasks.tokenizer import CharTokenizer
@@ -48,8 +50,10 @@ __all__ = [
     "Tokenizer",
     "Verdict",
     "Verifier",
+    "build_task",
     "check_judge",
     "decode_responses",
     "encode_prompts",
     "prompt_iterator",
+    "reward_of",
 ]

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float
 
-from rlstab_jax.types import UserError
+from rlstab_jax.types import UserError, one_line
 
 Split = Literal["train", "heldout"]
 
@@ -160,6 +160,38 @@ class BatchTask(Task, Protocol):
     def rewards(self, prompts: Sequence[Prompt], responses: Sequence[tuple[str, bool]]) -> Rewards:
         """Of each response's text to its prompt, and whether it stopped; see `Task.reward`."""
         ...
+
+
+def build_task(config: Any) -> Task:
+    """The task of a `TaskConfig`. Raises UserError where it cannot be built, or is none."""
+    made_by = f"task: {type(config).__name__}.build()"
+    try:
+        task = config.build()
+    except UserError:
+        raise
+    except Exception as error:  # whatever a user's method may raise
+        raise UserError(f"{made_by} failed: {one_line(error)}") from error
+    needed = ("tokenizer", "max_prompt_tokens", "max_response_tokens", "split", "reward")
+    if missing := [name for name in needed if not hasattr(task, name)]:
+        raise UserError(
+            f"{made_by} returned {type(task).__name__} without {', '.join(missing)}: expected a task, see "
+            "rlstab_jax.tasks.Task"
+        )
+    check_judge(task)
+    return task
+
+
+def reward_of(task: Task, prompt: Prompt, response: str, stopped: bool) -> float:
+    """Of one response. Raises UserError, which names it, where the task's own method fails."""
+    try:
+        return float(task.reward(prompt, response, stopped=stopped))
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever a user's method may raise
+        raise UserError(
+            f"{type(task).__name__}.reward failed on the response {response[:60]!r} to prompt {prompt.id} "
+            f"({prompt.text[:60]!r}): {one_line(error)}. Mend it; the same command goes on from the last checkpoint"
+        ) from error
 
 
 def check_judge(task: Task) -> None:

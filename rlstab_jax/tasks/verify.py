@@ -20,7 +20,7 @@ import numpy as np
 from rlstab_jax.tasks.extract import EXTRACTORS, Extract
 from rlstab_jax.tasks.math_workers import MathWorkers
 from rlstab_jax.tasks.protocol import Failure, Prompt, Rewards
-from rlstab_jax.types import UserError
+from rlstab_jax.types import UserError, one_line
 
 
 class Verifier(Protocol):
@@ -193,6 +193,12 @@ def check_rewards_config(rewards: Sequence[Reward]) -> None:
     if not rewards:
         raise UserError("task.rewards is empty: give at least one Reward")
     for reward in rewards:
+        if isinstance(reward.verifier, type):
+            name = reward.verifier.__name__
+            raise UserError(f"task.rewards: the verifier of {reward.name!r} is the class {name}: give {name}()")
+        for field, kind in (("name", str), ("weight", int | float)):
+            if not isinstance(value := getattr(reward, field), kind):
+                raise UserError(f"task.rewards: {field} = {value!r}: expected a {'text' if kind is str else 'number'}")
         if not re.fullmatch(r"[a-z0-9_]+", reward.name) or [r.name for r in rewards].count(reward.name) > 1:
             raise UserError(
                 f"task.rewards: name {reward.name!r}: expected lower-case letters, digits and underscores, "
@@ -260,7 +266,7 @@ def _verdicts(verifier: Any, prompts: Sequence[Prompt], responses: Sequence[str]
 def _verdicts_at_once(verifier: BatchVerifier, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Verdict]:
     try:
         verdicts = list(verifier.judge(prompts, responses))
-    except Exception as error:  # whatever a user's method may raise
+    except (Exception, SystemExit) as error:  # whatever a user's method may raise
         return [_failed(error)] * len(responses)
     if len(verdicts) != len(responses) or not all(isinstance(verdict, Verdict) for verdict in verdicts):
         kinds = ", ".join(sorted({type(verdict).__name__ for verdict in verdicts}))
@@ -274,10 +280,10 @@ def _verdicts_at_once(verifier: BatchVerifier, prompts: Sequence[Prompt], respon
 def _verdict_of(verifier: Verifier, prompt: Prompt, response: str) -> Verdict:
     try:
         value = float(verifier(prompt, response))
-    except Exception as error:  # whatever a user's function may raise
+    except (Exception, SystemExit) as error:  # whatever a user's function may raise
         return _failed(error)
     return Verdict(value) if math.isfinite(value) else Verdict(0.0, failure=f"it returned {value}")
 
 
-def _failed(error: Exception) -> Verdict:
-    return Verdict(0.0, failure=" ".join(f"{type(error).__name__}: {error}".split())[:200])
+def _failed(error: BaseException) -> Verdict:
+    return Verdict(0.0, failure=one_line(error))

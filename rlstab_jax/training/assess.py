@@ -92,6 +92,8 @@ def assess(
     for name in ("samples", "batch"):
         if getattr(asked, name) < 1:
             raise UserError(f"{name} = {getattr(asked, name)}: expected at least 1")
+    if not math.isfinite(asked.right_from):
+        raise UserError(f"right_from = {asked.right_from}: expected a finite number")
     if asked.batch % rows:
         raise UserError(f"batch = {asked.batch}: expected a multiple of {rows}, the data-parallel devices")
     tokens, mask = encode_prompts(prompts, engines.task.tokenizer, _longest(engines, prompts))

@@ -280,6 +280,8 @@ class Checkpoints:
             header = json.loads((self.directory / str(step) / "header" / "metadata").read_text())
             if header.pop("crc32") != _crc32(header):
                 raise _Damaged("its header is not what was saved")
+        if header["step"] != step:
+            raise _Damaged(f"it was saved as step {header['step']}")
         return header
 
     def _set_aside(self, step: int, error: _Damaged) -> None:

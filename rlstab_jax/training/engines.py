@@ -24,8 +24,9 @@ from rlstab_jax.objectives import build as build_objective
 from rlstab_jax.parallel.distributed import exchange, on_host, put, share, together
 from rlstab_jax.parallel.host_memory import check_offload
 from rlstab_jax.parallel.mesh import make_mesh
+from rlstab_jax.parallel.process import check_devices
 from rlstab_jax.parallel.sharding import INFERENCE, TRAINING, Layout, check_divides, shardings
-from rlstab_jax.tasks import BatchTask, Dataset, Prompt, Rewards, Task, check_judge, decode_responses
+from rlstab_jax.tasks import BatchTask, Dataset, Prompt, Rewards, Task, build_task, decode_responses, reward_of
 from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.kernel_check import check_kernels
 from rlstab_jax.training.pretrained import load_parameters, matched
@@ -151,8 +152,8 @@ class Engines(EnginePair):
 def build(config: RunConfig) -> Engines:
     """Checks ``config`` and builds what it describes. Raises UserError before any long work."""
     validate(config)
-    task = config.task.build()
-    check_judge(task)
+    check_devices()
+    task = build_task(config.task)
     check_host_memory(config, jax.local_devices())
     if config.initial:
         config = dataclasses.replace(config, model=matched(config.model, Path(config.initial)))
@@ -386,7 +387,7 @@ def judge(
     def verdicts() -> Rewards:
         if isinstance(task, BatchTask):
             return task.rewards(of_row, responses)
-        each = [task.reward(p, text, stopped=stopped) for p, (text, stopped) in zip(of_row, responses, strict=True)]
+        each = [reward_of(task, prompt, *response) for prompt, response in zip(of_row, responses, strict=True)]
         return Rewards(np.array(each))
 
     judged = exchange(([text for text, _ in responses], together(verdicts)))

@@ -103,6 +103,8 @@ class Home:
 def home_of(out: str) -> Home:
     """The home of a run by the value of ``--out``. Raises UserError for a bucket without what it takes to reach it."""
     if not out.startswith(SCHEME):
+        if "://" in out:
+            raise UserError(f"--out {out}: expected a directory, or a bucket as gs://bucket/path; no other is known")
         return Home(Path(out))
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f"{out}: a bucket needs pip install 'rlstab_jax[gcs]'")

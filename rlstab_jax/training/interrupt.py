@@ -3,9 +3,11 @@
 import contextlib
 import dataclasses
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 from rlstab_jax.parallel.distributed import exchange
 
@@ -65,3 +67,21 @@ def stop_on_signal() -> Iterator[Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def keep_interrupts() -> None:
+    """A Ctrl-C that comes within a callback of the garbage collector's, as JAX has them, is not lost: Python prints and
+    forgets what is raised there, so it is sent once more."""
+    before = sys.unraisablehook
+
+    def again(number: int, frame: FrameType | None) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    def hook(lost: Any) -> None:
+        if issubclass(lost.exc_type, KeyboardInterrupt) and hasattr(signal, "setitimer"):
+            signal.signal(signal.SIGALRM, again)
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+        else:
+            before(lost)
+
+    sys.unraisablehook = hook

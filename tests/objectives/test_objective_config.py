@@ -80,6 +80,20 @@ def test_a_piece_that_reads_what_no_run_has_there_is_refused(changed: dict) -> N
         fit.check(replace(o.minirl(), **changed))
 
 
+def three_rows(rewards: jax.Array, groups: jax.Array) -> jax.Array:
+    return rewards + jnp.arange(3)
+
+
+def test_what_an_own_piece_does_wrong_is_found_before_any_work_and_placed() -> None:
+    """And a batch is of a size that none would name, but of whole groups."""
+    here = r"objective: it does not run on a batch \(test_objective_config\.py, line \d+\): "
+    with pytest.raises(UserError, match=here):
+        fit.check(replace(o.minirl(), advantage=piece(three_rows)))
+    with pytest.raises(UserError, match="objective: it does not run on a batch"):
+        fit.check(replace(o.minirl(), trust=by_group))  # no piece: nothing that could be traced
+    fit.check(replace(o.minirl(), advantage=piece(lambda r, g: r - r.reshape(-1, 16).mean(1).repeat(16))))
+
+
 def test_the_command_line_overrides_numbers() -> None:
     arguments = ["--eps-high", "0.4", "--cap-on", "discrepancy", "--length-normalise", "True"]
     config = tyro.cli(ObjectiveConfig, args=arguments, default=ObjectiveConfig("minirl", cap=3.0))

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from rlstab_jax.parallel import process
+from rlstab_jax.types import UserError
 
 # Allocates and frees 128 MiB over and over, where programs would run, and counts page faults after the first time.
 # Without huge pages (PR_SET_THP_DISABLE), which would make the faults few in either case.
@@ -101,3 +102,13 @@ def test_an_accelerators_host_gives_memory_back(monkeypatch):
     monkeypatch.setattr(process, "on_cpu", lambda: True)
     process.prepare_jax()
     assert called == [True]
+
+
+def test_a_platform_without_a_device_is_said_in_a_line(monkeypatch):
+    def none():
+        raise RuntimeError("Unable to initialize backend 'tpu': no such device\nand more")
+
+    process.check_devices()
+    monkeypatch.setattr(jax, "devices", none)
+    with pytest.raises(UserError, match=r"JAX finds no device for JAX_PLATFORMS = .*no such device\): unset it"):
+        process.check_devices()

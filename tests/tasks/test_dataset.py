@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import string
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from rlstab_jax.tasks import (
     ArithmeticConfig,
     BatchTask,
     CharTokenizer,
+    Dataset,
     DatasetConfig,
     DemonstratedTask,
     DescribedTask,
@@ -20,9 +22,11 @@ from rlstab_jax.tasks import (
     Fields,
     Reward,
     Rewards,
+    build_task,
     check_judge,
     dataset,
     prompt_iterator,
+    reward_of,
 )
 from rlstab_jax.tasks.dataset import prompt_ids
 from rlstab_jax.types import UserError
@@ -241,6 +245,34 @@ def test_a_failure_is_of_its_own_row(sums):
     right = config(sums).build().rewards([prompt] * 3, [("a", True), ("b", True), ("c", False)])
     both = Rewards.joined([dataclasses.replace(rewards, components={}), dataclasses.replace(right, components={})])
     strict.check(both, [prompt] * 6)  # a share of the whole batch, whoever judged which part of it
+
+
+def test_a_task_that_is_none_or_whose_reward_fails_is_named(sums):
+    class Mine(DatasetConfig):
+        made = None
+
+        def build(self):
+            if isinstance(self.made, Exception):
+                raise self.made
+            return self.made
+
+    for made, message in (
+        (None, r"task: Mine.build\(\) returned NoneType without tokenizer, .*reward: expected a task"),
+        (ZeroDivisionError("no"), r"task: Mine.build\(\) failed: ZeroDivisionError: no"),
+    ):
+        Mine.made = made
+        with pytest.raises(UserError, match=message):
+            build_task(Mine())
+
+    class Broken(Dataset):
+        def reward(self, prompt, response, *, stopped):
+            return {"a": float, "b": "text", "c": sys.exit}[response]()
+
+    task, prompt = Broken(DatasetConfig(alphabet="ab")), config(sums).build().split("train")[0]
+    assert reward_of(task, prompt, "a", True) == 0
+    for response, message in (("b", "TypeError: 'str'"), ("c", "SystemExit:")):
+        with pytest.raises(UserError, match=f"Broken.reward failed on the response '{response}' to prompt .*{message}"):
+            reward_of(task, prompt, response, True)
 
 
 def test_what_is_demonstrated_has_a_fingerprint_of_its_own(sums, tmp_path):

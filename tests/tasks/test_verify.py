@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import os
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -158,7 +159,8 @@ def test_workers_that_die_leave_no_descriptors():
         gc.collect()
         return len(list(Path("/proc/self/fd").iterdir()))
 
-    assert after_one_more(EXPLOSIVE[0]) == after_one_more(EXPLOSIVE[1])
+    first = after_one_more(EXPLOSIVE[0])
+    assert after_one_more(EXPLOSIVE[1]) <= first  # fewer where an earlier test's are let go of meanwhile
 
 
 def test_memory_is_bounded():
@@ -203,6 +205,8 @@ def length(prompt, response):
 def fragile(prompt, response):
     if "!" in response:
         raise KeyError("no '!'")
+    if "q" in response:
+        sys.exit(3)
     return None if "?" in response else 1
 
 
@@ -222,6 +226,7 @@ def test_a_verifier_that_raises():
     judged = judge(rewards, prompts, responses)
     check_failures(judged, prompts, 0.25)
     np.testing.assert_array_equal(judged.total, [3, 0, 3, 3])
+    assert [f.message for f in judge(rewards, prompts[:1], ["q"]).failures] == ["SystemExit: 3"]
     assert [(f.reward, f.row, f.message) for f in judged.failures] == [("one", 1, "KeyError: \"no '!'\"")]
     responses[3] = "?"
     with pytest.raises(UserError) as error:
@@ -280,6 +285,9 @@ def test_verifiers_of_batches():
         ((Reward("a", MathVerify(seconds=0)),), "MathVerify of 'a': seconds = 0: expected above 0"),
         ((Reward("a", MathVerify(workers=-1)),), "workers = -1: expected 0 \\(a default\\) or more"),
         ((Reward("a", MathVerify(memory_gib=0.1)),), "memory_gib = 0.1: expected at least 0.25"),
+        ((Reward("a", length, "1"),), "task.rewards: weight = '1': expected a number"),
+        ((Reward(3, length),), "task.rewards: name = 3: expected a text"),
+        ((Reward("a", MathVerify),), "the verifier of 'a' is the class MathVerify: give MathVerify\\(\\)"),
         ((Reward("a", "length"),), "the verifier of 'a' is 'length', expected a function"),
     ],
 )

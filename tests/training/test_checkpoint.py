@@ -229,6 +229,15 @@ def test_the_one_before_is_kept_until_the_last_is_known_to_be_good(three: pathli
         assert checkpoints.steps() == [2]
 
 
+def test_a_checkpoint_under_another_number(three: pathlib.Path, lines: list[str]) -> None:
+    (three / "3").rename(three / "9")
+    with Checkpoints(three, keep_last=3, notify=lines.append) as checkpoints:
+        restored = checkpoints.restore(template())
+    assert restored is not None
+    assert restored[0] == 2
+    assert "9 is damaged (it was saved as step 3)" in lines[0]
+
+
 def test_a_bit_that_only_the_checksum_sees(three: pathlib.Path, lines: list[str]) -> None:
     flip(largest(three / "3"))
     with Checkpoints(three, notify=lines.append) as checkpoints:

@@ -123,6 +123,7 @@ def test_a_bucket_that_does_not_answer(stand_in: Bucket, tmp_path: Path) -> None
     [
         ("train tests/training/tiny_run.py --out gs://bucket", "expected a path in a bucket, such as gs://my-bucket/"),
         ("train tests/training/tiny_run.py --out=gs://bucket", "expected a path in a bucket, such as gs://my-bucket/"),
+        ("train tests/training/tiny_run.py --out s3://bucket/run", "--out s3://bucket/run: expected a directory, or"),
         ("train tests/training/tiny_run.py --initial gs://bucket/import", "only train --out takes a bucket"),
         ("eval gs://bucket/run --data x.jsonl", "with gcloud storage cp -r gs://bucket/run ."),
         ("export-hf --checkpoint=gs://bucket/run out", "with gcloud storage cp -r gs://bucket/run ."),

@@ -1,6 +1,8 @@
 """Signals become a flag; a second Ctrl-C still interrupts; handlers are given back."""
 
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -55,3 +57,24 @@ def test_harmless_outside_the_main_thread() -> None:
     thread.join()
     assert seen == [False]
     assert handlers() == before
+
+
+LOST = """
+import gc, signal, time
+from rlstab_jax.training.interrupt import keep_interrupts
+keep_interrupts()
+first = iter([True])
+gc.callbacks.append(lambda *_: next(first, False) and signal.raise_signal(signal.SIGINT))
+try:
+    gc.collect()
+    print("collected", flush=True)
+    time.sleep(20)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_what_the_garbage_collector_swallows_is_sent_again() -> None:
+    done = subprocess.run([sys.executable, "-c", LOST], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["collected", "interrupted"]
+    assert done.stderr == ""
