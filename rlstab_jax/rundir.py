@@ -121,14 +121,16 @@ def open_run(
             there = {**before.get("config", {}), **before.get("code", code)}
             _same_config(path, config_difference(there, {**manifest["config"], **code}, defaults), may_change)
             manifest = {**before, **{name: manifest[name] for name in ("config", "code") if name in manifest}}
-    elif path.exists() and (
-        not path.is_dir() or any((path / name).exists() for name in ("metrics.jsonl", "checkpoints"))
-    ):
+    elif path.exists() and (not path.is_dir() or any((path / name).exists() for name in _OF_A_RUN)):
         raise UserError(f"{path} is there but holds no manifest.json: give another --out, or --fresh to move it aside")
     with _disk(path):
         path.mkdir(parents=True, exist_ok=True)
     write_aside(file, (json.dumps(manifest, indent=2, allow_nan=False) + "\n").encode())
     return RunDir(path)
+
+
+# What would be written over, or taken for the run's.
+_OF_A_RUN = ("metrics.jsonl", "samples.jsonl", "responses.jsonl", "report.png", "eval.json", "checkpoints")
 
 
 def begun(path: Path) -> bool:
@@ -157,7 +159,8 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
 def read_metrics(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """The metrics of a run (its directory, or the file itself) as float64 columns [global_step], NaN where absent.
 
-    A torn last line is left out. Raises UserError for a missing file and for a torn line in the middle.
+    A torn last line is left out. Raises UserError for a missing file, for a torn line in the middle, and for what
+    is no number.
     """
     path = Path(path)
     path = path / "metrics.jsonl" if path.is_dir() else path
@@ -165,7 +168,12 @@ def read_metrics(path: str | os.PathLike) -> dict[str, np.ndarray]:
         raise UserError(f"{path} does not exist: give the directory of a run")
     rows = [row for _, row in _complete_lines(path)]
     names = sorted({name for row in rows for name in row})
-    return {name: np.array([row.get(name) for row in rows], np.float64) for name in names}
+    try:
+        return {name: np.array([row.get(name) for row in rows], np.float64) for name in names}
+    except (TypeError, ValueError) as error:
+        each = ((number, *item) for number, row in enumerate(rows, start=1) for item in row.items())
+        number, name, value = next(one for one in each if not isinstance(one[2], int | float | None))
+        raise UserError(f"{path}, line {number}: {name} is {value!r}, expected a number: mend or remove it") from error
 
 
 def read_samples(path: str | os.PathLike) -> list[dict[str, Any]]:

@@ -369,6 +369,24 @@ def test_what_is_no_run_is_left_alone(tmp_path, content):
         open_run(tmp_path / "run", MANIFEST)
 
 
+def test_what_is_no_number_is_named_with_its_line(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"progress/global_steps": 0, "x": null}\n{"progress/global_steps": 1, "x": "one"}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: x is 'one', expected a number: mend or remove it"):
+        read_metrics(tmp_path)
+    file.write_text('{"progress/global_steps": 0}\n{"x": 1}\n{"progress/global_steps": 2}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2: progress/global_steps is None, expected a number"):
+        RunDir(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["samples.jsonl", "report.png", "responses.jsonl"])
+def test_a_directory_with_files_of_others_is_refused(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=r"is there but holds no manifest\.json"):
+        open_run(tmp_path, MANIFEST)
+    assert (tmp_path / name).read_text() == "mine"
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "null", '{"config": []}'])
 def test_unreadable_manifest(tmp_path, content):
     (tmp_path / "manifest.json").write_text(content)

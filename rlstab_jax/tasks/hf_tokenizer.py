@@ -108,9 +108,13 @@ class HFTokenizer:
         import jinja2
 
         file = self.directory / "chat_template.jinja"
-        source = file.read_text(encoding="utf-8") if file.exists() else self._config.get("chat_template")
+        try:
+            source = file.read_text(encoding="utf-8") if file.exists() else self._config.get("chat_template")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file} is no text in UTF-8: {error}") from error
         if isinstance(source, list):  # several by name
-            source = {entry["name"]: entry["template"] for entry in source}.get("default")
+            named = [entry for entry in source if isinstance(entry, dict)]
+            source = {entry.get("name"): entry.get("template") for entry in named}.get("default")
         if not isinstance(source, str):
             raise UserError(f"{self.directory}: no chat template: neither {file.name} nor in tokenizer_config.json")
         try:
@@ -137,7 +141,7 @@ class HFTokenizer:
 
     def _checked(self, file: str, kind: str, ids: list[Any]) -> tuple[int, ...]:
         for i in ids:
-            if i not in self._known:
+            if not isinstance(i, int) or i not in self._known:
                 raise UserError(f"{self.directory / file}: its {kind} token {i!r} is none of tokenizer.json's")
         return tuple(ids)
 

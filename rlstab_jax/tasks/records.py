@@ -102,7 +102,9 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 for record in batch.to_pylist():
                     number += 1
                     yield f"{path}, row {number}", record
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, FileNotFoundError | PermissionError):
+            raise
         raise UserError(f"{path}: no Parquet file, or a damaged one: {error}") from error
 
 
@@ -128,7 +130,7 @@ def _require(package: str, path: Path) -> None:
 def _json_object(where: str, data: bytes) -> dict[str, Any]:
     try:
         record = json.loads(data)
-    except ValueError as error:  # of JSON, or of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
         raise UserError(f"{where}: malformed JSON: {error}") from error
     if not isinstance(record, dict):
         raise UserError(f"{where}: expected a JSON object, found {type(record).__name__}")

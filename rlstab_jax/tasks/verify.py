@@ -8,6 +8,7 @@ counted, and a share of failures in one batch above a limit stops the run.
 import dataclasses
 import functools
 import importlib.util
+import inspect
 import math
 import os
 import re
@@ -212,6 +213,17 @@ def check_rewards_config(rewards: Sequence[Reward]) -> None:
                 f"task.rewards: the verifier of {reward.name!r} is {reward.verifier!r}, expected a function "
                 "(prompt, response) -> float, or a dataclass that is called like one"
             )
+        ours = isinstance(reward.verifier, ExactMatch | Numeric | MathVerify)
+        if ours and (extract := reward.verifier.extract) not in EXTRACTORS:
+            known = ", ".join(EXTRACTORS)
+            raise UserError(f"task.rewards: extract = {extract!r} of {reward.name!r}: expected one of {known}")
+        if not isinstance(reward.verifier, BatchVerifier):
+            try:
+                inspect.signature(reward.verifier).bind("prompt", "response")
+            except TypeError as error:
+                raise UserError(
+                    f"task.rewards: the verifier of {reward.name!r} cannot be called as (prompt, response): {error}"
+                ) from error
         if isinstance(reward.verifier, MathVerify):
             _check_math_verify(reward.name, reward.verifier)
 

@@ -93,6 +93,8 @@ def train(
     last = -(-config.gradient_steps // config.minibatches)
     if profile is not None and not 1 <= profile <= last:  # one that is made already is none: the same command goes on
         raise UserError(f"profile = {profile}: expected a global step of the run, from 1 to {last}")
+    if not len(engines.task.split("train")):
+        raise UserError("the task has no prompts to train on: give task.train")
     if isinstance(engines.task, DescribedTask):  # each process reads its own files
         agree_on({f"the task's {name}": value for name, value in engines.task.description.items()})
     with held(home_of(str(out)).path):

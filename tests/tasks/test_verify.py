@@ -286,6 +286,8 @@ def test_verifiers_of_batches():
         ((Reward("a", MathVerify(workers=-1)),), "workers = -1: expected 0 \\(a default\\) or more"),
         ((Reward("a", MathVerify(memory_gib=0.1)),), "memory_gib = 0.1: expected at least 0.25"),
         ((Reward("a", length, "1"),), "task.rewards: weight = '1': expected a number"),
+        ((Reward("a", ExactMatch("bocksed")),), "extract = 'bocksed' of 'a': expected one of any, "),
+        ((Reward("a", lambda text: 1.0),), "cannot be called as \\(prompt, response\\): too many positional"),
         ((Reward(3, length),), "task.rewards: name = 3: expected a text"),
         ((Reward("a", MathVerify),), "the verifier of 'a' is the class MathVerify: give MathVerify\\(\\)"),
         ((Reward("a", "length"),), "the verifier of 'a' is 'length', expected a function"),
