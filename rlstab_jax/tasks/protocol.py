@@ -127,7 +127,7 @@ class Rewards:
       components: the rewards that it is the weighted sum of, by name, unweighted; empty where a task has but one.
       failures: verdicts that failed and count as 0.
       gave_up: answers that used up the time or memory of a verifier, and count as 0.
-      shown: responses that the verifiers were shown; 0 where a task has none.
+      shown: responses that the verifiers were shown; 0 where that is not known.
     """
 
     total: Float[np.ndarray, "batch"]

@@ -258,12 +258,13 @@ def judge(rewards: Sequence[Reward], prompts: Sequence[Prompt], responses: Seque
 def check_failures(judged: Rewards, prompts: Sequence[Prompt], most: float) -> None:
     """Raises UserError where a verifier failed on more than a share ``most`` of what it was shown of a whole batch: a
     broken verifier must not train silently. It names the first prompt, of one for each response, and what happened."""
+    shown = judged.shown or len(prompts)  # a task that judges by itself may not say
     for name in dict.fromkeys(failure.reward for failure in judged.failures):
         failed = [failure for failure in judged.failures if failure.reward == name]
-        if len(failed) > most * judged.shown:
+        if len(failed) > most * shown:
             first = prompts[failed[0].row]
             raise UserError(
-                f"reward {name!r}: its verifier failed on {len(failed)} of {judged.shown} responses, more than "
+                f"reward {name!r}: its verifier failed on {len(failed)} of {shown} responses, more than "
                 f"task.max_verifier_failures allows; first on prompt {first.id} ({first.text[:60]!r}): "
                 f"{failed[0].message}. Mend the verifier or the data"
             )
