@@ -1,5 +1,6 @@
 """Whether an objective runs on what a run has for it, found by tracing it on a small batch."""
 
+import sysconfig
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,9 @@ import numpy as np
 from rlstab_jax.objectives.core import Objective, advantages_of, coefficients, surrogate
 from rlstab_jax.types import Scores, UserError, one_line
 
+# Where no user's own code lies.
+NOT_OWN = {Path(__file__).parents[1], Path(sysconfig.get_paths()["stdlib"])}
 # Of the batch, which is traced and never made: no size that code would name, and rows of groups of any usual size.
-PACKAGE = Path(__file__).parents[1]
 ROWS, LENGTH = 2**10 * 3**2 * 5 * 7, 11
 
 
@@ -29,9 +31,8 @@ def check(objective: Objective) -> None:
 def _place(error: Exception) -> str:
     """Where a user's own code was at last, if it was there at all."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [
-        frame for frame in frames if "-packages" not in frame.filename and PACKAGE not in Path(frame.filename).parents
-    ]
+    own = [frame for frame in frames if not NOT_OWN & {*Path(frame.filename).parents}]
+    own = [frame for frame in own if "-packages" not in frame.filename]
     return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
 
 
