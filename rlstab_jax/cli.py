@@ -346,8 +346,8 @@ def config_of_run(checkpoint: Path, command: str) -> tuple[Path, Any]:
     run = run_of(checkpoint)
     help_ = f"name the config: rlstab {command} {checkpoint} CONFIG ..."
     manifest = read_manifest(run) if (run / "manifest.json").exists() else {}
-    made_by = manifest.get("command", []) if isinstance(manifest, dict) else []
-    if "train" not in made_by or not isinstance(manifest.get("config"), dict):
+    made_by = manifest.get("command", [])
+    if "train" not in made_by or "config" not in manifest:
         raise UserError(f"{checkpoint}: no manifest there says which config it was made with; {help_}")
     try:
         path, _, config = parse("train", made_by[made_by.index("train") + 1 :])

@@ -149,10 +149,11 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
     """The manifest of the run directory ``path``. Raises UserError where there is none or it cannot be read."""
     try:
         manifest = json.loads((Path(path) / "manifest.json").read_text())
-        if not all(isinstance(part, dict) for part in (manifest, manifest.get("config", {}), manifest.get("code", {}))):
-            raise ValueError("it, its config and its code are JSON objects")
+        parts = ("config", "code")
+        if not isinstance(manifest, dict) or not all(isinstance(manifest.get(part, {}), dict) for part in parts):
+            raise ValueError("expected a JSON object, and objects as its config and code")
         return manifest
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: its manifest.json cannot be read ({error}); is it the directory of a run?") from error
 
 

@@ -109,7 +109,7 @@ def _in_order(path: Path) -> list[Any]:
 
 def _read(path: Path, name: str) -> Run | None:
     manifest = read_manifest(path)
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("config"), dict):
+    if "config" not in manifest:
         raise UserError(f"{path}: its manifest.json holds no config; is it the directory of a run?")
     file = path / "metrics.jsonl"
     metrics = read_metrics(file) if file.exists() else {}

@@ -130,7 +130,7 @@ def _file(path: Path) -> None:
 
 def _no_config(path: Path) -> None:
     path.mkdir()
-    (path / "manifest.json").write_text("[]")
+    (path / "manifest.json").write_text("{}")
 
 
 def _no_json(path: Path) -> None:
