@@ -24,7 +24,7 @@ class UserError(ValueError):
 
 
 def one_line(error: BaseException) -> str:
-    """What a user's own code has raised, as a part of a message."""
+    """What code that is not ours has raised, as a part of a message."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 

@@ -231,6 +231,15 @@ def test_an_edited_function_of_the_config_is_refused(tmp_path):
         opened("def mine(delta):\n    return 2 * delta\n", delta=2)
 
 
+def imported(file):
+    """The module ``mine_of_a_test``, from a file that was just written."""
+    linecache.checkcache(str(file))
+    spec = importlib.util.spec_from_file_location("mine_of_a_test", file)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_what_a_function_of_the_config_mentions_counts_too(tmp_path):
     """A piece that a recipe uses, a verifier's own method; not what stands beside them in the file."""
 
@@ -242,11 +251,7 @@ def test_what_a_function_of_the_config_mentions_counts_too(tmp_path):
             "@dataclasses.dataclass(frozen=True)\nclass Verifier:\n    share: float = 1.0\n"
             f"    def __call__(self, text):\n        return {method}\n\nBESIDE = {beside}\n"
         )
-        linecache.checkcache(str(file))
-        spec = importlib.util.spec_from_file_location("mine_of_a_test", file)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
+        module = imported(file)
         return code_of({"recipe": module.recipe, "verifier": module.Verifier()})
 
     try:
@@ -278,11 +283,7 @@ def test_data_that_a_function_mentions_counts_too(tmp_path, data, edited):
             "import functools\nimport numpy\n\nclass Held:\n    def __init__(self, held):\n        self.held = held\n\n"
             f"def scaled(x, by):\n    return x\n\nDATA = {data}\n\ndef verifier(text):\n    return DATA\n"
         )
-        linecache.checkcache(str(file))
-        spec = importlib.util.spec_from_file_location("mine_of_a_test", file)
-        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return code_of({"verifier": module.verifier})
+        return code_of({"verifier": imported(file).verifier})
 
     try:
         assert code(data) == code(data) != code(edited)

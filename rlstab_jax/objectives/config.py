@@ -130,6 +130,8 @@ def build(config: ObjectiveConfig) -> Objective:
         raise UserError(f"objective.{unknown[0]}: {_label(config)} has no such number; it takes: {known}")
     try:
         objective = recipe(**numbers)
+    except UserError:
+        raise
     except Exception as error:  # e.g. a number without a default
         raise UserError(f"objective: {_label(config)} cannot be called: {one_line(error)}") from error
     if not isinstance(objective, Objective):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from rlstab_jax.types import UserError
+from rlstab_jax.types import UserError, one_line
 
 # Numbers of the options of glibc's mallopt, from its malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
@@ -40,17 +40,21 @@ def check_devices() -> None:
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
-        told = jax.config.jax_platforms  # type: ignore[attr-defined]
-        words = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise UserError(f"JAX finds no device for JAX_PLATFORMS = {told!r} ({words}): unset it, or use cpu") from error
+        raise UserError(
+            f"JAX finds no device for JAX_PLATFORMS = {_platforms()!r} ({one_line(error)}): unset it, or use cpu"
+        ) from error
 
 
 def on_cpu() -> bool:
     """Whether JAX will compute on the CPU, as far as it can be told before its backends start: it is told to, or
     nothing else is installed."""
-    if platforms := jax.config.jax_platforms:  # type: ignore[attr-defined]
-        return str(platforms).split(",")[0] == "cpu"
+    if platforms := _platforms():
+        return platforms.split(",")[0] == "cpu"
     return importlib.util.find_spec("libtpu") is None and not entry_points(group="jax_plugins")
+
+
+def _platforms() -> str:
+    return jax.config.jax_platforms or ""  # type: ignore[attr-defined]
 
 
 def keep_freed_memory(threads_allocate: bool) -> bool:

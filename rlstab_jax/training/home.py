@@ -21,7 +21,7 @@ from urllib.parse import quote
 
 from etils import epath
 
-from rlstab_jax.types import UserError
+from rlstab_jax.types import UserError, one_line
 
 OWNER = "owner.txt"
 COPIES = Path.home() / ".cache" / "rlstab_jax" / "runs"
@@ -93,9 +93,8 @@ class Home:
         except Exception as error:
             if self.bucket is None or isinstance(error, UserError):
                 raise
-            words = " ".join(str(error).split())[:200]
             raise UserError(
-                f"{self.bucket} cannot be {what} ({type(error).__name__}: {words}): check the bucket's name, this "
+                f"{self.bucket} cannot be {what} ({one_line(error)}): check the bucket's name, this "
                 "machine's credentials (gcloud auth application-default login) and the network"
             ) from error
 

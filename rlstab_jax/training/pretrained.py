@@ -32,7 +32,7 @@ from rlstab_jax.tasks import Tokenizer
 from rlstab_jax.tasks.hf_tokenizer import HFTokenizer
 from rlstab_jax.training.checkpoint import Checkpoints, parameters
 from rlstab_jax.training.config import RunConfig
-from rlstab_jax.types import UserError
+from rlstab_jax.types import UserError, one_line
 
 CARD = "model.json"
 TOKENIZER = (
@@ -303,8 +303,7 @@ def _fetched(source: str, revision: str | None, say: Say) -> Path:
     except UserError:
         raise
     except Exception as error:  # of the hub's own kinds, of the network or of the disk: any of them with a long story
-        words = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{source} is no directory here, and could not be fetched from the hub ({type(error).__name__}: {words}): "
-            "check the id and the network, or give a local directory"
+            f"{source} is no directory here, and could not be fetched from the hub ({one_line(error)}): check the id "
+            "and the network, or give a local directory"
         ) from error
