@@ -97,7 +97,9 @@ def make_model(tokenizer: Any, **sizes: Any) -> Any:
 
 
 def write(directory: Path, *, largest: int = 9, heldout: int = 256, **sizes: Any) -> None:
-    """Writes data and model; see `problems` and `make_model`. A model that is there is replaced."""
+    """Writes data and model; see `problems` and `make_model`. What is there already is left, with an error."""
+    if there := [name for name in ("heldout.jsonl", "train.jsonl", "model") if (directory / name).exists()]:
+        raise FileExistsError(f"{directory} holds {', '.join(there)} already: give another directory, or remove them")
     directory.mkdir(parents=True, exist_ok=True)
     records = problems(largest)
     write_records(directory / "heldout.jsonl", records[:heldout])
@@ -111,4 +113,7 @@ def write(directory: Path, *, largest: int = 9, heldout: int = 256, **sizes: Any
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit("usage: python -m experiments.word_problems DIRECTORY")
-    write(Path(sys.argv[1]))
+    try:
+        write(Path(sys.argv[1]))
+    except FileExistsError as error:
+        sys.exit(str(error))

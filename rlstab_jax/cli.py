@@ -83,7 +83,8 @@ class DiagnoseOptions:
     """Options of a diagnosis."""
 
     out: Path | None = None
-    """Directory for gaps.json and gaps.png; runs/diagnose-<checkpoint>-<config> by default."""
+    """Directory for gaps.json and gaps.png; runs/diagnose-<checkpoint>-<config> by default. Earlier ones there are kept
+    under other names."""
     precisions: tuple[str, ...] = ("float32", "bfloat16", "fp8_e4m3", "fp8_e4m3_router_exempt", "fp8_e5m2")
     """Number formats of the inference engine; others are fp8_e4m3_weights, fp8_e4m3_blocks, float16, int8, fp4_e2m1."""
     prompts: int = 64
@@ -265,7 +266,7 @@ def sft_command(arguments: Sequence[str], begin: Any) -> int:
 
 def diagnose_command(arguments: Sequence[str], begin: Any) -> int:
     from rlstab_jax.report.diagnose import draw_diagnosis
-    from rlstab_jax.rundir import run_of
+    from rlstab_jax.rundir import run_of, set_aside
     from rlstab_jax.training.diagnose import diagnose, print_line, print_table, write_json
 
     example = "runs/my-run --precisions float32 fp8_e4m3"
@@ -279,6 +280,9 @@ def diagnose_command(arguments: Sequence[str], begin: Any) -> int:
 
     step, gaps = diagnose(config, checkpoint, options.precisions, options.prompts, ready, print_line)
     print_table(gaps)
+    for file in (out / "gaps.json", out / "gaps.png"):
+        if file.exists():
+            print(f"{file} is kept as {set_aside(file)}")
     write_json(out / "gaps.json", checkpoint, step, gaps)
     draw_diagnosis([dataclasses.asdict(g) for g in gaps], out / "gaps.png", f"{checkpoint.name}, step {step}")
     print(f"done: {out}/gaps.json, gaps.png")

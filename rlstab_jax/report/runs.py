@@ -56,10 +56,11 @@ class Difference(NamedTuple):
 
 
 def read_runs(paths: Sequence[Path], say: Callable[[str], None] = print) -> list[Run]:
-    """Reads runs, finished or not; a directory of runs stands for all runs in it. A run without a step is left out.
+    """Reads runs, finished or not; a directory of runs stands for all runs in it. A run without a step is left out, and
+    so is one whose files cannot be read, where there are others.
 
     Raises:
-      UserError: no such directory, a directory that is no run's, files that cannot be read, no run with a step.
+      UserError: no such directory, a directory that is no run's, no run that can be read, or none with a step.
     """
     if not paths:
         raise UserError(
@@ -67,13 +68,21 @@ def read_runs(paths: Sequence[Path], say: Callable[[str], None] = print) -> list
             "words that follow it)"
         )
     found = list(dict.fromkeys(run for path in paths for run in _expand(path)))
-    runs = []
+    runs: list[Run] = []
+    damage: list[UserError] = []
     for path, name in zip(found, _names(found), strict=True):
-        run = _read(path, name)
+        try:
+            run = _read(path, name)
+        except UserError as error:
+            damage.append(error)
+            say(f"left out: {error}")
+            continue
         if run is None:
             say(f"{path} is left out: it has no step yet")
         else:
             runs.append(run)
+    if not runs and damage:
+        raise damage[0]
     if not runs:
         raise UserError(f"{', '.join(map(str, paths))}: no run there has a step yet; wait for its first")
     return runs

@@ -148,6 +148,8 @@ def open_home(
     """Where the run is, begun or found there; process 0 writes it. Raises UserError as `train`."""
     home = home_of(out)
     path = home.path
+    if config.initial and Path(config.initial).resolve() == path.resolve():
+        raise UserError(f"initial = {config.initial} is --out itself: give the run that begins from there another --out")
 
     def opened() -> bytes:
         if home.bucket is not None and fresh and home.begun:

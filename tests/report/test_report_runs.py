@@ -120,6 +120,16 @@ def test_runs_without_a_step_are_left_out_and_said(tmp_path):
         read_runs([tmp_path / "early"], said.append)
 
 
+def test_a_damaged_run_is_left_out_and_said(tmp_path):
+    write_run(tmp_path / "good")
+    _torn_in_the_middle(tmp_path / "torn")
+    said: list[str] = []
+    assert [run.name for run in read_runs([tmp_path], said.append)] == ["good"]
+    (line,) = said
+    assert line.startswith("left out: ")
+    assert line.endswith("torn/metrics.jsonl, line 2 is no JSON object: mend or remove it")
+
+
 def _nothing(path: Path) -> None:
     pass
 

@@ -118,7 +118,10 @@ def test_without_a_config_it_is_the_runs(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["rlstab", *command])
     assert main(command) == 0
     options = ["--prompts", str(PROMPTS), "--precisions", "float32", "--out", str(tmp_path / "out")]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "gaps.json").write_text("of before")
     assert main(["diagnose", str(run), *options]) == 0
+    assert (tmp_path / "out" / "gaps.json.old-1").read_text() == "of before"
     (gaps,) = json.loads((tmp_path / "out" / "gaps.json").read_text())["gaps"]
     assert gaps["responses"] == 2 * PROMPTS
 

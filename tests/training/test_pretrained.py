@@ -138,6 +138,10 @@ def test_train_and_export(imported: Path, tmp_path: Path, capsys: pytest.Capture
     assert main(["import-hf", str(tmp_path / "trained"), str(tmp_path / "again")]) == 0
     jax.tree.map(np.testing.assert_array_equal, load_parameters(tmp_path / "again", template)[1], params)
     jax.tree.map(np.testing.assert_array_equal, beginning(with_initial(tiny_run(), out), 0), params)
+    arguments[1] = str(out)
+    assert main(["train", CONFIG, *arguments, "--fresh"]) == 2  # which would move aside what it begins from
+    assert "run is --out itself: give the run that begins from there another --out" in capsys.readouterr().err
+    assert out.exists()
 
 
 def test_the_tokeniser_that_a_run_trained_with_is_exported(imported: Path, tmp_path: Path) -> None:
