@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import signal
 import sys
 import threading
@@ -36,7 +37,8 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[Stop]:
-    """Yields a ``Stop`` that the first SIGINT (Ctrl-C) or SIGTERM sets. A Ctrl-C after it raises ``KeyboardInterrupt``.
+    """Yields a ``Stop`` that the first SIGINT (Ctrl-C) or SIGTERM sets, with a line on standard error. A Ctrl-C after
+    it raises ``KeyboardInterrupt``.
 
     The handlers from before are back on exit. Outside the main thread, where Python permits no handlers, nothing is
     ever requested.
@@ -56,10 +58,16 @@ def stop_on_signal() -> Iterator[Stop]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal signalled
-        if signalled and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if signalled:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return  # schedulers repeat SIGTERM
         signalled = True
         stop.reason = stop.reason or signal.Signals(number).name
+        # By the system alone: a signal may come within a print, which does not take another.
+        os.write(
+            2, f"\n{signal.Signals(number).name}: stopping after the step at work; Ctrl-C stops at once\n".encode()
+        )
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -149,7 +149,9 @@ def open_home(
     home = home_of(out)
     path = home.path
     if config.initial and Path(config.initial).resolve() == path.resolve():
-        raise UserError(f"initial = {config.initial} is --out itself: give the run that begins from there another --out")
+        raise UserError(
+            f"initial = {config.initial} is --out itself: give the run that begins from there another --out"
+        )
 
     def opened() -> bytes:
         if home.bucket is not None and fresh and home.begun:

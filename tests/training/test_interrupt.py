@@ -15,15 +15,16 @@ def handlers() -> list[object]:
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_first_signal_is_a_request(name: str) -> None:
+def test_first_signal_is_a_request(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     before = handlers()
     with stop_on_signal() as stop:
         assert not stop.requested
         assert stop.reason is None
         signal.raise_signal(signal.Signals[name])
         assert stop.requested
-        signal.raise_signal(signal.SIGTERM)  # schedulers repeat it
+        signal.raise_signal(signal.SIGTERM)
         assert stop.reason == name
+    assert capfd.readouterr().err == f"\n{name}: stopping after the step at work; Ctrl-C stops at once\n"
     assert handlers() == before
 
 
