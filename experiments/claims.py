@@ -319,6 +319,8 @@ def judge(contrast: Contrast, runs: Runs) -> Verdict:
         differences = statistics.slope(by_level, np.array(contrast.levels))
     else:
         differences = _differences(contrast, a[0], b[0])
+    if not np.isfinite(differences).all():
+        return Verdict(contrast, 0, "not measured in all of its runs", math.nan, False, False)
     found = statistics.estimate(differences, _cold_starts(a[0]))
     unit = {"amplifies": " log2", "trend": " per doubling of N"}.get(contrast.kind, _UNITS[contrast.endpoint])
     figures = f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]{unit}"

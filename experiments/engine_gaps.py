@@ -182,6 +182,13 @@ def picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def draw(out: Path) -> None:
+    """Writes the table and the picture, from the committed measurements."""
+    rows = table(read(FOLDER / FILE))
+    drawing.write_csv(out / "engine_gaps.csv", rows)
+    picture(rows, out / "engine_gaps.png")
+
+
 def main(
     seeds: int = 3,
     first_pair: int = 0,
@@ -208,10 +215,7 @@ def main(
             found = measure(config, run_of(config, runs), batches)
             add(path, {"pair": pair, "cold_start": config.cold_start.seed, "measured": found})
             print(f"pair {pair} measured")
-    if measured := read(path):
-        rows = table(measured)
-        drawing.write_csv(FOLDER / "engine_gaps.csv", rows)
-        picture(rows, FOLDER / "engine_gaps.png")
+    draw(FOLDER)
 
 
 if __name__ == "__main__":

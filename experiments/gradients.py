@@ -295,6 +295,11 @@ def run_of(config: RunConfig, runs: Path) -> Path:
     return next(iter(sorted(runs.glob(f"*-{key}"))), runs / key)
 
 
+def draw(out: Path) -> None:
+    """Writes the table, from the committed measurements."""
+    drawing.write_csv(out / "gradients.csv", table(read(FOLDER / FILE)))
+
+
 def main(
     seeds: int = 10,
     first_pair: int = 0,
@@ -323,8 +328,7 @@ def main(
         found = measure(config, run_of(config, runs), batches)
         add(path, {"pair": pair, "cold_start": config.cold_start.seed, "measured": found})
         print(f"pair {pair} measured")
-    if rows := read(path):
-        drawing.write_csv(FOLDER / "gradients.csv", table(rows))
+    draw(FOLDER)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ class Block:
     runs: dict[str, list[Run]]
     """Of each cell."""
     pairs: str
-    """Their pairs, from the first to the last one, 0–9; and whether other cold starts stand in another block."""
+    """Their pairs, from the first to the last one, 0–9; with a letter where blocks of these pairs began differently."""
 
 
 def span(runs: Sequence[Run]) -> str:
@@ -43,25 +43,32 @@ def tens(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def blocks(runs: Runs) -> list[Block]:
-    """Cells that may be compared by eye, ten pairs at a time.
+    """Cells that may be compared by eye, ten pairs at a time: all that stands in a block is of the same pairs.
 
-    Where a ten began from several sets of cold starts, each set is a block. A cell is left out of a block where others
-    have run more than half as many pairs again. Tens of the same cells are joined; one is left out if another block has
-    all of its cells and more.
+    Where a ten began from several sets of cold starts, each set is a block. Where its cells have run unequal pairs, it
+    is of those that make the most runs; cells without them are left out, and other runs. Tens of the same cells are
+    joined; one is left out if another block has all of its cells and more.
     """
     joined: dict[frozenset[str], dict[str, list[Run]]] = {}
-    for block in _by_start(runs):
-        most = max(map(len, block.values()))
-        kept = {name: ten for name, ten in block.items() if 3 * len(ten) >= 2 * most}
-        before = joined.get(frozenset(kept), {})
-        joined[frozenset(kept)] = {name: before.get(name, []) + ten for name, ten in kept.items()}
+    for block in map(_of_equal_pairs, _by_start(runs)):
+        before = joined.get(frozenset(block), {})
+        joined[frozenset(block)] = {name: before.get(name, []) + ten for name, ten in block.items()}
     largest = [block for cells, block in joined.items() if not any(cells < others for others in joined)]
-    found: list[Block] = []
-    for block in sorted(largest, key=lambda block: min(run.pair for run in _all(block))):
-        pairs = span(_all(block))
-        again = any(other.pairs.startswith(pairs) for other in found)
-        found.append(Block(block, pairs + ", other cold starts" * again))
-    return found
+    largest.sort(key=lambda block: min(run.pair for run in _all(block)))
+    pairs = [span(_all(block)) for block in largest]
+    letters = [f" {chr(ord('A') + pairs[:i].count(of))}" if pairs.count(of) > 1 else "" for i, of in enumerate(pairs)]
+    return [Block(block, of + letter) for block, of, letter in zip(largest, pairs, letters, strict=True)]
+
+
+def _of_equal_pairs(block: Mapping[str, Sequence[Run]]) -> dict[str, list[Run]]:
+    """The largest part of a block of which each cell has all pairs: by runs, then by cells."""
+    pairs = {name: {run.pair for run in done} for name, done in block.items()}
+
+    def having(wanted: set[int]) -> list[str]:
+        return [name for name, there in pairs.items() if wanted <= there]
+
+    kept = max(pairs.values(), key=lambda wanted: (len(wanted) * len(having(wanted)), len(having(wanted))))
+    return {name: [run for run in block[name] if run.pair in kept] for name in having(kept)}
 
 
 def _all(block: Mapping[str, Sequence[Run]]) -> list[Run]:

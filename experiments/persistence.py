@@ -138,6 +138,13 @@ def picture(rows: Sequence[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def draw(out: Path) -> None:
+    """Writes the table and the picture, from the committed measurements."""
+    rows = read(FOLDER / FILE)
+    drawing.write_csv(out / "persistence.csv", table(rows))
+    picture(rows, out / "persistence.png")
+
+
 def main(
     seeds: int = 3,
     draw_only: Annotated[bool, tyro.conf.arg(name="draw")] = False,
@@ -161,9 +168,7 @@ def main(
                 row = measure(config, runs / f"persistence-{cell}-pair{pair:02d}")
                 add(path, {"cell": cell, "pair": pair, "cold_start": config.cold_start.seed, **row})
                 print(f"{cell}, pair {pair}: measured")
-    if rows := read(path):
-        drawing.write_csv(FOLDER / "persistence.csv", table(rows))
-        picture(rows, FOLDER / "persistence.png")
+    draw(FOLDER)
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def estimate(
     else:
         tails = stats.norm.sf(widened * critical)
         low, low90, high90, high = np.quantile(means, [tails[0], tails[1], 1 - tails[1], 1 - tails[0]])
-    p = 2 * stats.t.sf(abs(mean) / error, units - 1) if error > 0 else float(mean == 0)
+    p = float(mean == 0) if error == 0 else 2 * stats.t.sf(abs(mean) / error, units - 1)
     return Estimate(mean, float(low), float(high), float(p), float(low90), float(high90), pairs)
 
 
@@ -208,8 +208,8 @@ def power(pairs: int, effect: float, spread: float, alpha: float = 0.05) -> floa
       spread: standard deviation of the differences.
     """
     degrees, shift = pairs - 1, effect / spread * math.sqrt(pairs)
-    critical = stats.t.ppf(1 - alpha / 2, degrees)
-    return float(stats.nct.sf(critical, degrees, shift) + stats.nct.cdf(-critical, degrees, shift))
+    # t squared, whose law is F's: scipy's noncentral t is NaN for many of these numbers.
+    return float(stats.ncf.sf(stats.t.ppf(1 - alpha / 2, degrees) ** 2, 1, degrees, shift**2))
 
 
 def pairs_needed(effect: float, spread: float, target: float = 0.8, alpha: float = 0.05) -> int:

@@ -54,7 +54,7 @@ from experiments.claims import (
 )
 from experiments.pairing import common
 from experiments.setting import LEARNING_RATE, RATES
-from experiments.study import RESULTS, RUNS, Run, read, read_records, runs_of
+from experiments.study import RESULTS, Run, key_of, read, read_records, runs_of
 
 CONFIRMATORY = tuple(
     module.STUDY
@@ -156,11 +156,11 @@ def page(results: Path) -> str:
 
 def _table(contrasts: Sequence[Contrast], judged: Sequence[tuple[Verdict, float, str]]) -> str:
     rows = [
-        (v.contrast.claim, v.contrast.says, v.contrast.study, v.figures, "" if math.isnan(p) else f"{p:.2g}", words)
+        (c.claim, c.says, c.study, v.figures, str(v.pairs), "" if math.isnan(p) else f"{p:.2g}", words)
         for v, p, words in judged
-        if v.contrast in contrasts
+        if (c := v.contrast) in contrasts
     ]
-    return _rows(("claim", "as tested", "study", "figures", "p", "verdict"), rows)
+    return _rows(("claim", "as tested", "study", "figures", "pairs", "p", "verdict"), rows)
 
 
 def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -185,11 +185,14 @@ def _searched(records: Mapping[str, dict[str, Any]]) -> str:
 
 
 def _progress(records: Mapping[str, dict[str, Any]], results: Path) -> str:
-    rows = []
+    rows: list[tuple[str, ...]] = []
+    counted: set[str] = set()
     for study in STUDIES:
         done = runs_of(study, records)
         complete = sum(len(runs) >= ENOUGH for runs in done.values())
-        own = len(read(results / study.name / RUNS))
+        keys = {key_of(study.config(study.cell(name), run.pair)) for name, runs in done.items() for run in runs}
+        own = len(keys - counted)
+        counted |= keys
         link = f"[`{study.name}`]({study.name})" if any(done.values()) else f"`{study.name}`"
         command = f"`python -m experiments.{study.name} --draw`"
         runs = str(sum(map(len, done.values())))
@@ -221,8 +224,8 @@ def _described(runs: Mapping[str, Mapping[str, Sequence[Run]]]) -> str:
     lines = []
     for contrast in DESCRIBED:
         verdict = judge(contrast, runs[contrast.study])
-        if verdict.pairs >= ENOUGH:
-            lines.append((contrast.says, contrast.study, verdict.figures, str(verdict.pairs)))
+        figures = verdict.figures if verdict.pairs >= ENOUGH else verdict.text(math.nan)
+        lines.append((contrast.says, contrast.study, figures, str(verdict.pairs)))
     return _rows(("A less B", "study", "difference", "pairs"), lines)
 
 
@@ -243,13 +246,15 @@ def _by_scale(runs: Mapping[str, Sequence[Run]]) -> str:
 def _discrepancies(runs: Mapping[str, Sequence[Run]]) -> str:
     """What the authors of R3 report of it, on-policy."""
 
+    same = dict(zip(("minirl", "r3"), common(runs, ("minirl", "r3")), strict=True))
+
     def mean(cell: str, name: str) -> float:
-        return float(np.mean([run.mean(name) for run in runs[cell]]))
+        return float(np.mean([run.mean(name) for run in same[cell]]))
 
     return (
         "Beside (l), what the authors of R3 report ([2510.11370](https://arxiv.org/abs/2510.11370): KL "
         "halves, a tenth of the routers' choices differs; F(2) is the share of tokens with a ratio "
-        "beyond 2), as means over on-policy runs with e4m3 rollouts: KL (k3) "
+        f"beyond 2), as means over {len(same['r3'])} pairs of on-policy runs with e4m3 rollouts: KL (k3) "
         f"{mean('r3', 'discrepancy_live/k3'):.2g} with live routing and {mean('r3', 'discrepancy/k3'):.2g} with R3 on "
         f"the same batches; {mean('minirl', 'routing/rollout_vs_old'):.1%} of the choices differ; F(2) is "
         f"{mean('minirl', 'discrepancy/f2'):.2%} with live routing and {mean('r3', 'discrepancy/f2'):.2%} with R3."

@@ -5,9 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import drawing, engine_gaps
+from experiments import engine_gaps
 from experiments.engine_gaps import ENGINES, EQUAL, GRADIENTS, WEIGHTED
-from experiments.study import read
 from rlstab_jax.training.run import train
 from tests.experiments.test_study_gradients import CONFIG
 
@@ -49,11 +48,3 @@ def test_table_and_picture(measured: list[dict], tmp_path: Path) -> None:
     assert all(f"{name}: distance high" in fp8 for name in GRADIENTS)
     engine_gaps.picture(rows, tmp_path / "engine_gaps.png")
     assert (tmp_path / "engine_gaps.png").stat().st_size > 20_000
-
-
-def test_committed_table_is_that_of_the_committed_measurements(tmp_path: Path) -> None:
-    pairs = read(engine_gaps.FOLDER / engine_gaps.FILE)
-    committed = engine_gaps.FOLDER / "engine_gaps.csv"
-    assert pairs
-    drawing.write_csv(tmp_path / "engine_gaps.csv", engine_gaps.table(pairs))
-    assert (tmp_path / "engine_gaps.csv").read_text() == committed.read_text()

@@ -38,13 +38,20 @@ def test_unequal_pairs_stand_in_blocks_of_their_own() -> None:
 def test_equal_pairs_from_other_cold_starts_do_too() -> None:
     first = list(FIRST)
     assert shown(a=of(*FIRST), b=of(*FIRST, machine=0.3), c=of(*FIRST)) == [
-        ("0–9", {"a": first, "c": first}),
-        ("0–9, other cold starts", {"b": first}),
+        ("0–9 A", {"a": first, "c": first}),
+        ("0–9 B", {"b": first}),
+    ]
+    assert [pairs for pairs, _ in shown(a=of(0, 1), b=of(0, 1, machine=0.3), c=of(0, 1, machine=0.4))] == [
+        "0–1 A",
+        "0–1 B",
+        "0–1 C",
     ]
 
 
-def test_a_cell_of_few_runs_is_left_out_of_a_block() -> None:
-    first = list(FIRST)
+def test_a_block_is_of_the_pairs_that_make_the_most_runs() -> None:
     assert shown(a=of(*FIRST), b=of(0, 1, 2, 3, 4, 5), c=of(0, 1, 2, 3, 4, 5, 6)) == [
-        ("0–9", {"a": first, "c": first[:7]})
+        ("0–5", {name: list(range(6)) for name in "abc"})
     ]
+    first = list(FIRST)
+    assert shown(a=of(*FIRST), b=of(*FIRST), c=of(0, 1, 2), d=of(7, 8, 9)) == [("0–9", {"a": first, "b": first})]
+    assert shown(a=of(0, 1), b=of(0)) == [("0–0", {"a": [0], "b": [0]})]  # of equally many runs, more cells

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from experiments import claims, drawing, gradients
-from experiments.study import read
 from rlstab_jax.models import Precision
 from rlstab_jax.training.run import train
 from rlstab_jax.types import UserError
@@ -82,11 +81,3 @@ def test_verdict_on_correlation() -> None:
     assert gradients.correlated([sure, none], "no_is") == gradients.correlated([wide], "no_is") == claims.UNDECIDED
     assert gradients.correlated([row("end", 0.9, 1.0, pairs=9)], "no_is") == claims.NOT_YET
     assert gradients.correlated([sure], "length_norm") == claims.NOT_YET
-
-
-def test_committed_table_is_that_of_the_committed_measurements(tmp_path: Path) -> None:
-    pairs = read(gradients.FOLDER / gradients.FILE)
-    committed = gradients.FOLDER / "gradients.csv"
-    assert pairs
-    drawing.write_csv(tmp_path / "gradients.csv", gradients.table(pairs))
-    assert (tmp_path / "gradients.csv").read_text() == committed.read_text()

@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import drawing, persistence
-from experiments.study import read
+from experiments import persistence
 from rlstab_jax.models import Precision
 from rlstab_jax.training.engines import build, initial_params
 from rlstab_jax.training.passes import sample_responses
@@ -69,11 +68,3 @@ def test_log_mu_is_that_of_the_mixture() -> None:
     warm = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, temperature=0.5))
     with pytest.raises(UserError, match="temperature 1"):
         persistence.log_mu(dataclasses.replace(engines, config=warm), params, probe)
-
-
-def test_committed_table_is_that_of_the_committed_measurements(tmp_path: Path) -> None:
-    rows = read(persistence.FOLDER / persistence.FILE)
-    committed = persistence.FOLDER / "persistence.csv"
-    assert rows
-    drawing.write_csv(tmp_path / "persistence.csv", persistence.table(rows))
-    assert (tmp_path / "persistence.csv").read_text() == committed.read_text()

@@ -121,6 +121,7 @@ def test_with_one_pair_to_a_cold_start_it_is_the_t_test():
     assert math.isnan(alone.low)
     assert not alone.equivalent(10.0)
     assert s.estimate(np.zeros(4), np.arange(4)).p == 1.0
+    assert np.isnan(s.estimate(np.array([0.1, np.nan, 0.2]), np.arange(3)).p)
 
 
 @pytest.mark.parametrize("tau", [0.0, 1.0])
@@ -148,5 +149,7 @@ def test_power_of_the_paired_t_test():
     assert s.pairs_needed(0.5, 1.0, target=0.9) == 44
     assert s.power(34, 0.05, 0.1) == pytest.approx(0.808, abs=1e-3)
     assert s.power(12, s.detectable(12, 0.04), 0.04) == pytest.approx(0.8, abs=0.02)
+    assert s.pairs_needed(0.03, 0.00408) == 3  # where scipy's noncentral t has no number
+    assert all(s.power(pairs, 0.03, 0.001) > s.power(pairs, 0.03, 0.1) > 0.05 for pairs in range(3, 40))
     with pytest.raises(ValueError, match="too small"):
         s.pairs_needed(1e-6, 1.0)
