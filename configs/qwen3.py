@@ -39,8 +39,8 @@ def config() -> RunConfig:
             learning_rate=1e-6,
             replay="r3",
             precision=Precision("bfloat16"),
-            micro_batches=16,
-            score_micro_batches=64,
+            micro_batches=8,  # of 16 rows, so that each of 16 chips has one
+            score_micro_batches=32,
         ),
         objective=ObjectiveConfig("minirl"),
         cold_start=ColdStartConfig(max_steps=0),

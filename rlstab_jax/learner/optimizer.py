@@ -127,10 +127,14 @@ def without_frozen(tree: dict, freeze: Collection[str]) -> dict:
 
 
 def check_frozen(params: dict, freeze: Collection[str]) -> None:
-    """Raises UserError for a name in ``freeze`` that no parameter of ``params`` (arrays or shapes) has in its path."""
+    """Raises UserError for a name in ``freeze`` that no parameter of ``params`` (arrays or shapes) has in its path, and
+    where these are all parameters."""
     names = {entry.key for path, _ in jax.tree_util.tree_leaves_with_path(params) for entry in path}
     if unknown := sorted(set(freeze) - names):
         raise UserError(f"learner.freeze: no parameter is named {unknown[0]!r}; there are {', '.join(sorted(names))}")
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    if all(any(entry.key in freeze for entry in path) for path in paths):
+        raise UserError(f"learner.freeze = {tuple(freeze)} leaves no parameter to train: name fewer")
 
 
 def apply_gradient(

@@ -171,6 +171,8 @@ def _fingerprint(engines: Engines, initial: dict[str, int] | None = None, **but:
         determines["code"] = code
     if (parts := _micro_batches(config, engines.row_shards)) > 1:  # sums in another order
         determines["micro_batches"] = parts
+    if config.learner.moments_dtype != "float32":
+        determines["moments_dtype"] = config.learner.moments_dtype
     if initial is not None:
         determines["initial"] = initial
     return hashlib.sha256(json.dumps(plain(determines), sort_keys=True).encode()).hexdigest()[:16]
@@ -187,7 +189,8 @@ def _train(
     config = engines.config.cold_start
     learner = LearnerConfig(learning_rate=config.learning_rate, warmup_steps=0)
     numbers = learner.numbers()
-    fresh = partial(init_state, numbers=numbers, precision=engines.config.learner.precision)
+    kept = engines.config.learner
+    fresh = partial(init_state, numbers=numbers, moments_dtype=kept.moments_dtype, precision=kept.precision)
     template = engines.placed_like(lambda: fresh(initial_params(engines.training, 0)))
     saves, begun = _unfinished(saves, template, say)
     prompts = prompt_iterator(task.split("train"), config.batch_size, seed=config.seed + 1)
@@ -202,11 +205,11 @@ def _train(
         samples=1,
         sampling=plain_sampling(engines),
     )
-    logits_per_chunk = engines.config.learner.logits_per_chunk
+    logits_per_chunk = kept.logits_per_chunk
     micro_batches = _micro_batches(engines.config, engines.row_shards)
     step, best, saved = 0, 0.0, time.monotonic()
     if begun is None:
-        state = engines.place(fresh(params))
+        state = engines.begin(fresh, params)
     else:
         jax.tree.map(lambda leaf: leaf.delete(), params)  # there may be no room for them
         step, state, progress = begun

@@ -103,6 +103,17 @@ class EnginePair:
         """Puts a state onto the mesh, a fresh one like a restored one, so that each function is compiled once."""
         return put(tree, self.places(tree))
 
+    def begin(self, make: Callable[[dict], TrainState], params: dict) -> TrainState:
+        """``place(make(params))``, of which all but the parameters is made where it is kept: moments that are kept in
+        few bits, or in the host's memory, never take the room of those that are not."""
+
+        def rest(params: dict) -> TrainState:
+            return dataclasses.replace(make(params), params={})
+
+        places = dataclasses.replace(self.places(jax.eval_shape(make, params)), params={})
+        state = jax.jit(rest, out_shardings=places)(params)
+        return dataclasses.replace(state, params=self.place(params))
+
     def placed_like(self, make: Callable[[], Any]) -> Any:
         """Shapes, dtypes and places of what ``place(make())`` would return, without computing it."""
         shapes = jax.eval_shape(make)
@@ -261,8 +272,7 @@ def build_pair(
                 f"{name} = {size} does not divide over {parts} data-parallel devices ({on}.data x {on}.fsdp x "
                 f"{on}.expert): choose a multiple of {parts}"
             )
-    if config.learner.packing:
-        _check_packing(config, {"mesh": rows, "rollout.mesh": rollout_rows})
+    _check_parts(config, {"mesh": rows, "rollout.mesh": rollout_rows})
     objective = build_objective(config.objective)
     fit.check(objective)
     needs_router = fit.reads(objective, "router")
@@ -313,8 +323,8 @@ def build_pair(
     )
 
 
-def _check_packing(config: RunConfig, row_parts: dict[str, int]) -> None:
-    """Raises UserError unless each device has equally many rows of each part that is packed by itself."""
+def _check_parts(config: RunConfig, row_parts: dict[str, int]) -> None:
+    """Raises UserError unless each device has equally many rows of each part: else some would compute others' rows."""
     learner, minibatch = config.learner, config.prompts_per_minibatch * config.samples_per_prompt
     for name, batch, micro_batches, on in (
         ("learner.micro_batches", minibatch, learner.micro_batches, "mesh"),
@@ -322,8 +332,8 @@ def _check_packing(config: RunConfig, row_parts: dict[str, int]) -> None:
     ):
         if batch % (micro_batches * row_parts[on]):
             raise UserError(
-                f"{name} = {micro_batches} with learner.packing: {batch} responses do not divide into so many parts "
-                f"over {row_parts[on]} data-parallel devices ({on}); lower it, or use packing = False"
+                f"{name} = {micro_batches}: {batch} responses do not divide into so many parts over {row_parts[on]} "
+                f"data-parallel devices ({on}); lower it"
             )
 
 

@@ -8,6 +8,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +211,8 @@ def resume_or_begin(
         return None
     # Copied: an update donates its state, and the reference must outlive it.
     reference = jax.tree.map(lambda x: x.copy(), started.params) if needs_reference else None
-    return engines.place(RunState(first_train_state(engines, started.params), reference)), Progress()
+    state = engines.begin(partial(first_train_state, engines), started.params)
+    return engines.place(RunState(state, reference)), Progress()
 
 
 def _train(

@@ -125,6 +125,12 @@ def _log_probs(config: RunConfig) -> None:
 def _asynchronous(config: RunConfig) -> None:
     """Lag, partial rollouts, devices set aside."""
     rollout = config.rollout
+    steps = -(-config.gradient_steps // config.minibatches)
+    if rollout.lag > steps:
+        raise UserError(
+            f"rollout.lag = {rollout.lag}, but the run has {steps} global steps: batches would be sampled that none "
+            "learns from; lower it, or raise gradient_steps"
+        )
     if rollout.partial and rollout.lag < 2:
         raise UserError(
             f"rollout.partial = {rollout.partial} with rollout.lag = {rollout.lag}: responses are drawn over "

@@ -88,6 +88,9 @@ def test_frozen_parameters_neither_move_nor_count() -> None:
     jax.tree.map(np.testing.assert_array_equal, still.params, after.params)
     with pytest.raises(UserError, match="no parameter is named 'rooter'; there are kernel, router, w"):
         check_frozen(params, ("rooter",))
+    check_frozen(params, ("router",))
+    with pytest.raises(UserError, match=r"learner.freeze = \('w', 'router'\) leaves no parameter to train"):
+        check_frozen(params, ("w", "router"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

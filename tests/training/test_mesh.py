@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,10 +14,12 @@ from rlstab_jax.learner import LearnerConfig
 from rlstab_jax.parallel.mesh import MeshConfig
 from rlstab_jax.rundir import read_metrics
 from rlstab_jax.training.config import RunConfig
-from rlstab_jax.training.engines import _check_packing
+from rlstab_jax.training.engines import _check_parts, build, initial_params
+from rlstab_jax.training.loop import first_train_state
 from rlstab_jax.training.run import train
 from rlstab_jax.types import UserError
 from tests.training.eight_device_run import MESHES, config
+from tests.training.test_loop import configured
 
 ROOT = Path(__file__).parents[2]
 FLAGS = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
@@ -41,10 +45,20 @@ def test_a_run_on_eight_devices(tmp_path: Path) -> None:
                 )
 
 
-def test_packed_parts_are_equal_on_all_devices() -> None:
-    config = RunConfig(learner=LearnerConfig(packing=True, micro_batches=4, score_micro_batches=8))
-    _check_packing(config, {"mesh": 8, "rollout.mesh": 8})
-    with pytest.raises(UserError, match=r"learner\.micro_batches = 4 with learner\.packing: 128 responses .* over 64"):
-        _check_packing(config, {"mesh": 64, "rollout.mesh": 8})
-    with pytest.raises(UserError, match=r"score_micro_batches = 8 .*: 512 responses .* over 128 .*rollout\.mesh"):
-        _check_packing(config, {"mesh": 8, "rollout.mesh": 128})
+def test_parts_are_equal_on_all_devices() -> None:
+    config = RunConfig(learner=LearnerConfig(micro_batches=4, score_micro_batches=8))
+    _check_parts(config, {"mesh": 8, "rollout.mesh": 8})
+    with pytest.raises(UserError, match=r"learner\.micro_batches = 4: 128 responses .* over 64 .*\(mesh\)"):
+        _check_parts(config, {"mesh": 64, "rollout.mesh": 8})
+    with pytest.raises(UserError, match=r"score_micro_batches = 8: 512 responses .* over 128 .*rollout\.mesh"):
+        _check_parts(config, {"mesh": 8, "rollout.mesh": 128})
+
+
+def test_a_state_begins_where_it_is_kept() -> None:
+    """As if it were made whole and placed then, which takes the room of moments in float32."""
+    engines = build(configured(learner={"moments_dtype": "bfloat16", "offload_optimizer": True, "replay": "pr2"}))
+    params, make = initial_params(engines.training, 0), partial(first_train_state, engines)
+    begun, placed = engines.begin(make, params), engines.place(make(params))
+    jax.tree.map(np.testing.assert_array_equal, begun, placed)
+    assert jax.tree.map(lambda leaf: leaf.sharding, begun) == jax.tree.map(lambda leaf: leaf.sharding, placed)
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(begun.opt_state) if leaf.ndim} == {"pinned_host"}
