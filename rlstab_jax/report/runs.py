@@ -5,7 +5,7 @@ import datetime
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,8 @@ import numpy as np
 
 from rlstab_jax.report.curves import Metrics
 from rlstab_jax.report.panels import X
-from rlstab_jax.rundir import MAY_CHANGE, leaves, read_manifest, read_metrics
+from rlstab_jax.report.samples import chosen
+from rlstab_jax.rundir import MAY_CHANGE, leaves, read_manifest, read_metrics, read_samples
 from rlstab_jax.types import UserError
 
 PROVENANCE = ("code", "versions", "devices", "mesh", "rollout_mesh", "resolved")  # of a manifest, besides the config
@@ -22,13 +23,15 @@ PROVENANCE = ("code", "versions", "devices", "mesh", "rollout_mesh", "resolved")
 class Run(NamedTuple):
     """A run as it is on disk now.
 
-    ``name`` is the shortest end of its path that tells it from the others. ``written`` is when its last step was.
+    ``name`` is the shortest end of its path that tells it from the others. ``samples`` are the logged responses that
+    are shown. ``written`` is when its last step was.
     """
 
     path: Path
     name: str
     manifest: dict[str, Any]
     metrics: Metrics
+    samples: list[Mapping[str, Any]]
     written: datetime.datetime
 
     @property
@@ -126,7 +129,19 @@ def _read(path: Path, name: str) -> Run | None:
         return None
     if X not in metrics:
         raise UserError(f"{file} holds no {X}: is it of a training run?")
-    return Run(path, name, manifest, metrics, datetime.datetime.fromtimestamp(os.stat(file).st_mtime, datetime.UTC))
+    steps = metrics[X][np.isfinite(metrics[X])]
+    if (back := np.flatnonzero(np.diff(steps) <= 0)).size:
+        after, before = steps[back[0] + 1], steps[back[0]]
+        raise UserError(f"{file}: {X} is {after:g} after {before:g}; are these the lines of several runs?")
+    samples = read_samples(path)
+    for number, sample in enumerate(samples, start=1):
+        if not isinstance(sample.get("global_step"), int) or not isinstance(sample.get("reward"), int | float | None):
+            raise UserError(
+                f"{path}/samples.jsonl, line {number}: expected a global_step and a reward that are numbers: mend or "
+                "remove it"
+            )
+    written = datetime.datetime.fromtimestamp(os.stat(file).st_mtime, datetime.UTC)
+    return Run(path, name, manifest, metrics, chosen(samples), written)
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

@@ -29,7 +29,7 @@ def _reward(sample: Mapping[str, Any]) -> float:
 
 
 def samples_table(run: str, samples: Sequence[Mapping[str, Any]]) -> Html:
-    """The chosen samples of a run as a table."""
+    """Samples of a run, such as `chosen` picks, as a table."""
     rows = [
         [
             str(sample["global_step"]),
@@ -38,7 +38,7 @@ def samples_table(run: str, samples: Sequence[Mapping[str, Any]]) -> Html:
             _text(sample.get("answer")),
             "not finite" if sample.get("reward") is None else f"{sample['reward']:.3g}",
         ]
-        for sample in chosen(samples)
+        for sample in samples
     ]
     return table(f"Responses of {run}", ["global step", "prompt", "response", "answer", "reward"], rows, "samples")
 

@@ -12,7 +12,6 @@ from rlstab_jax.report.runs import Difference, Group, Run, differences
 from rlstab_jax.report.samples import samples_table
 from rlstab_jax.report.svg import inline
 from rlstab_jax.report.timeline import draw_timeline
-from rlstab_jax.rundir import read_samples
 from rlstab_jax.stability.monitor import ADVICE, Remark
 
 FEW = 8  # remarks that are not folded away
@@ -194,8 +193,7 @@ def responses(groups: Sequence[Group]) -> Html:
     """What the models wrote, folded away run by run."""
     items: list[Html] = []
     for run in (run for group in groups for run in group.runs):
-        samples = read_samples(run.path)
-        content = samples_table(run.name, samples) if samples else element("p", "No responses were logged.")
+        content = samples_table(run.name, run.samples) if run.samples else element("p", "No responses were logged.")
         items.append(element("details", element("summary", run.name), content, open=not items))
     note = "At four steps of each run, the logged responses with the highest and with the lowest reward."
     return section("samples", "Samples", element("p", note), *items)

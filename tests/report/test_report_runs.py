@@ -152,6 +152,20 @@ def _torn_in_the_middle(path: Path) -> None:
     write_run(path).metrics_path.write_text('{"reward/mean": 1}\n5\n{}\n')
 
 
+def _a_step_twice(path: Path) -> None:
+    file = write_run(path).metrics_path
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([*lines, lines[-1]]))
+
+
+def _sample_without_a_step(path: Path) -> None:
+    write_run(path).samples_path.write_text('{"global_step": 1}\n{"reward": 1}\n')
+
+
+def _reward_in_words(path: Path) -> None:
+    write_run(path).samples_path.write_text('{"global_step": 1, "reward": "1"}\n')
+
+
 def _no_gradient_steps(path: Path) -> None:
     write_run(path).metrics_path.write_text(json.dumps({"reward/mean": 1}) + "\n")
 
@@ -171,6 +185,12 @@ def _beside_runs(path: Path) -> None:
         (_no_config, "x: its manifest.json holds no config; is it the directory of a run?"),
         (_no_json, "x: its manifest.json cannot be read"),
         (_torn_in_the_middle, "x/metrics.jsonl, line 2 is no JSON object: mend or remove it"),
+        (
+            _a_step_twice,
+            "x/metrics.jsonl: progress/gradient_steps is 24 after 24; are these the lines of several runs?",
+        ),
+        (_sample_without_a_step, "x/samples.jsonl, line 2: expected a global_step and a reward that are numbers"),
+        (_reward_in_words, "x/samples.jsonl, line 1: expected a global_step and a reward that are numbers"),
         (_no_gradient_steps, "x/metrics.jsonl holds no progress/gradient_steps: is it of a training run?"),
     ],
 )

@@ -148,7 +148,11 @@ def test_a_run_with_partial_rollouts(tmp_path: Path) -> None:
     ("check", "rollout", "message"),
     [
         (validate, {"partial": -1}, r"rollout.partial = -1: expected 0 \(none\) or more"),
-        (validate, {"lag": 99}, "rollout.lag = 99, but the run has .* global steps: batches would be sampled that none"),
+        (
+            validate,
+            {"lag": 99},
+            "rollout.lag = 99, but the run has .* global steps: batches would be sampled that none",
+        ),
         (validate, {"partial": 4, "lag": 1}, "rollout.partial = 4 with rollout.lag = 1: responses are drawn over lag"),
         (validate, ROUNDS | {"attempts": 2}, "rollout.partial = 4 with rollout.attempts = 2, rollout.slots = 0 and"),
         (build, ROUNDS | {"partial": 9}, "rollout.partial = 9: 1 rounds of so many tokens leave none of the response"),
