@@ -29,7 +29,7 @@ from rlstab_jax.parallel.sharding import INFERENCE, TRAINING, Layout, check_divi
 from rlstab_jax.tasks import BatchTask, Dataset, Prompt, Rewards, Task, build_task, decode_responses, reward_of
 from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.kernel_check import check_kernels
-from rlstab_jax.training.pretrained import load_parameters, matched
+from rlstab_jax.training.pretrained import load_parameters, longest, matched
 from rlstab_jax.training.validate import validate
 from rlstab_jax.types import Rollout, RoutingReplay, UserError, row_axis
 
@@ -374,6 +374,12 @@ def beginning(engines: Engines, seed: int, say: Callable[[str], None] = print) -
     directory = Path(engines.config.initial)
     _, params = load_parameters(directory, engines.placed_like(lambda: initial_params(engines.training, 0)), say=say)
     say(f"beginning from the parameters in {directory}")
+    rollout = engines.config.rollout
+    if (tokens := rollout.prompt_length + rollout.response_length) > longest(directory):
+        say(
+            f"a prompt with its response may have {tokens} tokens, but the model was made for {longest(directory)} "
+            "(max_position_embeddings)"
+        )
     return engines.place(params)
 
 

@@ -9,6 +9,7 @@ begins from an imported directory keeps the card and these files in ``initial/``
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -154,6 +155,13 @@ def model_config(directory: Path) -> ModelConfig:
         return ModelConfig(**sizes)
     except TypeError as error:
         raise UserError(f"{directory}: its model is of another version of this program ({error})") from error
+
+
+def longest(directory: Path) -> float:
+    """Tokens that the imported model in ``directory``, or what a run there began from, was made for; else inf."""
+    files = (directory / "config.json", directory / "initial" / "config.json")
+    found = next((read_json(file) for file in files if file.exists()), {})
+    return found.get("max_position_embeddings") or math.inf
 
 
 def matched(model: ModelConfig, initial: Path) -> ModelConfig:

@@ -109,6 +109,9 @@ def test_a_run_begins_from_imported_parameters(imported: Path, run: RunConfig, t
     expected = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), tiny.parameters(run.model))
     jax.tree.map(np.testing.assert_array_equal, started.params, expected)
     assert said == [f"beginning from the parameters in {imported}"]
+    long = with_initial(run, imported, rollout=replace(run.rollout, response_length=100))
+    beginning(long, 0, said.append)
+    assert said[-1].endswith("tokens, but the model was made for 99 (max_position_embeddings)")
     unnamed = with_initial(run, imported, model=replace(run.model, vocab_size=0, mlp_dim=7))
     assert unnamed.config.model.vocab_size == run.model.vocab_size  # no layer is dense, so that width is nobody's
 
