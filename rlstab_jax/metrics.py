@@ -42,7 +42,11 @@ _ROUTING = {
 # tokens" count up to and including the stop token; "fed tokens" are those that the model was fed, prompts included.
 METRICS: dict[str, Metric] = {
     "reward/mean": Metric("R(x, y) of the responses sampled for this step", "mean, responses", "1"),
-    "reward/without_signal": Metric("groups whose rewards are all equal", "share of groups sampled", "1"),
+    "reward/without_signal": Metric(
+        "groups whose rewards are all equal, or of which no response with an advantage is trained on",
+        "share of groups sampled",
+        "1",
+    ),
     "reward/component/NAME": Metric(
         "one reward of those that R is the weighted sum of, unweighted", "mean, responses", "1"
     ),
@@ -113,6 +117,9 @@ METRICS: dict[str, Metric] = {
         "tokens with a log-prob or an advantage that is NaN or infinite; the loss counts them as exactly 0",
         "share of tokens",
         "1",
+    ),
+    "learner/rejected": Metric(
+        "tokens that the objective's select or normalise leaves out of the loss", "share of tokens", "1"
     ),
     "learner/discarded": Metric("updates of the step that a monitor's policy skip took back", "count", "updates"),
     "learner/packed_rows": Metric("rows that a mini-batch was packed into", "mean, updates of the step", "rows"),

@@ -5,10 +5,11 @@ import functools
 import inspect
 import sys
 import zlib
-from collections.abc import Mapping
-from types import CodeType, FunctionType, ModuleType
+from collections.abc import Iterator, Mapping
+from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
+import jax
 import numpy as np
 
 # Values whose text is all that there is to them.
@@ -17,81 +18,136 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 def code_of(config: Any) -> dict[str, str]:
     """A checksum of the source of each function in a config, and of each class of its parts, that is a user's own:
-    `plain` knows names and fields alone. The user's functions and classes that it mentions are in it."""
+    `plain` knows names and fields alone. What it mentions of the user's functions, classes and data is in it.
+
+    What a function finds while it runs (by ``getattr`` with a computed name, or by an import of its own that has not
+    been made) is not.
+    """
+    found: dict[str, str] = {}
+    for code in _parts(config):
+        source = _Source()
+        source.add("", code)
+        if not source.lines:
+            continue
+        checksum, name = f"{zlib.crc32(b''.join(source.lines)):08x}", f"the code of {_name(code)}"
+        same_name = [name, *(f"{name} ({number})" for number in range(2, len(found) + 2))]
+        if checksum not in [found.get(name) for name in same_name]:
+            found[next(name for name in same_name if name not in found)] = checksum
+    return found
+
+
+def _parts(config: Any) -> Iterator[FunctionType | type]:
+    """The functions in a config, and the classes of its parts."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        fields = code_of([getattr(config, f.name) for f in dataclasses.fields(config)])
-        return fields | _checksum(type(config))
-    if isinstance(config, functools.partial):
-        return code_of([config.func, *config.args, *config.keywords.values()])
-    if isinstance(config, Mapping):
-        return code_of(list(config.values()))
-    if isinstance(config, list | tuple):
-        return {name: code for item in config for name, code in code_of(item).items()}
-    return _checksum(config) if isinstance(config, FunctionType) else {}
+        yield from _parts([getattr(config, field.name) for field in dataclasses.fields(config)])
+        yield type(config)
+    elif isinstance(config, functools.partial):
+        yield from _parts([config.func, config.args, config.keywords])
+    elif isinstance(config, Mapping):
+        yield from _parts(list(config.values()))
+    elif isinstance(config, list | tuple):
+        for item in config:
+            yield from _parts(item)
+    elif isinstance(config, FunctionType):
+        yield config
 
 
-def _checksum(code: FunctionType | type) -> dict[str, str]:
-    sources: dict[str, bytes] = {}
-    _gather(code, sources)
-    joined = b"".join(source for _, source in sorted(sources.items()))
-    return {f"the code of {_name(code)}": f"{zlib.crc32(joined):08x}"} if sources else {}
+class _Source:
+    """All that a value depends on, as far as it is a user's own: ``lines`` of names and sources, or texts of data."""
+
+    def __init__(self) -> None:
+        self.lines: list[bytes] = []
+        self._seen: dict[int, Any] = {}  # objects by id, which they keep while they are here
+
+    def add(self, name: str, value: Any) -> None:
+        """``name`` is how the value is mentioned."""
+        if isinstance(value, _PLAIN):
+            self._line(name, repr(value))
+        elif isinstance(value, np.ndarray | np.generic | jax.Array):
+            self._line(name, _array(value))
+        elif isinstance(value, FunctionType | type):
+            if _is_own(value):
+                self._line(name, _name(value))  # which of several it is
+                self._once(value, self._function if isinstance(value, FunctionType) else self._class)
+        elif not isinstance(value, ModuleType):
+            self._once(value, functools.partial(self._object, name))
+        if callable(value) and (wrapped := getattr(value, "__wrapped__", None)) is not None:
+            self.add(name, wrapped)
+
+    def _line(self, name: str, text: str) -> None:
+        self.lines.append(f"{name}: {text}\n".encode())
+
+    def _once(self, value: Any, add: Any) -> None:
+        if id(value) not in self._seen:
+            self._seen[id(value)] = value
+            add(value)
+
+    def _object(self, name: str, value: Any) -> None:
+        if isinstance(value, dict):  # not any mapping: os.environ is one
+            self._all(name, value.items())
+        elif isinstance(value, set | frozenset):
+            self._all(name, enumerate(sorted(value, key=repr)))
+        elif isinstance(value, list | tuple):
+            self._all(name, enumerate(value))
+        elif isinstance(value, functools.partial):
+            self._all(name, {"func": value.func, "args": value.args, "keywords": value.keywords}.items())
+        elif isinstance(value, MethodType):
+            self._all(name, {"func": value.__func__, "self": value.__self__}.items())
+        elif isinstance(value, property):
+            self.add(name, value.fget)
+        elif isinstance(value, staticmethod | classmethod):
+            self.add(name, value.__func__)
+        elif isinstance(value, functools.cached_property):
+            self.add(name, value.func)
+        elif dataclasses.is_dataclass(value):
+            self.add(name, type(value))
+            self._all(name, [(field.name, getattr(value, field.name, None)) for field in dataclasses.fields(value)])
+        elif _is_own(type(value)) or isinstance(value, SimpleNamespace):
+            self.add(name, type(value))
+            self._all(name, getattr(value, "__dict__", {}).items())
+
+    def _all(self, name: str, items: Any) -> None:
+        for key, item in items:
+            self.add(f"{name}.{key!r}" if isinstance(key, _PLAIN) else name, item)
+
+    def _function(self, function: FunctionType) -> None:
+        try:
+            self._line(_name(function), inspect.getsource(function.__code__))  # of the code, not of what it wraps
+        except (OSError, TypeError):  # it was typed into an interpreter, or made by a program
+            self._line(_name(function), function.__code__.co_code.hex())
+        self.add("defaults", [function.__defaults__, function.__kwdefaults__])
+        for name, mentioned in sorted(_mentioned(function).items()):
+            self.add(name, mentioned)
+
+    def _class(self, cls: type) -> None:
+        try:
+            self._line(_name(cls), inspect.getsource(cls))
+        except (OSError, TypeError):
+            self._line(_name(cls), "")
+        for name, member in vars(cls).items():
+            if not name.startswith("__") or isinstance(member, FunctionType | staticmethod | classmethod):
+                self.add(name, member)
+        for base in cls.__bases__:
+            self.add("base", base)
 
 
-def _gather(code: Any, sources: dict[str, bytes]) -> None:
-    """The sources of a function or class and of those that it mentions, as far as they are a user's own."""
-    if isinstance(code, functools.partial):
-        _gather_value(f"what {_name(code.func)} is given", [code.args, code.keywords], sources)
-        code = code.func
-    code = inspect.unwrap(code)
-    if not isinstance(code, FunctionType | type) or _name(code) in sources or not _is_own(code):
-        return
-    try:
-        sources[_name(code)] = inspect.getsource(code).encode()
-    except (OSError, TypeError):  # it was typed into an interpreter
-        sources[_name(code)] = code.__code__.co_code if isinstance(code, FunctionType) else b""
-    members = [code] if isinstance(code, FunctionType) else [getattr(x, "__func__", x) for x in vars(code).values()]
-    for function in members:
-        if isinstance(function, FunctionType):
-            for name, mentioned in _mentioned(function).items():
-                if callable(mentioned):
-                    _gather(mentioned, sources)
-                _gather_value(f"{_name(function)}: {name}", mentioned, sources)
-    for base in code.__bases__ if isinstance(code, type) else ():
-        _gather(base, sources)
-
-
-def _gather_value(name: str, value: Any, sources: dict[str, bytes]) -> None:
-    """Data, and what an object of a user's own class holds."""
-    if not isinstance(value, type) and _is_own(type(value)):
-        _gather(type(value), sources)
-        value = getattr(value, "__dict__", None)
-    if (text := _text(value)) is not None:
-        sources[name] = text.encode()
-
-
-def _text(value: Any) -> str | None:
-    """All that there is to data: plain values, arrays, and collections of these; None for anything else."""
-    if isinstance(value, _PLAIN):
-        return repr(value)
-    if isinstance(value, np.ndarray | np.generic) and value.dtype != object:
-        return f"{value.dtype}{value.shape} {zlib.crc32(np.ascontiguousarray(value).tobytes()):08x}"
-    if isinstance(value, Mapping):
-        value = [item for pair in value.items() for item in pair]
-    elif isinstance(value, set | frozenset):
-        value = sorted(value, key=repr)
-    elif not isinstance(value, list | tuple):
-        return None
-    texts = [_text(item) for item in value]
-    return None if None in texts else f"[{', '.join(map(str, texts))}]"
+def _array(value: Any) -> str:
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        return f"{value.dtype}{value.shape}"
+    value = np.asarray(jax.random.key_data(value) if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key) else value)
+    content = repr(value.tolist()).encode() if value.dtype == object else np.ascontiguousarray(value).tobytes()
+    return f"{value.dtype}{value.shape} {zlib.crc32(content):08x}"
 
 
 def _mentioned(function: FunctionType) -> dict[str, Any]:
-    """What a function may read, by name: globals, what lies in a user's own modules among these, what it encloses."""
+    """What a function may read, by name: globals, what lies in a user's own modules among these or among what it
+    imports, what it encloses."""
     names = {name for name in _names(function.__code__) if not name.startswith("__")}
     known = {name: function.__globals__[name] for name in names if name in function.__globals__}
-    for value in list(known.values()):
-        if isinstance(value, ModuleType) and _is_own_module(value):
-            known |= {f"{value.__name__}.{name}": vars(value)[name] for name in names if name in vars(value)}
+    modules = [*known.values(), *(sys.modules.get(name) for name in names)]
+    for module in modules:
+        if isinstance(module, ModuleType) and _is_own_module(module):
+            known |= {f"{module.__name__}.{name}": vars(module)[name] for name in names if name in vars(module)}
     enclosed = [_content(cell) for cell in function.__closure__ or ()]
     return known | dict(zip(function.__code__.co_freevars, enclosed, strict=True))
 
@@ -109,7 +165,7 @@ def _names(code: CodeType) -> set[str]:
 
 
 def _is_own(code: FunctionType | type) -> bool:
-    return _is_own_module(sys.modules.get(code.__module__), code.__module__)
+    return _is_own_module(sys.modules.get(code.__module__ or ""), code.__module__ or "")
 
 
 def _is_own_module(module: ModuleType | None, name: str = "") -> bool:
@@ -119,5 +175,5 @@ def _is_own_module(module: ModuleType | None, name: str = "") -> bool:
     return root not in (__package__, *(sys.stdlib_module_names - {"__main__"})) and "-packages" not in file
 
 
-def _name(code: Any) -> str:
-    return f"{code.__module__}.{getattr(code, '__qualname__', type(code).__qualname__)}"
+def _name(code: FunctionType | type) -> str:
+    return f"{code.__module__}.{code.__qualname__}"

@@ -296,6 +296,7 @@ def _statistics(model: Transformer, scores: Scores, parts: Any, part: _Part, rou
         **_prefixed("trust", trust_statistics(parts.gate, advantage, mask)),
         **_prefixed("first_order", first_order(scores.target, scores.rollout, mask)),
         "learner/broken": mean_of(parts.broken, mask),
+        "learner/rejected": mean_of(part.c == 0, mask),
     }
     if routing is not None and part.old_live is not None:
         fed = part.rollout.fed_mask

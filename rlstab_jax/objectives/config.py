@@ -88,6 +88,11 @@ class ObjectiveConfig:
         return self.kl_coefficient != 0 or (self.recipe is not None and _reads_reference(self))
 
     @property
+    def label(self) -> str:
+        """Its name, or that of the recipe of one's own."""
+        return getattr(self.recipe, "__name__", "recipe") if self.recipe else self.name
+
+    @property
     def needs_entropy(self) -> bool:
         return self.entropy_coefficient != 0
 
@@ -117,7 +122,7 @@ def build(config: ObjectiveConfig) -> Objective:
     check_ranges(config, RANGES, "objective")
     if config.recipe is not None and config.name != ObjectiveConfig.name:
         raise UserError(
-            f"objective.name = {config.name!r}, but the config has a recipe of its own, {_label(config)}: leave one out"
+            f"objective.name = {config.name!r}, but the config has a recipe of its own, {config.label}: leave one out"
         )
     recipe = config.recipe or getattr(recipes, config.name)
     if not callable(recipe):
@@ -127,20 +132,16 @@ def build(config: ObjectiveConfig) -> Objective:
     taken = set(inspect.signature(recipe).parameters)
     if unknown := sorted(numbers.keys() - taken):
         known = ", ".join(sorted(taken)) or "none"
-        raise UserError(f"objective.{unknown[0]}: {_label(config)} has no such number; it takes: {known}")
+        raise UserError(f"objective.{unknown[0]}: {config.label} has no such number; it takes: {known}")
     try:
         objective = recipe(**numbers)
     except UserError:
         raise
     except Exception as error:  # e.g. a number without a default
-        raise UserError(f"objective: {_label(config)} cannot be called: {one_line(error)}") from error
+        raise UserError(f"objective: {config.label} cannot be called: {one_line(error)}") from error
     if not isinstance(objective, Objective):
-        raise UserError(f"objective: {_label(config)} returned {objective!r}, expected an Objective")
+        raise UserError(f"objective: {config.label} returned {objective!r}, expected an Objective")
     return _regularised(objective, config)
-
-
-def _label(config: ObjectiveConfig) -> str:
-    return getattr(config.recipe, "__name__", "recipe") if config.recipe else config.name
 
 
 @functools.cache

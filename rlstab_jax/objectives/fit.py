@@ -2,12 +2,13 @@
 
 import sysconfig
 import traceback
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.tree_util import Partial
 
 from rlstab_jax.objectives.core import Objective, advantages_of, coefficients, surrogate
 from rlstab_jax.types import Scores, UserError, one_line
@@ -20,12 +21,25 @@ ROWS, LENGTH = 2**10 * 3**2 * 5 * 7, 11
 
 def check(objective: Objective) -> None:
     """Raises UserError where a piece does not run on the scores that it is given, before any work is done."""
+    pieces = {field.name: getattr(objective, field.name) for field in fields(objective) if field.name != "regularisers"}
+    for name, value in [*pieces.items(), *(("term", one.term) for one in objective.regularisers)]:
+        if not isinstance(value, Partial):
+            function = getattr(value, "__name__", None)
+            raise UserError(
+                f"objective: {name} is {function or repr(value)}, expected a function in a piece: "
+                f"{name}=piece({function or '...'})"
+            )
+        if odd := [number for number in jax.tree.leaves(value) if isinstance(number, str)]:
+            raise UserError(f"objective: {name} is given the text {odd[0]!r}, expected numbers and functions")
     try:
         _trace(objective)
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"objective: it does not run on a batch{_place(error)}: {one_line(error)}") from error
+        raise UserError(
+            f"objective: it does not run on a batch, tried on {ROWS} responses of up to {LENGTH} tokens"
+            f"{_place(error)}: {one_line(error)}"
+        ) from error
 
 
 def _place(error: Exception) -> str:

@@ -208,10 +208,10 @@ def check_rewards_config(rewards: Sequence[Reward]) -> None:
         if not math.isfinite(reward.weight):
             raise UserError(f"task.rewards: weight {reward.weight} of {reward.name!r}: expected a finite number")
         plain = isinstance(reward.verifier, FunctionType) or dataclasses.is_dataclass(reward.verifier)
-        if not callable(reward.verifier) or not plain:
+        if not plain or not (callable(reward.verifier) or isinstance(reward.verifier, BatchVerifier)):
             raise UserError(
                 f"task.rewards: the verifier of {reward.name!r} is {reward.verifier!r}, expected a function "
-                "(prompt, response) -> float, or a dataclass that is called like one"
+                "(prompt, response) -> float, or a dataclass that is called like one or has a method `judge`"
             )
         ours = isinstance(reward.verifier, ExactMatch | Numeric | MathVerify)
         if ours and (extract := reward.verifier.extract) not in EXTRACTORS:
@@ -273,7 +273,15 @@ def check_failures(judged: Rewards, prompts: Sequence[Prompt], most: float) -> N
 def _verdicts(verifier: Any, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Verdict]:
     if isinstance(verifier, BatchVerifier):
         return _verdicts_at_once(verifier, prompts, responses)
-    return [_verdict_of(verifier, prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+    return [_called(verifier, prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+
+
+def _called(verifier: Verifier, prompt: Prompt, response: str) -> Verdict:
+    try:
+        value = verifier(prompt, response)
+    except (Exception, SystemExit) as error:  # whatever a user's function may raise
+        return _failed(error)
+    return _verdict_of(value)
 
 
 def _verdicts_at_once(verifier: BatchVerifier, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Verdict]:
@@ -287,15 +295,16 @@ def _verdicts_at_once(verifier: BatchVerifier, prompts: Sequence[Prompt], respon
             f"{type(verifier).__name__}.judge returned {len(verdicts)} of {kinds or 'nothing'} for {len(responses)} "
             "responses: expected a Verdict for each"
         )
-    return [v if math.isfinite(v.value) else Verdict(0.0, failure=f"it returned {v.value}") for v in verdicts]
+    return [Verdict(0.0, v.gave_up, v.failure) if v.failure else _verdict_of(v.value, v.gave_up) for v in verdicts]
 
 
-def _verdict_of(verifier: Verifier, prompt: Prompt, response: str) -> Verdict:
+def _verdict_of(value: Any, gave_up: bool = False) -> Verdict:
+    """Of what a verifier returned."""
     try:
-        value = float(verifier(prompt, response))
-    except (Exception, SystemExit) as error:  # whatever a user's function may raise
+        number = float(value)
+    except (TypeError, ValueError, OverflowError) as error:
         return _failed(error)
-    return Verdict(value) if math.isfinite(value) else Verdict(0.0, failure=f"it returned {value}")
+    return Verdict(number, gave_up) if math.isfinite(number) else Verdict(0.0, failure=f"it returned {number}")
 
 
 def _failed(error: BaseException) -> Verdict:

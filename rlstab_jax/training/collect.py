@@ -25,7 +25,8 @@ from rlstab_jax.types import Rollout, row_axis, take_rows
 class Responses:
     """Responses to a batch of prompts, judged; rows of one prompt are adjacent.
 
-    ``seconds`` are those of sampling and of judging, by the name of their metric.
+    ``seconds`` are those of sampling and of judging, by the name of their metric; ``drops`` says whether responses that
+    met the length limit are left out of training.
     """
 
     prompts: list[Prompt]
@@ -33,6 +34,7 @@ class Responses:
     texts: list[str]
     rewards: Rewards
     seconds: dict[str, float]
+    drops: bool = False
 
     def groups(self, values: Any) -> np.ndarray:
         """A copy of the values of rows, [prompt, sample]."""
@@ -40,9 +42,13 @@ class Responses:
 
     @property
     def signal(self) -> Bool[np.ndarray, "prompts"]:
-        """True for groups whose rewards differ."""
+        """True for groups whose rewards differ, if a response that has an advantage so is trained on."""
         rewards = self.groups(self.rewards.total)
-        return (rewards != rewards[:, :1]).any(1)
+        differ = (rewards != rewards[:, :1]).any(1)
+        if not self.drops:
+            return differ
+        kept = ~self.groups(on_host(self.rollout.truncated))
+        return differ & (kept & (rewards != rewards.mean(1, keepdims=True))).any(1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -278,12 +278,12 @@ def build_pair(
     needs_router = fit.reads(objective, "router")
     if needs_router and not model.num_moe_layers:
         raise UserError(
-            f"objective {config.objective.name!r} reads the routers' log probabilities, but the model is dense: use "
+            f"objective {config.objective.label!r} reads the routers' log probabilities, but the model is dense: use "
             "another objective, or give it experts"
         )
     if config.samples_per_prompt == 1 and objective.advantage.func in GROUP_RELATIVE:
         raise UserError(
-            f"samples_per_prompt = 1, but objective {config.objective.name!r} compares the responses of one prompt: "
+            f"samples_per_prompt = 1, but objective {config.objective.label!r} compares the responses of one prompt: "
             "all advantages would be 0; use at least 2, or an objective with another baseline"
         )
     config = dataclasses.replace(config, kernels=kernels)

@@ -110,7 +110,7 @@ def produce(
       further: more batches of prompts, from which groups without signal are replaced, where the config says so.
       predictor: the weights of the routers' predictors, under PR2.
     """
-    config = engines.config
+    config, drops = engines.config, engines.config.rollout.overlong == "drop"
 
     # y ~ mu_old, with the log-probs and routes of the inference engine, and R(x, y).
     def respond(asked: list[Prompt], attempt: int) -> Responses:
@@ -118,7 +118,7 @@ def produce(
             rollout = jax.block_until_ready(sample_responses(engines, params, asked, step, attempt))
         with timed("judge") as judging_time:
             texts, rewards = judge(engines.task, asked, rollout, config.rollout.stop)
-        return Responses(asked, rollout, texts, rewards, sampling_time | judging_time)
+        return Responses(asked, rollout, texts, rewards, sampling_time | judging_time, drops)
 
     batch = collect(respond, prompts, further, config.rollout.attempts)
     rollout = batch.rollout
@@ -153,7 +153,8 @@ def another_round(
             return one
         with timed("judge") as judging_time:
             texts, rewards = judge(engines.task, one.prompts, one.rollout)
-        responses = Responses(one.prompts, one.rollout, texts, rewards, one.seconds | judging_time)
+        drops = engines.config.rollout.overlong == "drop"
+        responses = Responses(one.prompts, one.rollout, texts, rewards, one.seconds | judging_time, drops)
         batch = collect(lambda *_: responses, one.prompts, (), attempts=1)
         live = one.live if engines.replay.alters_old else one.old
         statistics |= rollout_statistics(one.rollout, one.old, live, engines.config.model.num_experts)

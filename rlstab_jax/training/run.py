@@ -286,6 +286,8 @@ def alarms(metrics: Metrics) -> Iterator[str]:
             f"{metrics['learner/broken']:.2%} of the tokens had a log-prob or an advantage that is no finite number; "
             "they counted as 0"
         )
+    if not metrics["learner/rejected"] < 1:
+        yield "no token was trained on: the objective rejected all, or all responses were truncated and dropped"
     if failures := metrics.get("reward/verifier_failures"):
         yield f"{failures:.0f} verdicts failed and their rewards are 0; samples.jsonl shows the first of them"
     if not np.isfinite(metrics["learner/grad_norm"]):

@@ -71,8 +71,8 @@ def by_group(scores: Scores, *_: jax.Array) -> jax.Array:
 @pytest.mark.parametrize(
     "changed",
     [
-        {"reward": lambda scores, rewards: rewards - scores.entropy.sum(1)},  # that of pi_theta
-        {"trust": by_group},  # a part of a mini-batch has parts of groups
+        {"reward": piece(lambda scores, rewards: rewards - scores.entropy.sum(1))},  # that of pi_theta
+        {"trust": piece(by_group)},  # a part of a mini-batch has parts of groups
     ],
 )
 def test_a_piece_that_reads_what_no_run_has_there_is_refused(changed: dict) -> None:
@@ -86,11 +86,15 @@ def three_rows(rewards: jax.Array, groups: jax.Array) -> jax.Array:
 
 def test_what_an_own_piece_does_wrong_is_found_before_any_work_and_placed() -> None:
     """And a batch is of a size that none would name, but of whole groups."""
-    here = r"objective: it does not run on a batch \(test_objective_config\.py, line \d+\): "
+    here = r"it does not run on a batch, tried on 322560 .* 11 tokens \(test_objective_config\.py, line \d+\): "
     with pytest.raises(UserError, match=here):
         fit.check(replace(o.minirl(), advantage=piece(three_rows)))
-    with pytest.raises(UserError, match="objective: it does not run on a batch"):
-        fit.check(replace(o.minirl(), trust=by_group))  # no piece: nothing that could be traced
+    with pytest.raises(UserError, match=r"trust is by_group, expected .* in a piece: trust=piece\(by_group\)"):
+        fit.check(replace(o.minirl(), trust=by_group))
+    with pytest.raises(UserError, match=r"objective: term is by_group, expected a function in a piece"):
+        fit.check(replace(o.minirl(), regularisers=(Regulariser(by_group, 0.1),)))
+    with pytest.raises(UserError, match="objective: weight is given the text '5', expected numbers and functions"):
+        fit.check(replace(o.minirl(), weight=piece(three_rows, cap="5")))
     fit.check(replace(o.minirl(), advantage=piece(lambda r, g: r - r.reshape(-1, 16).mean(1).repeat(16))))
 
 

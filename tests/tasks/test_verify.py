@@ -252,22 +252,24 @@ class AtOnce:
 
     lose: int = 0
 
-    def __call__(self, prompt, response):
-        return self.judge([prompt], [response])[0].value
-
     def judge(self, prompts, responses):
         if "!" in responses:
             raise KeyError("no '!'")
-        verdicts = [Verdict(float("nan") if response == "?" else len(response)) for response in responses]
+        odd = {"?": Verdict(float("nan")), "none": Verdict(None), "failed": Verdict(5.0, failure="of its own")}
+        verdicts = [odd.get(response, Verdict(len(response))) for response in responses]
         return verdicts[self.lose :]
 
 
 def test_verifiers_of_batches():
     """One that raises, or gives no number, has failed; a batch that lacks verdicts is the author's mistake."""
     asked = [prompt("a")] * 3
+    check_rewards_config((Reward("x", AtOnce()),))  # it need not be callable
     judged = judge((Reward("x", AtOnce(), 2.0),), asked, ["ab", "?", ""])
     assert judged.total.tolist() == [4, 0, 0]
     assert [(f.row, f.message) for f in judged.failures] == [(1, "it returned nan")]
+    judged = judge((Reward("x", AtOnce()),), asked, ["none", "failed", ""])
+    assert judged.total.tolist() == [0, 0, 0]
+    assert [f.message[:20] for f in judged.failures] == ["TypeError: float() a", "of its own"]
     judged = judge((Reward("x", AtOnce()),), asked, ["ab", "!", ""])
     assert judged.total.tolist() == [0, 0, 0]
     assert {f.message for f in judged.failures} == {"KeyError: \"no '!'\""}

@@ -12,12 +12,13 @@ import pytest
 from rlstab_jax.inference import sample_keys
 from rlstab_jax.inference.sampler import sample_batch
 from rlstab_jax.learner import score
+from rlstab_jax.objectives import Objective, piece, recipes
 from rlstab_jax.rundir import read_metrics
 from rlstab_jax.tasks import Failure, Prompt, Rewards
 from rlstab_jax.training import loop
 from rlstab_jax.training.collect import Responses, collect, key_ids, length_punishment, without_truncated
 from rlstab_jax.training.engines import build, judge
-from rlstab_jax.training.run import train
+from rlstab_jax.training.run import alarms, train
 from rlstab_jax.types import Rollout, UserError
 from tests.training import tiny_run
 from tests.training.test_loop import configured, fresh_state
@@ -85,6 +86,32 @@ def rows_of(batch: Any) -> list[int]:
 
 
 DULL, BRIGHT = (1.0, 1.0), (0.0, 1.0)
+
+
+def test_a_group_has_signal_by_what_is_trained_on() -> None:
+    """Marks 2 and 5 are cut off. In the second group only they differ from the mean, in the third one none does."""
+    rewards = Rewards(np.array([0, 1, 1, 0, 0.5, 1, 0.5, 0.5, 0.5]))
+    of = Responses(prompts(0), rollout([0, 1, 2, 2, 0, 5, 0, 1, 2]), [""] * 9, rewards, {})
+    assert of.signal.tolist() == [True, True, False]
+    assert dataclasses.replace(of, drops=True).signal.tolist() == [True, False, False]
+
+
+def nothing(scores: Any) -> jax.Array:
+    return jnp.zeros_like(scores.mask)
+
+
+def none_of_them() -> Objective:
+    return dataclasses.replace(recipes.minirl(), select=piece(nothing))
+
+
+def test_a_step_that_trains_on_nothing_is_said() -> None:
+    engines = build(configured(objective={"recipe": none_of_them}, **DENSE))
+    source = engines.task.split("train")
+    _, metrics, _ = loop.global_step(engines, fresh_state(engines), iter([[source[i] for i in range(4)]]), 1)
+    assert metrics["learner/rejected"] == 1
+    assert metrics["learner/loss"] == metrics["learner/grad_norm"] == 0
+    (line,) = alarms(metrics)
+    assert line.startswith("no token was trained on: the objective rejected all")
 
 
 def test_groups_without_signal_are_replaced_in_order() -> None:
@@ -218,6 +245,7 @@ def test_over_long_responses_in_the_updates(overlong: str, monkeypatch: pytest.M
     if overlong == "penalise":
         trained = trained + np.clip((mask.shape[1] - 2 - mask.sum(1)) / 2, -1, 0).reshape(4, 4)
         assert metrics["reward/overlong"] == pytest.approx(np.mean(trained) - np.mean(rewards[0]), abs=1e-6)
+    assert metrics["learner/rejected"] == 0  # of the tokens that are there
     expected = trained - trained.mean(1, keepdims=True)
     np.testing.assert_allclose(np.concatenate([part.advantage for part in given]), expected.ravel(), atol=1e-6)
 
