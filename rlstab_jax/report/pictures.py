@@ -130,7 +130,8 @@ def spoken_maps(quantity: LayerMap, maps: Sequence[HeatMap]) -> str:
     """What heat maps show, in words: for each group the mean of its first and last row."""
     said = []
     for one in maps:
-        first, last = np.nanmean(one.values[0]), np.nanmean(one.values[-1])
-        said.append(f"{one.label}: {first:.3g} in {one.rows[0]}, {last:.3g} in {one.rows[-1]}")
+        ends = [(row, values[np.isfinite(values)]) for row, values in ((one.rows[i], one.values[i]) for i in (0, -1))]
+        means = [f"{values.mean():.3g} in {row}" if len(values) else f"none in {row}" for row, values in ends]
+        said.append(f"{one.label}: {', '.join(means)}")
     what = f"{quantity.title}, {quantity.unit}, by {quantity.rows} over gradient steps"
     return f"Heat map: {what}; means: {'; '.join(said)}."

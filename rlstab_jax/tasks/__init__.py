@@ -19,6 +19,7 @@ from rlstab_jax.tasks.protocol import (
     build_task,
     check_judge,
     reward_of,
+    rewards_of,
 )
 from rlstab_jax.tasks.records import Fields
 from rlstab_jax.tasks.tokenizer import CharTokenizer
@@ -56,4 +57,5 @@ __all__ = [
     "encode_prompts",
     "prompt_iterator",
     "reward_of",
+    "rewards_of",
 ]

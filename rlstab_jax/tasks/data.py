@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from rlstab_jax.tasks.protocol import Prompt, PromptSource, Tokenizer
-from rlstab_jax.types import UserError
+from rlstab_jax.types import UserError, one_line
 
 if TYPE_CHECKING:
     import grain
@@ -57,7 +57,15 @@ def encode_prompts(
     tokens = np.full((len(prompts), prompt_length), tokenizer.pad_id, np.int32)
     mask = np.zeros(tokens.shape, bool)
     for row, prompt in enumerate(prompts):
-        ids = tokenizer.encode(prompt.text)
+        if not isinstance(prompt, Prompt) or not isinstance(prompt.id, int | np.integer) or not 0 <= prompt.id < 2**31:
+            raise UserError(f"the task's prompts: {prompt!r}: expected a Prompt with an id from 0 to 2**31 - 1")
+        try:
+            ids = tokenizer.encode(prompt.text)
+        except Exception as error:  # whatever a user's method may raise
+            raise UserError(
+                f"{type(tokenizer).__name__}.encode failed on prompt {prompt.id} ({prompt.text[:60]!r}): "
+                f"{one_line(error)}"
+            ) from error
         if not 0 < len(ids) <= prompt_length:
             raise UserError(
                 f"prompt {prompt.id} has {len(ids)} tokens, expected 1 to {prompt_length}: raise the prompt length "
@@ -83,7 +91,11 @@ def decode_responses(
     responses = []
     for row, keep, cut_off in zip(tokens, mask, truncated, strict=True):
         ids = row[keep].tolist()
-        text = tokenizer.decode(ids[:-1] if ids and ids[-1] in tokenizer.stop_ids else ids)
+        ids = ids[:-1] if ids and ids[-1] in tokenizer.stop_ids else ids
+        try:
+            text = tokenizer.decode(ids)
+        except Exception as error:  # whatever a user's method may raise
+            raise UserError(f"{type(tokenizer).__name__}.decode failed on {ids[:20]}: {one_line(error)}") from error
         end = min((text.index(string) for string in stop if string in text), default=len(text))
         responses.append((text[:end], not cut_off))
     return responses

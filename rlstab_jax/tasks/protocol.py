@@ -1,6 +1,7 @@
 """What the training loop asks of a task: prompts, a tokeniser, a reward. Any object with these attributes will do."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -10,6 +11,7 @@ from jaxtyping import Float
 from rlstab_jax.types import UserError, one_line
 
 Split = Literal["train", "heldout"]
+LARGEST = float(np.finfo(np.float32).max)  # of a reward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +57,9 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text. Where ``rollout.stop`` names strings, each token must write at least a byte of it."""
+        ...
 
 
 @runtime_checkable
@@ -177,21 +181,61 @@ def build_task(config: Any) -> Task:
             f"{made_by} returned {type(task).__name__} without {', '.join(missing)}: expected a task, see "
             "rlstab_jax.tasks.Task"
         )
+    for name in ("max_prompt_tokens", "max_response_tokens"):
+        if not isinstance(value := getattr(task, name), int | np.integer) or value < 1:
+            raise UserError(f"{type(task).__name__}.{name} = {value!r}: expected a whole number of tokens, 1 or more")
     check_judge(task)
     return task
 
 
+MEND = "Mend it; the same command goes on from the last checkpoint"
+
+
 def reward_of(task: Task, prompt: Prompt, response: str, stopped: bool) -> float:
-    """Of one response. Raises UserError, which names it, where the task's own method fails."""
+    """Of one response. Raises UserError, which names it, where the task's own method fails, or gives no number."""
+    of = f"on the response {response[:60]!r} to prompt {prompt.id} ({prompt.text[:60]!r})"
     try:
-        return float(task.reward(prompt, response, stopped=stopped))
+        reward = float(task.reward(prompt, response, stopped=stopped))
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # whatever a user's method may raise
-        raise UserError(
-            f"{type(task).__name__}.reward failed on the response {response[:60]!r} to prompt {prompt.id} "
-            f"({prompt.text[:60]!r}): {one_line(error)}. Mend it; the same command goes on from the last checkpoint"
-        ) from error
+        raise UserError(f"{type(task).__name__}.reward failed {of}: {one_line(error)}. {MEND}") from error
+    if not abs(reward) < LARGEST:
+        raise UserError(f"{type(task).__name__}.reward is {reward} {of}: expected a number within float32. {MEND}")
+    return reward
+
+
+def rewards_of(task: "BatchTask", prompts: Sequence[Prompt], responses: Sequence[tuple[str, bool]]) -> Rewards:
+    """Of a batch. Raises UserError where the task's own method fails, or gives what are no rewards of these
+    responses."""
+    made_by, rows = f"{type(task).__name__}.rewards", len(responses)
+    try:
+        rewards = task.rewards(prompts, responses)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever a user's method may raise
+        raise UserError(f"{made_by} failed: {one_line(error)}. {MEND}") from error
+    if not isinstance(rewards, Rewards):
+        raise UserError(f"{made_by} returned {type(rewards).__name__}: expected rlstab_jax.tasks.Rewards. {MEND}")
+    for name, values in {"total": rewards.total, **rewards.components}.items():
+        numbers = np.asarray(values)
+        if numbers.shape != (rows,) or numbers.dtype.kind not in "biuf":
+            raise UserError(
+                f"{made_by}: {name} is {numbers.dtype}{list(numbers.shape)}: expected {rows} numbers, one for each "
+                f"response. {MEND}"
+            )
+        if not (small := np.abs(numbers) < LARGEST).all():
+            row = int(np.argmin(small))
+            raise UserError(
+                f"{made_by}: {name} is {numbers[row]} for the response {responses[row][0][:60]!r}: expected a number "
+                f"within float32. {MEND}"
+            )
+    if bad := [name for name in rewards.components if not re.fullmatch(r"[a-z0-9_]+", name)]:
+        raise UserError(f"{made_by}: a component {bad[0]!r}: expected lower-case letters, digits, underscores. {MEND}")
+    for failure in rewards.failures:
+        if not (isinstance(failure, Failure) and 0 <= failure.row < rows):
+            raise UserError(f"{made_by}: {failure!r}: expected a Failure of a row from 0 to {rows - 1}. {MEND}")
+    return rewards
 
 
 def check_judge(task: Task) -> None:

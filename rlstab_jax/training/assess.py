@@ -20,7 +20,7 @@ import numpy as np
 from rlstab_jax.inference import prepare, sample_keys, sampler_for
 from rlstab_jax.models import Transformer
 from rlstab_jax.own_code import code_of
-from rlstab_jax.rundir import append, cut_lines, json_line, open_run, plain, run_of, write_aside
+from rlstab_jax.rundir import MAY_CHANGE, append, cut_lines, json_line, open_run, plain, run_of, write_aside
 from rlstab_jax.tasks import AnsweredTask, Dataset, DescribedTask, Prompt, encode_prompts
 from rlstab_jax.tasks.dataset import DatasetConfig, numbered
 from rlstab_jax.tasks.records import Layout, Question, read_questions
@@ -101,9 +101,8 @@ def assess(
     where = {"checkpoint": checkpoint.absolute(), "step": step, "content": _content(engines, prompts)}
     numbers = {field.name: getattr(asked, field.name) for field in dataclasses.fields(Assessment)}  # no more than these
     with held(out):
-        run = open_run(
-            out, {"config": {**where, **plain(numbers), "run": config}, "code": code_of(config)}, fresh=fresh, say=say
-        )
+        described = {"config": {**where, **plain(numbers), "run": config}, "code": code_of(config)}
+        run = open_run(out, described, fresh, tuple(f"run.{name}" for name in MAY_CHANGE), say)
         path = run.path / "responses.jsonl"
         begin()
         done = _whole_batches(path, len(prompts), asked.batch)

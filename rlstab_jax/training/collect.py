@@ -166,7 +166,7 @@ def _metrics(sampled: Sequence[_Logged]) -> dict[str, float]:
         **{f"reward/component/{name}": float(np.concatenate(values).mean()) for name, values in components.items()},
         **{name: sum(one.seconds[name] for one in sampled) for name in sampled[0].seconds},
     }
-    if components:
+    if components or any(one.rewards.failures for one in sampled):
         metrics["reward/verifier_failures"] = sum(len(one.rewards.failures) for one in sampled)
         metrics["reward/verifier_gave_up"] = sum(one.rewards.gave_up for one in sampled)
     return metrics

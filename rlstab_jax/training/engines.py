@@ -26,7 +26,17 @@ from rlstab_jax.parallel.host_memory import check_offload
 from rlstab_jax.parallel.mesh import make_mesh
 from rlstab_jax.parallel.process import check_devices
 from rlstab_jax.parallel.sharding import INFERENCE, TRAINING, Layout, check_divides, shardings
-from rlstab_jax.tasks import BatchTask, Dataset, Prompt, Rewards, Task, build_task, decode_responses, reward_of
+from rlstab_jax.tasks import (
+    BatchTask,
+    Dataset,
+    Prompt,
+    Rewards,
+    Task,
+    build_task,
+    decode_responses,
+    reward_of,
+    rewards_of,
+)
 from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.kernel_check import check_kernels
 from rlstab_jax.training.pretrained import load_parameters, longest, matched
@@ -402,7 +412,7 @@ def judge(
 
     def verdicts() -> Rewards:
         if isinstance(task, BatchTask):
-            return task.rewards(of_row, responses)
+            return rewards_of(task, of_row, responses)
         each = [reward_of(task, prompt, *response) for prompt, response in zip(of_row, responses, strict=True)]
         return Rewards(np.array(each))
 

@@ -9,11 +9,11 @@ import pytest
 
 from rlstab_jax.cli import main
 from rlstab_jax.report.curves import charts
-from rlstab_jax.report.maps import COLUMNS, heat_maps
+from rlstab_jax.report.maps import COLUMNS, HeatMap, heat_maps
 from rlstab_jax.report.markup import element, escaped
 from rlstab_jax.report.page import _check_target, page_of, write_report
 from rlstab_jax.report.panels import GRADIENT, LAYER_MAPS, STALENESS_MAP, X
-from rlstab_jax.report.pictures import spoken
+from rlstab_jax.report.pictures import spoken, spoken_maps
 from rlstab_jax.report.runs import group_runs, read_runs
 from rlstab_jax.report.samples import chosen, samples_table
 from rlstab_jax.report.sections import survived
@@ -124,6 +124,13 @@ def test_a_reader_who_sees_no_pictures_is_told(page):
     assert levels[0] == 1
     assert max(np.diff(levels)) <= 1
     assert all(cell.get("scope") in ("row", "col") for cell in parsed.all("th"))
+
+
+def test_a_map_without_a_value_is_told_in_words_too():
+    unknown = np.full((2, 3), np.nan)
+    unknown[1, 2] = 0.5
+    said = spoken_maps(LAYER_MAPS[0], [HeatMap("b4", [0, 1], 0.0, 3.0, unknown)])
+    assert said.endswith("means: b4: none in 0, 0.5 in 1.")
 
 
 def test_what_the_page_says_of_the_runs(page):
