@@ -16,7 +16,6 @@ log-ratios of `ratios`), `normalise`, `regularisers`. One's own objective is one
 """
 
 from rlstab_jax.objectives import advantages, normalise, ratios, regularisers, truncation, trust, weights
-from rlstab_jax.objectives.advantages import check_rewards
 from rlstab_jax.objectives.config import ObjectiveConfig, build
 from rlstab_jax.objectives.core import (
     Objective,
@@ -52,7 +51,6 @@ __all__ = [
     "advantages",
     "advantages_of",
     "build",
-    "check_rewards",
     "cispo",
     "coefficients",
     "dapo",

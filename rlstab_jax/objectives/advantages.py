@@ -2,27 +2,14 @@
 
 Groups are the responses of one prompt; they may differ in size. Each group's rewards are shifted by its smallest before
 they are averaged, so that equal rewards give an advantage of exactly 0 in any precision. A NaN or infinite reward makes
-its own group NaN or infinite and no other, and the surrogate then gives that group a gradient of exactly 0;
-`check_rewards` refuses it on the host.
+its own group NaN or infinite and no other, and the surrogate then gives that group a gradient of exactly 0; a run
+refuses it before (`tasks.rewards_of`).
 """
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from rlstab_jax.objectives.groups import group_min, group_sum
-from rlstab_jax.types import UserError
-
-
-def check_rewards(rewards: np.ndarray | jax.Array) -> None:
-    """Raises UserError unless every reward is finite. On the host, before the rewards meet a jitted function."""
-    broken = np.flatnonzero(~np.isfinite(np.asarray(rewards, np.float64)))
-    if broken.size:
-        raise UserError(
-            f"rewards: {broken.size} of {np.size(rewards)} are NaN or infinite (first at row {broken[0]}). "
-            "Make the verifier return a finite number for every response, e.g. 0 where it cannot judge."
-        )
 
 
 def group_mean(rewards: Float[Array, "batch"], groups: Int[Array, "batch"]) -> Float[Array, "batch"]:

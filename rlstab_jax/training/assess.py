@@ -24,9 +24,10 @@ from rlstab_jax.rundir import MAY_CHANGE, append, cut_lines, json_line, open_run
 from rlstab_jax.tasks import AnsweredTask, Dataset, DescribedTask, Prompt, encode_prompts
 from rlstab_jax.tasks.dataset import DatasetConfig, numbered
 from rlstab_jax.tasks.records import Layout, Question, read_questions
+from rlstab_jax.training.collect import judge
 from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.diagnose import load_parameters
-from rlstab_jax.training.engines import Engines, build, judge
+from rlstab_jax.training.engines import Engines, build
 from rlstab_jax.training.evaluate import evaluation_sampling
 from rlstab_jax.training.lock import held
 from rlstab_jax.training.pretrained import without_initial

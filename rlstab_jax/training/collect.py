@@ -1,4 +1,4 @@
-"""From prompts to a rollout batch that is worth training on: dynamic sampling, and what becomes of over-long responses.
+"""From responses to a batch that is worth training on: judging, dynamic sampling, what becomes of over-long responses.
 
 Dynamic sampling is DAPO's (2503.14476, section 3.2): a group whose rewards are all equal has no advantage and teaches
 nothing, so that its place is given to another prompt's group, until every place holds one with signal or the attempts
@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from rlstab_jax.parallel.distributed import on_host
-from rlstab_jax.tasks import Prompt, Rewards
+from rlstab_jax.parallel.distributed import exchange, on_host, share, together
+from rlstab_jax.tasks import BatchTask, Dataset, Prompt, Rewards, Task, decode_responses, reward_of, rewards_of
 from rlstab_jax.types import Rollout, row_axis, take_rows
 
 
@@ -49,6 +49,38 @@ class Responses:
             return differ
         kept = ~self.groups(on_host(self.rollout.truncated))
         return differ & (kept & (rewards != rewards.mean(1, keepdims=True))).any(1)
+
+
+def judge(
+    task: Task, prompts: Sequence[Prompt], rollout: Rollout, stop: Sequence[str] = (), *, whole: bool = True
+) -> tuple[list[str], Rewards]:
+    """Texts and rewards of a rollout's responses; rows of one prompt are adjacent. Each process judges its share of
+    them, and all return all. A text ends before the first of the ``stop`` strings.
+
+    Raises UserError for what is no reward, for a tokeniser that fails, and for a verifier that fails too often, unless
+    the rollout is no ``whole`` batch, so that a single prompt may be too many.
+    """
+    tokens, mask, truncated = on_host((rollout.tokens, rollout.response_mask, rollout.truncated))
+    rows, samples = share(len(tokens)), len(tokens) // len(prompts)
+    every = [prompts[row // samples] for row in range(len(tokens))]
+    of_row = every[rows]
+
+    def here() -> tuple[list[str], Rewards]:
+        responses = decode_responses(
+            tokens[rows, rollout.prompt_length :], mask[rows], truncated[rows], task.tokenizer, stop
+        )
+        texts = [text for text, _ in responses]
+        if isinstance(task, BatchTask):
+            return texts, rewards_of(task, of_row, responses)
+        each = [reward_of(task, prompt, *response) for prompt, response in zip(of_row, responses, strict=True)]
+        return texts, Rewards(np.array(each))
+
+    judged = exchange(together(here))
+    rewards = Rewards.joined([rewards for _, rewards in judged])
+    if whole and isinstance(task, Dataset):
+        task.check(rewards, every)
+    rewards = dataclasses.replace(rewards, total=rewards.total.astype(np.float32))
+    return [text for texts, _ in judged for text in texts], rewards
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,8 +27,9 @@ from rlstab_jax.stability.reduce import Statistics, mean_of, merge
 from rlstab_jax.stability.routing import disagreement, flips, margin_statistics, tokens_differ
 from rlstab_jax.tasks import Prompt, encode_prompts
 from rlstab_jax.training import pretrained
+from rlstab_jax.training.collect import judge
 from rlstab_jax.training.config import RunConfig, truncates
-from rlstab_jax.training.engines import Engines, build, initial_params, judge
+from rlstab_jax.training.engines import Engines, build, initial_params
 from rlstab_jax.training.kernel_check import check_kernels
 from rlstab_jax.types import Rollout, UserError, take_rows
 

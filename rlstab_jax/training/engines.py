@@ -19,24 +19,14 @@ from rlstab_jax.learner.update import LearnerNumbers
 from rlstab_jax.models import Transformer, expert_parallel, resolve_kernels
 from rlstab_jax.models.huggingface import parameter_shapes
 from rlstab_jax.models.sharding import logical_axes
-from rlstab_jax.objectives import Objective, advantages, check_rewards, fit
+from rlstab_jax.objectives import Objective, advantages, fit
 from rlstab_jax.objectives import build as build_objective
-from rlstab_jax.parallel.distributed import exchange, on_host, put, share, together
+from rlstab_jax.parallel.distributed import put
 from rlstab_jax.parallel.host_memory import check_offload
 from rlstab_jax.parallel.mesh import make_mesh
 from rlstab_jax.parallel.process import check_devices
 from rlstab_jax.parallel.sharding import INFERENCE, TRAINING, Layout, check_divides, shardings
-from rlstab_jax.tasks import (
-    BatchTask,
-    Dataset,
-    Prompt,
-    Rewards,
-    Task,
-    build_task,
-    decode_responses,
-    reward_of,
-    rewards_of,
-)
+from rlstab_jax.tasks import Task, build_task
 from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.kernel_check import check_kernels
 from rlstab_jax.training.pretrained import load_parameters, longest, matched
@@ -391,35 +381,3 @@ def beginning(engines: Engines, seed: int, say: Callable[[str], None] = print) -
             "(max_position_embeddings)"
         )
     return engines.place(params)
-
-
-def judge(
-    task: Task, prompts: Sequence[Prompt], rollout: Rollout, stop: Sequence[str] = (), *, whole: bool = True
-) -> tuple[list[str], Rewards]:
-    """Texts and rewards of a rollout's responses; rows of one prompt are adjacent. Each process judges its share of
-    them, and all return all. A text ends before the first of the ``stop`` strings.
-
-    Raises UserError for a reward that is no finite number, and for a verifier that fails too often, unless the rollout
-    is no ``whole`` batch, so that a single prompt may be too many.
-    """
-    tokens, mask, truncated = on_host((rollout.tokens, rollout.response_mask, rollout.truncated))
-    rows, samples = share(len(tokens)), len(tokens) // len(prompts)
-    every = [prompts[row // samples] for row in range(len(tokens))]
-    of_row = every[rows]
-    responses = decode_responses(
-        tokens[rows, rollout.prompt_length :], mask[rows], truncated[rows], task.tokenizer, stop
-    )
-
-    def verdicts() -> Rewards:
-        if isinstance(task, BatchTask):
-            return rewards_of(task, of_row, responses)
-        each = [reward_of(task, prompt, *response) for prompt, response in zip(of_row, responses, strict=True)]
-        return Rewards(np.array(each))
-
-    judged = exchange(([text for text, _ in responses], together(verdicts)))
-    rewards = Rewards.joined([rewards for _, rewards in judged])
-    if whole and isinstance(task, Dataset):
-        task.check(rewards, every)
-    rewards = dataclasses.replace(rewards, total=rewards.total.astype(np.float32))
-    check_rewards(rewards.total)
-    return [text for texts, _ in judged for text in texts], rewards

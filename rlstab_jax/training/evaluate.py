@@ -11,8 +11,9 @@ from rlstab_jax.inference import Sampling, StopStrings, prepare, sample_keys, sa
 from rlstab_jax.models import Transformer
 from rlstab_jax.parallel.distributed import on_host
 from rlstab_jax.tasks import Prompt, encode_prompts
+from rlstab_jax.training.collect import judge
 from rlstab_jax.training.config import truncates
-from rlstab_jax.training.engines import Engines, judge
+from rlstab_jax.training.engines import Engines
 from rlstab_jax.types import Rollout, row_axis, take_rows
 
 

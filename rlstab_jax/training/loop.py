@@ -22,8 +22,8 @@ from rlstab_jax.objectives import Objective, advantages_of
 from rlstab_jax.parallel.distributed import on_host
 from rlstab_jax.parallel.sharding import Layout
 from rlstab_jax.tasks import Prompt
-from rlstab_jax.training.collect import Batch, Responses, collect, length_punishment, without_truncated
-from rlstab_jax.training.engines import EnginePair, Engines, judge, row_sharding
+from rlstab_jax.training.collect import Batch, Responses, collect, judge, length_punishment, without_truncated
+from rlstab_jax.training.engines import EnginePair, Engines, row_sharding
 from rlstab_jax.training.measure import decode_statistics, rollout_metrics, rollout_statistics, timed, update_metrics
 from rlstab_jax.training.partial import Unfinished, begin, go_on, lag_statistics
 from rlstab_jax.training.passes import packed, rescore, routes_to_replay, sample_responses, score_live, score_old

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rlstab_jax.parallel import distributed
 from rlstab_jax.parallel.mesh import MeshConfig, make_mesh
 from rlstab_jax.tasks import Prompt, Rewards
-from rlstab_jax.training.engines import judge
+from rlstab_jax.training.collect import judge
 from rlstab_jax.training.interrupt import stop_on_signal
 from rlstab_jax.types import Rollout, UserError
 

@@ -16,8 +16,8 @@ from rlstab_jax.objectives import Objective, piece, recipes
 from rlstab_jax.rundir import read_metrics
 from rlstab_jax.tasks import Failure, Prompt, Rewards
 from rlstab_jax.training import loop
-from rlstab_jax.training.collect import Responses, collect, key_ids, length_punishment, without_truncated
-from rlstab_jax.training.engines import build, judge
+from rlstab_jax.training.collect import Responses, collect, judge, key_ids, length_punishment, without_truncated
+from rlstab_jax.training.engines import build
 from rlstab_jax.training.run import alarms, train
 from rlstab_jax.types import Rollout, UserError
 from tests.training import tiny_run
