@@ -1,4 +1,4 @@
-"""Two minutes on a laptop: a small MoE model learns modular arithmetic by MiniRL, off-policy, from fp8 rollouts.
+"""Some minutes on a laptop: a small MoE model learns modular arithmetic by MiniRL, off-policy, from fp8 rollouts.
 
 N = 4 updates per rollout batch, clipping, R3. The cold start is part of the run.
 """

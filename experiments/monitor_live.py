@@ -1,4 +1,4 @@
-"""What a run listens to by default (`monitor.LIVE`), judged on the runs of the studies: N = 1, 2 and 8, all objectives.
+"""What a run listens to by default (`monitor.LIVE`), judged on the runs of the studies: N from 1 to 8, all objectives.
 
 The study that chose the thresholds of `MonitorConfig` has N = 8 alone. This counts, from the run directories of any
 studies, on how many runs each check speaks, at those thresholds and at LIVE's, and on how many collapses no later than

@@ -79,7 +79,7 @@ def test_the_config_of_a_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_links_and_names() -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
-    used = set(re.findall(r"^(?:rlstab|on_all \"\S*rlstab) ([\w-]+)", README, re.MULTILINE))
+    used = set(re.findall(r"^(?:rlstab|on_all \".*/rlstab) ([\w-]+)", README, re.MULTILINE))
     assert used == set(COMMANDS)
     listed = re.search(r"Recipes that are there: (.*?);", README, re.DOTALL)[1]
     for name in re.findall(r"`(\w+)`", listed):

@@ -8,6 +8,7 @@ dictionaries, as they stand in the JSON file; tables and pictures are made from 
 import contextlib
 import ctypes
 import dataclasses
+import datetime
 import gc
 import importlib.metadata
 import importlib.util
@@ -150,7 +151,7 @@ def _resident() -> dict[str, int]:
 
 
 def environment() -> dict[str, Any]:
-    """The machine and the versions of the libraries that are installed."""
+    """The day, the commit ("+" if the code is not the commit's), the machine, the versions of installed libraries."""
     versions = {}
     for library in LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -161,11 +162,23 @@ def environment() -> dict[str, Any]:
         names = [s for s in Path("/proc/cpuinfo").read_text().splitlines() if s.startswith("model name")]
         processor = names[0].split(":")[1].strip() if names else processor
     return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": _commit(),
         "device": f"{device.platform}: {processor if device.platform == 'cpu' else device.device_kind}",
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": versions,
     }
+
+
+def _commit() -> str:
+    """Of this checkout; "" where it is none."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "diff", "HEAD", "--quiet", "--", "../..", ":!../../*/results"], check=False)
+        return head.stdout.strip() + "+" * changed.returncode
+    return ""
 
 
 def held_to(threads: int, module: str, arguments: Sequence[str], devices: int = 1) -> Any:

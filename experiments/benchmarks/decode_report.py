@@ -132,7 +132,7 @@ ABOUT = """# Decode
 alone. Each number is a median with its quartiles over interleaved repetitions; ratios are paired within a repetition.
 [`decode.py`](../../decode.py) says what each table compares, [`peers.py`](../../peers.py) how the peers get the same
 weights and how they are installed. Peak memory is what a run needs beyond what its process held before, weights
-included in the latter.
+included in the latter. Tables are of the code of their commits: compare within one.
 
 """
 

@@ -48,7 +48,9 @@ class Page:
             repetitions = {len(r["seconds"]) for c in results[name]["cells"] for r in c["contenders"] if "seconds" in r}
             counts = " or ".join(str(n) for n in sorted(repetitions))
             table = markdown(*make(results[name]["cells"]))
-            parts.append(f"## {title}\n\n{table}\n\n{counts} interleaved repetitions. {machine}.")
+            code = f" at {found['commit']}" * bool(found["commit"])
+            measured = f"{counts} interleaved repetitions on {found['date']}{code}"
+            parts.append(f"## {title}\n\n{table}\n\n{measured}. {machine}.")
         return "\n\n".join(parts)
 
     def write(self, folder: Path, results: dict[str, dict[str, Any]]) -> None:

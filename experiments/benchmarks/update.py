@@ -48,7 +48,7 @@ from rlstab_jax.types import Rollout, RoutingReplay, Scores, route_dtype, row_ax
 
 OURS = "rlstab_jax"
 KERNELS = resolve_kernels(Kernels(), "cpu")
-LEARNER = LearnerConfig(learning_rate=1e-4, warmup_steps=0)
+LEARNER = LearnerConfig(learning_rate=1e-4, warmup_steps=0, replay="live", remat="none", unroll=4)
 # Nothing is clipped nor masked, so that the loss is one that every library can be given in a few lines.
 OBJECTIVE = minirl(eps_low=np.inf, eps_high=np.inf, cap=np.inf)
 
@@ -71,7 +71,7 @@ class Load:
     """Parts that the mini-batch is computed in."""
     replay: Literal["live", "r2", "r3"] = "live"
     """Which routes are replayed."""
-    unroll: int = 4
+    unroll: int = LEARNER.unroll
     """Layers written out in each step of the loop over layers."""
     packing: bool = False
     """Whether several sequences may share a row."""
@@ -179,7 +179,7 @@ def program(name: str, load: Load) -> Program:
     """Compiles the update of ``load`` from the benchmark's weights."""
     params = decode.parameters(load.model)
     mesh = make_mesh(MeshConfig(data=load.devices), jax.devices()[: load.devices])
-    model = Transformer(load.model, load.precision, KERNELS, unroll=load.unroll, mesh=mesh)
+    model = Transformer(load.model, load.precision, KERNELS, LEARNER.remat, load.unroll, mesh)
     minibatch = minibatch_of(load, params)
     packing = plan(np.asarray(minibatch.rollout.fed_mask), load.micro_batches, load.devices) if load.packing else None
     minibatch, packing = jax.device_put((minibatch, packing), jax.tree.map(over_rows(mesh), (minibatch, packing)))
@@ -296,6 +296,7 @@ def growth_table(field: str) -> Callable[[Scale, int], list[Cell]]:
         if field in ("tokens", "devices"):
             return dataclasses.replace(base, **{field: size})
         name = {"layers": "num_layers", "experts": "num_experts", "vocabulary": "vocab_size"}[field]
+        base = dataclasses.replace(base, unroll=size) if field == "layers" else base  # all written out, as ever
         return dataclasses.replace(base, model=dataclasses.replace(base.model, **{name: size}))
 
     def table(scale: Scale, threads: int) -> list[Cell]:

@@ -140,7 +140,9 @@ ABOUT = """# Update
 alone. An update is a forward pass, its gradient and a step of Adam. Each number is a median with its quartiles over
 interleaved repetitions; ratios are paired within a repetition. [`update.py`](../../update.py) says what each table
 compares, [`update_peers.py`](../../update_peers.py) how the peers compute the same. Peak memory is what a run needs
-beyond what its process held before; temporary memory is what the compiler plans beside a program's arguments.
+beyond what its process held before; temporary memory is what the compiler plans beside a program's arguments. Nothing
+is recomputed in the backward pass, and all layers are written out. Tables are of the code of their commits: compare
+within one.
 
 """
 SIZES = {

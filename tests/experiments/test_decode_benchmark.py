@@ -14,7 +14,8 @@ from rlstab_jax.models import ModelConfig, Precision
 
 OURS = {"name": "rlstab_jax", "amount": 10, "seconds": [1.0, 2.0, 5.0], "peak_bytes": 3 * 2**20}
 PEER = {"name": "transformers, eager experts", "amount": 20, "seconds": [4.0, 4.0, 40.0], "peak_bytes": None}
-ENVIRONMENT = {"device": "cpu: any", "cores": 2, "python": "3.11", "versions": {"jax": "0.10.2"}}
+ENVIRONMENT = {"date": "2026-11-30", "commit": "abc", "device": "cpu: any", "cores": 2, "python": "3.11"}
+ENVIRONMENT |= {"versions": {"jax": "0.10.2"}}
 
 
 def test_rates_and_paired_ratios() -> None:
@@ -71,7 +72,7 @@ def test_tables_name_the_fastest_peer_and_the_missing_one() -> None:
     assert "| transformers, eager experts (fastest) | 5 [3, 5] | 2.00 [1.50, 3.00] | not measured | 4e-06 |" in text
     assert "| transformers, grouped_mm | 2 [1, 2] | 4.00 [3.00, 6.00] | not measured |  |" in text
     assert "| Tunix sampler | missing | No module named 'tunix' |  |  |" in text
-    assert "3 interleaved repetitions. cpu: any, 2 cores, Python 3.11, jax 0.10.2." in text
+    assert "3 interleaved repetitions on 2026-11-30 at abc. cpu: any, 2 cores, Python 3.11, jax 0.10.2." in text
     assert decode_report.headline(cell | {"contenders": [OURS, missing]}) is None
 
 

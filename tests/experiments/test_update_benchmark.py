@@ -17,7 +17,8 @@ from rlstab_jax.models.transformer import forward, logits_of
 LOAD = update.QUICK.base
 OURS = {"name": "rlstab_jax", "amount": 10, "seconds": [1.0, 2.0, 5.0], "peak_bytes": 3 * 2**20, "temporary": 2**21}
 PEER = {"name": "transformers, eager experts", "amount": 10, "seconds": [2.0, 2.0, 20.0], "peak_bytes": None}
-ENVIRONMENT = {"device": "cpu: any", "cores": 2, "python": "3.11", "versions": {"jax": "0.10.2"}}
+ENVIRONMENT = {"date": "2026-11-30", "commit": "abc", "device": "cpu: any", "cores": 2, "python": "3.11"}
+ENVIRONMENT |= {"versions": {"jax": "0.10.2"}}
 
 
 def test_times_and_the_fastest_peer() -> None:
