@@ -173,10 +173,10 @@ def environment() -> dict[str, Any]:
 
 def _commit() -> str:
     """Of this checkout; "" where it is none."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    git = ["git", "-C", str(Path(__file__).parents[2])]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "diff", "HEAD", "--quiet", "--", "../..", ":!../../*/results"], check=False)
+        changed = subprocess.run([*git, "diff", "HEAD", "--quiet", "--", "rlstab_jax", "experiments", ":!*/results/*"])
         return head.stdout.strip() + "+" * changed.returncode
     return ""
 

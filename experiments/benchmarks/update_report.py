@@ -163,6 +163,7 @@ PAGE = Page(
         "packing": ("Packing, lengths with a long tail", against_first("rows", "a row each")),
         "precision": ("Number formats", against_first("precision", "float32")),
         **{name: (f"As the {name} grow" + "s" * (name == "vocabulary"), growth_rows(of)) for name, of in SIZES.items()},
+        "devices": ("As the devices grow, in a process that has eight", growth_rows(SIZES["devices"])),
         "utilisation": ("Utilisation of a GPU", utilisation_rows),
     },
     panels={
