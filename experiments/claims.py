@@ -55,6 +55,8 @@ class Contrast:
     primary: bool = True
     planned: int = ENOUGH
     """Pairs; a verdict after fewer is one so far."""
+    first_pair: int = 0
+    """Of those that count: what the pairs before have suggested is judged on others."""
 
 
 def _n(number: int, clip: bool, mode: str) -> str:
@@ -220,6 +222,10 @@ LEADS = (
       for what, cell, primary in
       (("clipping alone", (True, "live"), True), ("neither clipping nor replay", (False, "live"), False),
        ("R2", (True, "r2"), False))),
+    *(Contrast("size", f"in the large model {what} (asked after ten pairs had been seen; of the pairs from 30 on)",
+               "scale", "higher", (f"large-{a}",), ("large-n8-clip-live",), first_pair=30)
+      for what, a in (("R3 is better than live routing, N = 8, clip", "n8-clip-r3"),
+                      ("on-policy updates are better than N = 8, clip, live", "n1-live"))),
 )  # fmt: skip
 
 
@@ -302,7 +308,10 @@ _UNITS = {"final": "", "peak": " of the peaks", "speed": " of the mean over the 
 
 def judge(contrast: Contrast, runs: Runs) -> Verdict:
     """Applies the contrast's rule to the pairs that all of its cells have run."""
-    cells = common(runs, contrast.a + contrast.b)
+    names = contrast.a + contrast.b
+    cells = common(
+        {name: [run for run in runs.get(name, ()) if run.pair >= contrast.first_pair] for name in names}, names
+    )
     a, b = cells[: len(contrast.a)], cells[len(contrast.a) :]
     pairs, smallest = len(a[0]), contrast.smallest
     if pairs == 0:

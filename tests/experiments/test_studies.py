@@ -243,6 +243,13 @@ def test_verdicts_of_differences(kind: claims.Kind, difference: float, expected:
     assert verdict(kind, runs) == expected
 
 
+def test_what_some_pairs_have_suggested_is_judged_on_others() -> None:
+    """Better on the first two alone: of the ten after them it is refuted, and of the last nine nothing is known yet."""
+    runs = {"a": cell_of([0.9, 0.9, *FLAT[2:12]]), "b": cell_of(FLAT[:12])}
+    assert verdict("higher", runs, first_pair=2) == claims.REFUTED
+    assert verdict("higher", runs, first_pair=3) == f"{claims.NOT_YET} (9 of 10 pairs)"
+
+
 def test_a_wide_interval_decides_nothing() -> None:
     runs = {"a": cell_of([0.7 + 20 * x for x in NOISE]), "b": cell_of(FLAT)}
     for kind in ("higher", "equivalent", "best"):
