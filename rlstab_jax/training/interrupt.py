@@ -62,12 +62,10 @@ def stop_on_signal() -> Iterator[Stop]:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             return  # schedulers repeat SIGTERM
-        signalled = True
-        stop.reason = stop.reason or signal.Signals(number).name
+        signalled, name = True, signal.Signals(number).name
+        stop.reason = stop.reason or name
         # By the system alone: a signal may come within a print, which does not take another.
-        os.write(
-            2, f"\n{signal.Signals(number).name}: stopping after the step at work; Ctrl-C stops at once\n".encode()
-        )
+        os.write(2, f"\n{name}: stopping after the step at work; Ctrl-C stops at once\n".encode())
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
