@@ -328,7 +328,8 @@ def main(
         found = measure(config, run_of(config, runs), batches)
         add(path, {"pair": pair, "cold_start": config.cold_start.seed, "measured": found})
         print(f"pair {pair} measured")
-    draw(FOLDER)
+    if read(path):
+        draw(FOLDER)
 
 
 if __name__ == "__main__":

@@ -168,7 +168,8 @@ def main(
                 row = measure(config, runs / f"persistence-{cell}-pair{pair:02d}")
                 add(path, {"cell": cell, "pair": pair, "cold_start": config.cold_start.seed, **row})
                 print(f"{cell}, pair {pair}: measured")
-    draw(FOLDER)
+    if read(path):
+        draw(FOLDER)
 
 
 if __name__ == "__main__":
