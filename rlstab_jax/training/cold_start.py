@@ -38,7 +38,7 @@ from rlstab_jax.training.engines import Engines, beginning, initial_params
 from rlstab_jax.training.evaluate import accuracy, plain_sampling
 from rlstab_jax.training.interrupt import Stop
 from rlstab_jax.training.lock import held
-from rlstab_jax.types import Rollout, UserError
+from rlstab_jax.types import Rollout, UserError, one_line
 
 SAVE_EVERY = 300.0
 """Seconds between saves of an unfinished cold start; it is also saved when it is stopped."""
@@ -300,12 +300,18 @@ def demonstrations(engines: Engines, task: DemonstratedTask, prompts: list[Promp
 
 
 def _demonstrated(engines: Engines, task: DemonstratedTask, prompt: Prompt, seed: int) -> list[int]:
-    ids = [*task.tokenizer.encode(task.demonstration(prompt, seed)), task.tokenizer.stop_ids[0]]
+    of = f"the demonstration of prompt {prompt.id} ({prompt.text[:60]!r})"
+    try:
+        ids = [*task.tokenizer.encode(task.demonstration(prompt, seed)), task.tokenizer.stop_ids[0]]
+    except UserError:
+        raise
+    except Exception as error:  # whatever a user's method may raise
+        raise UserError(f"{of} failed: {one_line(error)}") from error
     length = engines.config.rollout.response_length
     if len(ids) > length:
         raise UserError(
-            f"the demonstration of prompt {prompt.id} ({prompt.text[:60]!r}) has {len(ids)} tokens, but "
-            f"rollout.response_length = {length}: raise it, use 0, or leave the record out"
+            f"{of} has {len(ids)} tokens, but rollout.response_length = {length}: raise it, use 0, or leave the "
+            "record out"
         )
     return ids
 

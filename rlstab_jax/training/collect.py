@@ -17,7 +17,17 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from rlstab_jax.parallel.distributed import exchange, on_host, share, together
-from rlstab_jax.tasks import BatchTask, Dataset, Prompt, Rewards, Task, decode_responses, reward_of, rewards_of
+from rlstab_jax.tasks import (
+    BatchTask,
+    Dataset,
+    Prompt,
+    Rewards,
+    Task,
+    decode_responses,
+    encode_prompts,
+    reward_of,
+    rewards_of,
+)
 from rlstab_jax.types import Rollout, row_axis, take_rows
 
 
@@ -81,6 +91,23 @@ def judge(
         task.check(rewards, every)
     rewards = dataclasses.replace(rewards, total=rewards.total.astype(np.float32))
     return [text for texts, _ in judged for text in texts], rewards
+
+
+def try_task(task: Task, prompt_length: int, count: int = 4) -> None:
+    """Encodes a few training prompts and judges their reference answers: what cannot work is said before long work.
+
+    Raises UserError as `judge` does; for a verifier where it fails on all of them.
+    """
+    train = task.split("train")
+    prompts = [train[i] for i in range(min(count, len(train)))]
+    encode_prompts(prompts, task.tokenizer, prompt_length)
+    if not isinstance(task, BatchTask):
+        for prompt in prompts:
+            reward_of(task, prompt, prompt.answer, True)
+        return
+    rewards = rewards_of(task, prompts, [(prompt.answer, True) for prompt in prompts])
+    if isinstance(task, Dataset) and len(prompts) in Counter(failure.reward for failure in rewards.failures).values():
+        task.check(rewards, prompts)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ from rlstab_jax.stability.monitor import Monitor
 from rlstab_jax.tasks import DescribedTask, prompt_iterator
 from rlstab_jax.training.checkpoint import Checkpoints
 from rlstab_jax.training.cold_start import cold_start
+from rlstab_jax.training.collect import try_task
 from rlstab_jax.training.config import RunConfig, defaults, may_change
 from rlstab_jax.training.engines import Engines, build, initial_params
 from rlstab_jax.training.evaluate import evaluate
@@ -98,6 +99,7 @@ def train(
         raise UserError("the task has no prompts to train on: give task.train")
     if isinstance(engines.task, DescribedTask):  # each process reads its own files
         agree_on({f"the task's {name}": value for name, value in engines.task.description.items()})
+    together(lambda: try_task(engines.task, engines.config.rollout.prompt_length))
     with held(home_of(str(out)).path):
         home, run = open_home(engines, config, str(out), fresh, say)
         begin()

@@ -292,6 +292,11 @@ def test_what_cannot_be(tmp_path: Path) -> None:
     short = dataclasses.replace(config(), rollout=dataclasses.replace(config().rollout, response_length=1))
     with pytest.raises(UserError, match=r"has 2 tokens, but rollout.response_length = 1: raise it, use 0, or"):
         cold_start(build(short), tmp_path)
+    of = engines()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(of.task, "demonstration", lambda prompt, seed: {}[prompt.text])
+        with pytest.raises(UserError, match=r"the demonstration of prompt \d+ \(.*\) failed: KeyError"):
+            demonstrations(of, of.task, [of.task.split("train")[0]], seed=1)
     assert not any(tmp_path.iterdir())
 
 

@@ -14,9 +14,17 @@ from rlstab_jax.inference.sampler import sample_batch
 from rlstab_jax.learner import score
 from rlstab_jax.objectives import Objective, piece, recipes
 from rlstab_jax.rundir import read_metrics
-from rlstab_jax.tasks import Failure, Prompt, Rewards
+from rlstab_jax.tasks import Arithmetic, ArithmeticConfig, DatasetConfig, Failure, Prompt, Reward, Rewards
 from rlstab_jax.training import loop
-from rlstab_jax.training.collect import Responses, collect, judge, key_ids, length_punishment, without_truncated
+from rlstab_jax.training.collect import (
+    Responses,
+    collect,
+    judge,
+    key_ids,
+    length_punishment,
+    try_task,
+    without_truncated,
+)
 from rlstab_jax.training.engines import build
 from rlstab_jax.training.run import alarms, train
 from rlstab_jax.types import Rollout, UserError
@@ -266,3 +274,33 @@ def test_bad_options_of_collecting(changes: dict[str, Any], message: str) -> Non
     with pytest.raises(UserError) as error:
         build(configured(rollout=changes))
     assert message in str(error.value)
+
+
+def broken(prompt: Prompt, response: str) -> float:
+    raise KeyError(response)
+
+
+def picky(prompt: Prompt, response: str) -> float:
+    return 1.0 if prompt.answer == "2" else broken(prompt, response)
+
+
+def test_a_task_is_tried_before_long_work(tmp_path: Path):
+    """A reward that raises is named; a verifier may fail on some prompts, as it may in a run, but not on all."""
+
+    class Own(Arithmetic):
+        def reward(self, prompt: Prompt, response: str, *, stopped: bool = True) -> float:
+            return broken(prompt, response)
+
+    try_task(Arithmetic(ArithmeticConfig()), 32)
+    with pytest.raises(UserError, match=r"Own.reward failed on the response '.*' to prompt .*: KeyError"):
+        try_task(Own(ArithmeticConfig()), 32)
+    with pytest.raises(UserError, match="expected 1 to 1: raise the prompt length"):
+        try_task(Arithmetic(ArithmeticConfig()), 1)
+
+    (tmp_path / "data.jsonl").write_text("".join(f'{{"prompt": "1+{i}=", "answer": "{i + 1}"}}\n' for i in range(4)))
+    data = DatasetConfig((str(tmp_path / "data.jsonl"),), alphabet="0123456789+=", heldout_share=0.0)
+    try_task(dataclasses.replace(data, rewards=(Reward("picky", picky),)).build(), 8)
+    failing = dataclasses.replace(data, rewards=(Reward("broken", broken),))
+    with pytest.raises(UserError, match="reward 'broken': its verifier failed on 4 of 4 responses, more than"):
+        try_task(failing.build(), 8)
+    try_task(dataclasses.replace(failing, max_verifier_failures=1.0).build(), 8)
