@@ -3,7 +3,7 @@
 Plain: demonstrations with a fifth of the steps wrong, stopped at 0.23. Strong: with a tenth, stopped at 0.4. Noisy: a
 fifth wrong and not carried on, so that a mistake looks like a slip, stopped at 0.12. Twice the usual horizon.
 
-Then for four times the horizon where a fifth of the prompts cannot be answered, so that no policy exceeds .82: plain
+Then for four times the horizon where a fifth of the prompts cannot be answered, so that no policy can exceed .85: plain
 and strong as before, and slips, a twentieth of the steps wrong and not carried on, as accurate as plain.
 
     python -m experiments.cold_start --seeds 10 [--hours 2] [--plan] [--draw]

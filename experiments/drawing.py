@@ -37,10 +37,10 @@ def draw(study: Study, runs: Runs, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name, rows in tables(study, runs).items():
         write_csv(out / name, rows)
-    (out / "README.md").write_text(page(study, runs))
     panels(study, runs, out / "curves.png")
     if study.picture is not None:
         study.picture(runs, out)
+    (out / "README.md").write_text(page(study, runs, sorted(path.name for path in out.glob("*.png"))))
     print(f"{study.name}: {sum(map(len, runs.values()))} runs drawn in {out}")
 
 
@@ -65,8 +65,8 @@ def cell_table(study: Study, runs: Runs) -> list[dict[str, Any]]:
     return rows
 
 
-def page(study: Study, runs: Runs) -> str:
-    """The study's page: how its cells ended, and which have not been run."""
+def page(study: Study, runs: Runs, pictures: Sequence[str]) -> str:
+    """The study's page: how its cells ended, and which have not been run; ``pictures`` are files beside it."""
     parts = ("final", "final_low", "final_high", "collapsed", "degraded", "runs", "pairs")
     lines = ["| cell | final accuracy | 95% interval | collapsed | degraded | of runs | pairs |", "|" + " --- |" * 7]
     for row in cell_table(study, runs):
@@ -81,7 +81,8 @@ def page(study: Study, runs: Runs) -> str:
         "on [the page of all studies](../README.md).\n\n"
         + "\n".join(lines)
         + (f"\n\nNot yet run: {', '.join(none)}." if none else "")
-        + "\n\n![accuracy and collapses over gradient steps](curves.png)\n"
+        + "".join(f"\n\n![{Path(name).stem.replace('_', ' ')}]({name})" for name in pictures)
+        + "\n"
     )
 
 
@@ -227,6 +228,7 @@ def by_level(lines: Mapping[str, Mapping[float, str]], runs: Runs, label: str, p
             style |= {"markersize": 4, "linewidth": 1.1, "capsize": 2, "label": name}
             for ax, measured in ((left, _final), (right, collapsed)):
                 mean, low, high = np.array([measured(at) if at else (math.nan,) * 3 for at in done]).T
+                low, high = (np.where([len(at) >= SHOWN for at in done], end, mean) for end in (low, high))
                 ax.errorbar(place, mean, np.maximum(0, [mean - low, high - mean]), **style)
         left.set_ylabel("final held-out accuracy", fontsize=8)
         right.set_ylabel("share of runs that collapsed", fontsize=8)

@@ -178,6 +178,7 @@ def picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     grid[1, 0].set_ylabel("distance from the exact gradient,\nrelative to its length (95% interval)", fontsize=8)
     for ax in grid[:, 0]:
         ax.legend(fontsize=7, frameon=False)
+    figure.suptitle("Choices of engines at fixed weights, beside equal engines", fontsize=9)
     figure.savefig(path)
     plt.close(figure)
 

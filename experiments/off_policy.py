@@ -72,7 +72,12 @@ def picture(runs: Mapping[str, list[Run]], out: Path) -> None:
         for clip in (True, False)
         for mode, (label, _) in REPLAYS.items()
     }
-    drawing.by_level(lines, runs, "N, updates per rollout batch", out / "by_updates.png")
+    drawing.by_level(
+        lines,
+        runs,
+        "N, updates per rollout batch\n(at 1 clipping changes nothing, and R2 is live routing)",
+        out / "by_updates.png",
+    )
 
 
 STUDY = Study(

@@ -5,11 +5,12 @@ processor has trained is another one. So means over unequal pairs differ where m
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from experiments.study import CONFIRMATORY, Run
 
 Runs = Mapping[str, Sequence[Run]]
+Place = tuple[int, int]
 TEN = CONFIRMATORY.cold_starts  # pairs from one of which to the next each cold start comes once
 
 
@@ -20,13 +21,18 @@ class Block:
     runs: dict[str, list[Run]]
     """Of each cell."""
     pairs: str
-    """Their pairs, from the first to the last one, 0–9; with a letter where blocks of these pairs began differently."""
+    """Their pairs, as `span` says them; with a letter where blocks of the same pairs began differently."""
 
 
 def span(runs: Sequence[Run]) -> str:
-    """The pairs of some runs, from the first to the last one."""
-    pairs = [run.pair for run in runs]
-    return f"{min(pairs)}–{max(pairs)}"
+    """The pairs of some runs: 0–9, 20–29."""
+    ranges: list[list[int]] = []
+    for pair in sorted({run.pair for run in runs}):
+        if ranges and pair == ranges[-1][1] + 1:
+            ranges[-1][1] = pair
+        else:
+            ranges.append([pair, pair])
+    return ", ".join(f"{low}–{high}" if low < high else f"{low}" for low, high in ranges)
 
 
 def common(runs: Runs, cells: Sequence[str]) -> list[list[Run]]:
@@ -45,52 +51,71 @@ def tens(runs: Sequence[Run]) -> list[list[Run]]:
 def blocks(runs: Runs) -> list[Block]:
     """Cells that may be compared by eye, ten pairs at a time: all that stands in a block is of the same pairs.
 
-    Where a ten began from several sets of cold starts, each set is a block. Where its cells have run unequal pairs, it
-    is of those that make the most runs; cells without them are left out, and other runs. Tens of the same cells are
-    joined; one is left out if another block has all of its cells and more.
+    Where cells have run unequal pairs, or from unequal cold starts, those that make the most runs are a block, and what
+    is left is divided likewise. Tens of the same cells are joined. A block whose cells all stand in another one, beside
+    more, is left out, unless it has whole tens of several cells, or a run that collapsed: nobody is to miss a collapse
+    because its run has few beside it.
     """
     joined: dict[frozenset[str], dict[str, list[Run]]] = {}
-    for block in map(_of_equal_pairs, _by_start(runs)):
-        before = joined.get(frozenset(block), {})
-        joined[frozenset(block)] = {name: before.get(name, []) + ten for name, ten in block.items()}
-    largest = [block for cells, block in joined.items() if not any(cells < others for others in joined)]
+    for part in (part for ten in _by_ten(runs) for part in _of_equal_pairs(_places(ten))):
+        before = joined.get(cells := frozenset(part), {})
+        joined[cells] = {name: before.get(name, []) + done for name, done in part.items()}
+    largest = [
+        block
+        for cells, block in joined.items()
+        if not any(cells < others for others in joined)
+        or (len(cells) > 1 and len(_all(block)) >= TEN * len(cells))
+        or any(run.collapsed for run in _all(block))
+    ]
     largest.sort(key=lambda block: min(run.pair for run in _all(block)))
     pairs = [span(_all(block)) for block in largest]
     letters = [f" {chr(ord('A') + pairs[:i].count(of))}" if pairs.count(of) > 1 else "" for i, of in enumerate(pairs)]
     return [Block(block, of + letter) for block, of, letter in zip(largest, pairs, letters, strict=True)]
 
 
-def _of_equal_pairs(block: Mapping[str, Sequence[Run]]) -> dict[str, list[Run]]:
-    """The largest part of a block of which each cell has all pairs: by runs, then by cells."""
-    pairs = {name: {run.pair for run in done} for name, done in block.items()}
+def _by_ten(runs: Runs) -> list[dict[str, list[Run]]]:
+    """The cells that have run in each ten."""
+    found: dict[int, dict[str, list[Run]]] = {}
+    for name, done in runs.items():
+        for ten in tens(done):
+            found.setdefault(ten[0].pair // TEN, {})[name] = ten
+    return [found[ten] for ten in sorted(found)]
 
-    def having(wanted: set[int]) -> list[str]:
-        return [name for name, there in pairs.items() if wanted <= there]
 
-    kept = max(pairs.values(), key=lambda wanted: (len(wanted) * len(having(wanted)), len(having(wanted))))
-    return {name: [run for run in block[name] if run.pair in kept] for name in having(kept)}
+def _places(ten: Mapping[str, Sequence[Run]]) -> dict[str, dict[Place, Run]]:
+    """The runs of each cell by their pair, and by the number of its cold start where equal ones began unequally."""
+    seen: dict[tuple[int, str], list[float]] = {}
+    placed: dict[str, dict[Place, Run]] = {}
+    for name, done in ten.items():
+        for run in done:
+            determined, accuracy = run.start
+            starts = seen.setdefault((run.pair, determined), [])
+            if accuracy not in starts:
+                starts.append(accuracy)
+            placed.setdefault(name, {})[run.pair, starts.index(accuracy)] = run
+    return placed
+
+
+def _of_equal_pairs(block: Mapping[str, Mapping[Place, Run]]) -> Iterator[dict[str, list[Run]]]:
+    """Divides a ten into parts of which each cell has all places, the largest one first: by runs, then by cells."""
+    if not block:
+        return
+
+    def having(wanted: set[Place]) -> list[str]:
+        return [name for name, there in block.items() if wanted <= there.keys()]
+
+    kept = max(map(set, block.values()), key=lambda wanted: (len(wanted) * len(having(wanted)), len(having(wanted))))
+    cells = having(kept)
+    yield {name: [run for place, run in block[name].items() if place in kept] for name in cells}
+    rest = {
+        name: {place: run for place, run in there.items() if name not in cells or place not in kept}
+        for name, there in block.items()
+    }
+    yield from _of_equal_pairs({name: there for name, there in rest.items() if there})
 
 
 def _all(block: Mapping[str, Sequence[Run]]) -> list[Run]:
     return [run for done in block.values() for run in done]
-
-
-def _by_start(runs: Runs) -> list[dict[str, list[Run]]]:
-    """Tens of cells, together where they are of the same pairs from the same cold starts."""
-    found: list[dict[str, list[Run]]] = []
-    for name, done in runs.items():
-        for ten in tens(done):
-            block = next((block for block in found if all(_side_by_side(ten, other) for other in block.values())), None)
-            if block is None:
-                found.append(block := {})
-            block[name] = ten
-    return found
-
-
-def _side_by_side(a: Sequence[Run], b: Sequence[Run]) -> bool:
-    starts = {run.pair: run.start for run in b}
-    same_ten = a[0].pair // TEN == b[0].pair // TEN
-    return same_ten and all(_one_start({run.start, starts[run.pair]}) for run in a if run.pair in starts)
 
 
 def _one_start(starts: set[tuple[str, float]]) -> bool:

@@ -128,8 +128,14 @@ def picture(rows: Sequence[dict[str, Any]], path: Path) -> None:
         style: dict[str, Any] = {"color": drawing.COLOURS[i % 7], "linestyle": drawing.STYLES[i % 7], "linewidth": 1.2}
         for j, row in enumerate(row for row in rows if row["cell"] == cell):
             lags = EVERY * np.arange(len(row["autocorrelation"]))
-            ax.plot(lags, np.array(row["autocorrelation"], float), label=None if j else cell, **style)
+            ax.plot(
+                lags,
+                np.array(row["autocorrelation"], float),
+                label=None if j else on_policy.STUDY.cell(cell).label,
+                **style,
+            )
     ax.axhline(0, color="0.6", linewidth=0.8)
+    ax.set_title("How long the gap of a token lasts, by rollouts; a line is a run", fontsize=9, loc="left")
     ax.set_xlabel("lag, gradient steps", fontsize=8)
     ax.set_ylabel("correlation of log mu - log pi with itself", fontsize=8)
     ax.legend(fontsize=7, frameon=False)

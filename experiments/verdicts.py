@@ -38,6 +38,7 @@ from experiments.claims import (
     CAUSES,
     DESCRIBED,
     ENOUGH,
+    EVERY,
     LATER,
     LEADS,
     NOT_YET,
@@ -52,7 +53,7 @@ from experiments.claims import (
     judge,
     verdicts,
 )
-from experiments.pairing import common
+from experiments.pairing import Runs, common
 from experiments.setting import LEARNING_RATE, RATES
 from experiments.study import RESULTS, Run, key_of, read, read_records, runs_of
 
@@ -82,7 +83,9 @@ def page(results: Path) -> str:
         "[`PROTOCOL.md`](../PROTOCOL.md) has the rules, fixed before the runs; what has been added or corrected since "
         "is dated at its end.",
         f'A verdict is "{REPRODUCED}", "{UNDECIDED}" or "{REFUTED}", and needs {ENOUGH} pairs of a cold start and a '
-        f'seed; before that it is "{NOT_YET}". Differences are of held-out accuracy, paired, with 95% intervals of a '
+        f'seed; before that it is "{NOT_YET}". It rests on the first {ENOUGH} of them, or {2 * ENOUGH} where so many '
+        "were planned; where other studies have brought more, the figures of all stand beside it. Differences are of "
+        "held-out accuracy, paired, with 95% intervals of a "
         f'hierarchical bootstrap; counts have exact intervals. A difference is "{REFUTED}" where its interval is below '
         f"{SMALLEST:g}, the smallest effect of interest, even if it is above 0; a collapse where fewer than half of "
         "the runs do, by its interval. An equivalence is refuted where the difference is beyond that margin and not 0, "
@@ -90,24 +93,28 @@ def page(results: Path) -> str:
         "within a study's primary contrasts, and within its secondary ones; to reproduce an equivalence or to refute a "
         "difference takes an interval alone.",
         "## The paper's own claims",
-        _table(PAPER, judged),
+        _table(PAPER, judged, runs),
         _discrepancies(runs["on_policy"]),
         "Claim (m): the ablated gradients are neither equal to nor linearly correlated with the true one. Enumerated: "
         + enumerated(results),
         "In training, by large samples of the runs of MiniRL on-policy (`python -m experiments.gradients`):",
         _gradients(results),
+        "Of (c) and (m) training can say little about lengths: this task's answers are as long as their prompts ask, "
+        "so that 1/|y| weighs prompts, and never one response to a prompt against another. Where the lengths of a "
+        "prompt's responses differ, the enumeration alone has tested it.",
         "## What replay does, and routes that are merely held fixed",
         "The paper's account of replay's benefit: a restored first-order approximation. If so, routes that are merely "
         "held fixed do not do, and a router that stands still does not either. The first line is that benefit itself: "
         "without it, the other ones say what wrong routes cost.",
-        _table(CAUSES, judged),
+        _table(CAUSES, judged, runs),
         "And the gradients themselves: how much of Eq. 2's gradient the token-level one holds, as its projection on it "
         "(1: all, 0: nothing; 95% intervals), at the weights that sampled and seven updates later, at the cold start "
-        "and at the end of on-policy runs ([more](gradients/gradients.csv)). Products and lengths are estimated by "
+        "and at the end of on-policy runs, of the pairs that have them all ([more](gradients/gradients.csv), of all "
+        "pairs). Products and lengths are estimated by "
         "halves of the samples, so that noise may put a cosine or a projection beyond 1. No verdict.",
         _projections(results),
         "## Claims of later work",
-        _table(LATER, judged),
+        _table(LATER, judged, runs),
         "## Where the claims on staleness could bite",
         "At the common rate no cell without clipping collapses. What was turned up in search of a regime where "
         "training without clipping and replay does, and on-policy training does not, on tuning seeds: no evidence "
@@ -116,7 +123,7 @@ def page(results: Path) -> str:
         _searched(records),
         "An earlier look saw N = 8 collapse at 2e-3 without clipping and replay, and recover the on-policy level with "
         "both at 1.5e-3, from one cold start. The same on fresh seeds and ten cold starts:",
-        _table(LEADS, judged),
+        _table(LEADS, judged, runs),
         "## By model size and length of responses",
         "The main contrasts in final accuracy, with 95% intervals and the runs that collapsed, where ten pairs have "
         "run (`python -m experiments.scale`, [pictures](scale/curves.png)): small is d 32 with 8 experts, large is 4 "
@@ -127,7 +134,8 @@ def page(results: Path) -> str:
         "Final accuracy (95% interval) and collapses of the main methods on confirmatory seeds, where there are "
         f"{ENOUGH} pairs or more; only lines of the same pairs may be compared. {LEARNING_RATE:g} is the common rate; "
         "*: the method's best rate in tuning, where all four have three equal tuning pairs; ^: at most a tenth of its "
-        "runs collapsed, and more at the next higher rate ([more](rates/rates.csv), [picture](rates/by_rate.png)). No "
+        "runs collapsed, and more at the next higher rate. What is empty has not been run, so that a method without ^ "
+        "may last at higher rates than are here ([more](rates/rates.csv), [picture](rates/by_rate.png)). No "
         "verdict.",
         _rows(("method", "pairs", *(f"{rate:g}" for rate in RATES)), rates.lines(records)),
         "## Whether the gap's persistence, rather than its size, makes IS matter",
@@ -154,13 +162,31 @@ def page(results: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _table(contrasts: Sequence[Contrast], judged: Sequence[tuple[Verdict, float, str]]) -> str:
+def _table(
+    contrasts: Sequence[Contrast], judged: Sequence[tuple[Verdict, float, str]], runs: Mapping[str, Runs]
+) -> str:
     rows = [
-        (c.claim, c.says, c.study, v.figures, str(v.pairs), "" if math.isnan(p) else f"{p:.2g}", words)
+        (
+            c.claim,
+            c.says,
+            c.study,
+            v.figures,
+            str(v.pairs),
+            "" if math.isnan(p) else f"{p:.2g}",
+            words,
+            _of_all(v, runs),
+        )
         for v, p, words in judged
         if (c := v.contrast) in contrasts
     ]
-    return _rows(("claim", "as tested", "study", "figures", "pairs", "p", "verdict"), rows)
+    return _rows(("claim", "as tested", "study", "figures", "pairs", "p", "verdict", "of all pairs"), rows)
+
+
+def _of_all(judged: Verdict, runs: Mapping[str, Runs]) -> str:
+    """The figures of all pairs, and their number, where there are more than are judged."""
+    contrast = judged.contrast
+    every = judge(dataclasses.replace(contrast, planned=EVERY), runs[contrast.study])
+    return f"{every.figures}, {every.pairs} pairs" if every.pairs > judged.pairs else ""
 
 
 def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -284,7 +310,11 @@ def _projections(results: Path) -> str:
         "initial": "R3, the cold start's routes",
         "clipped": "live routes, clipping and truncation",
     }
-    rows = gradients.table(read(results / "gradients" / gradients.FILE))
+    measured = read(results / "gradients" / gradients.FILE)
+    # Of the same pairs: cold starts differ by more than routes do.
+    rows = gradients.table(
+        [pair for pair in measured if all(kinds.keys() <= set(row["names"]) for row in pair["measured"])]
+    )
     places = list(dict.fromkeys((row["point"], row["updates"]) for row in rows))
     of = {(row["point"], row["updates"], row["gradient"]): row for row in rows}
 

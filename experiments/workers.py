@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.provenance import commit, processor
 from rlstab_jax.parallel.process import prepare_jax
 from rlstab_jax.rundir import read_manifest, read_metrics
 from rlstab_jax.training.config import RunConfig
@@ -111,7 +112,9 @@ def do(job: Job, runs: Path, deadline: float = math.inf) -> Row | None:
         "key": job.key,
         "config": dict(job.differences),
         "versions": versions,
+        "commit": commit(),
         "device": manifest["devices"]["kind"],
+        "processor": processor(),
         "seconds": round(time.perf_counter() - begun, 1) if whole else math.nan,
         "cpu_seconds": round(time.process_time() - begun_cpu, 1) if whole else math.nan,
         "broken": first_broken(metrics),

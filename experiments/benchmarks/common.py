@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from experiments.provenance import commit, processor
 from rlstab_jax.types import UserError
 
 LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers", "google-tunix")
@@ -157,28 +158,14 @@ def environment() -> dict[str, Any]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[library] = importlib.metadata.version(library)
     device = jax.local_devices()[0]
-    processor = platform.processor()
-    if sys.platform == "linux":
-        names = [s for s in Path("/proc/cpuinfo").read_text().splitlines() if s.startswith("model name")]
-        processor = names[0].split(":")[1].strip() if names else processor
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": _commit(),
-        "device": f"{device.platform}: {processor if device.platform == 'cpu' else device.device_kind}",
+        "commit": commit(),
+        "device": f"{device.platform}: {processor() if device.platform == 'cpu' else device.device_kind}",
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": versions,
     }
-
-
-def _commit() -> str:
-    """Of this checkout; "" where it is none."""
-    git = ["git", "-C", str(Path(__file__).parents[2])]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "diff", "HEAD", "--quiet", "--", "rlstab_jax", "experiments", ":!*/results/*"])
-        return head.stdout.strip() + "+" * changed.returncode
-    return ""
 
 
 def held_to(threads: int, module: str, arguments: Sequence[str], devices: int = 1) -> Any:

@@ -52,6 +52,21 @@ def test_a_block_is_of_the_pairs_that_make_the_most_runs() -> None:
     assert shown(a=of(*FIRST), b=of(0, 1, 2, 3, 4, 5), c=of(0, 1, 2, 3, 4, 5, 6)) == [
         ("0–5", {name: list(range(6)) for name in "abc"})
     ]
-    first = list(FIRST)
-    assert shown(a=of(*FIRST), b=of(*FIRST), c=of(0, 1, 2), d=of(7, 8, 9)) == [("0–9", {"a": first, "b": first})]
-    assert shown(a=of(0, 1), b=of(0)) == [("0–0", {"a": [0], "b": [0]})]  # of equally many runs, more cells
+    assert shown(a=of(0, 1), b=of(0)) == [("0", {"a": [0], "b": [0]})]  # of equally many runs, more cells
+
+
+def test_what_is_left_of_a_ten_is_drawn_if_nothing_else_shows_its_cells_or_its_collapse() -> None:
+    first, second = list(FIRST), list(SECOND)
+    pair = {"a": first, "b": first}
+    assert shown(a=of(*FIRST), b=of(*FIRST), c=of(0, 2), d=of(8, 9)) == [
+        ("0–9", pair),
+        ("0, 2", {"c": [0, 2]}),
+        ("8–9", {"d": [8, 9]}),
+    ]
+    collapsed = [replace(made_up(0.7, 11, collapsed=True), start=("of 11", 0.25))]
+    assert shown(a=[*of(*FIRST), *collapsed], b=of(*FIRST)) == [("0–9", pair), ("11", {"a": [11]})]
+    # Whole tens of several cells, though others have these and more.
+    assert shown(a=of(*FIRST, *SECOND), b=of(*FIRST, *SECOND), c=of(*FIRST)) == [
+        ("0–9", {**pair, "c": first}),
+        ("10–19", {"a": second, "b": second}),
+    ]

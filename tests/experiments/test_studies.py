@@ -250,6 +250,14 @@ def test_what_some_pairs_have_suggested_is_judged_on_others() -> None:
     assert verdict("higher", runs, first_pair=3) == f"{claims.NOT_YET} (9 of 10 pairs)"
 
 
+def test_a_verdict_rests_on_the_planned_pairs() -> None:
+    """Ten more, which another study brought, would make these equivalent."""
+    worse, equal = [x - 0.06 for x in FLAT[:10]], [x + 0.05 for x in FLAT[:10]]
+    runs = {"a": cell_of(worse + equal), "b": cell_of([0.7] * 20)}
+    assert verdict("equivalent", runs) == claims.REFUTED
+    assert not verdict("equivalent", runs, planned=20).startswith(claims.REFUTED)
+
+
 def test_a_wide_interval_decides_nothing() -> None:
     runs = {"a": cell_of([0.7 + 20 * x for x in NOISE]), "b": cell_of(FLAT)}
     for kind in ("higher", "equivalent", "best"):
@@ -266,7 +274,7 @@ def test_a_wide_interval_decides_nothing() -> None:
     ],
 )
 def test_verdicts_of_collapses(a: int, b: int, expected: str) -> None:
-    assert verdict("collapses", {"a": cell_of(FLAT, a), "b": cell_of(FLAT, b)}) == expected
+    assert verdict("collapses", {"a": cell_of(FLAT, a), "b": cell_of(FLAT, b)}, planned=12) == expected
 
 
 def test_verdicts_of_trends_and_amplification() -> None:
