@@ -1,6 +1,7 @@
 """Checks of a config: its fields are of their declared types, its numbers inside ranges that a table gives."""
 
 import dataclasses
+import inspect
 import numbers
 import types
 from collections.abc import Mapping
@@ -41,6 +42,13 @@ def check_fields(config: Any, where: str = "") -> None:
     dataclass where one is declared. The command line's parser holds to the types; a config file may say anything.
     """
     hints = get_type_hints(type(config))
+    named = {field.name for field in dataclasses.fields(config)}
+    for cls in type(config).__mro__:
+        if "__dataclass_fields__" not in vars(cls) and (lost := sorted(inspect.get_annotations(cls).keys() - named)):
+            raise UserError(
+                f"{cls.__name__}.{lost[0]} is no field of {_path(where, 'the config')}, and would be read by nobody: "
+                f"write @dataclasses.dataclass(frozen=True) above the class {cls.__name__}"
+            )
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), _path(where, field.name)
         if not _fits(value, hints[field.name]):

@@ -60,6 +60,9 @@ class TrainOptions:
     """--no-resume refuses a directory that holds a run already."""
     fresh: bool = False
     """Begin anew; a run that is there is kept under another name."""
+    accept_code: bool = False
+    """Go on though a loss, reward or task of your own has another code than the run was begun with, e.g. a mended one;
+    its manifest keeps both checksums."""
     profile: int | None = None
     """Global step of which to leave a profiler trace in OUT/profile."""
     compilation_cache: Path | None = Path.home() / ".cache" / "rlstab_jax" / "xla"
@@ -195,7 +198,7 @@ def parse(
     parsed = tyro.cli(
         Arguments,
         args=list(arguments[1:]),
-        prog=f"{usage} {path}",
+        prog=f"{usage} [CONFIG]" if command in CHECKPOINT_FIRST and str(path) == "CONFIG" else f"{usage} {path}",
         description=f"Fields and defaults are those of {'RunConfig' if str(path) == 'CONFIG' else path}.",
         config=(tyro.conf.AvoidSubcommands,),
     )
@@ -209,6 +212,8 @@ def train_command(arguments: Sequence[str], begin: Any) -> int:
     path, options, config = parse("train", arguments)
     if options.steps is not None:
         config = dataclasses.replace(config, gradient_steps=options.steps)
+    if options.out == "":
+        raise UserError("--out is empty: give a directory, or leave it out")
     out = options.out or f"runs/{path.stem}-seed{config.seed}"
     home = home_of(out)
     if not options.resume and not options.fresh and home.begun:
@@ -218,7 +223,8 @@ def train_command(arguments: Sequence[str], begin: Any) -> int:
         distributed.agree_on(facts(config, out=out, fresh=options.fresh))
     with progress(config.gradient_steps) if distributed.first() else silence() as (say, watch):
         say(f"run: {out}")
-        stopped = train(config, out, fresh=options.fresh, profile=options.profile, say=say, watch=watch, begin=begin)
+        how: dict[str, Any] = {name: getattr(options, name) for name in ("fresh", "accept_code", "profile")}
+        stopped = train(config, out, **how, say=say, watch=watch, begin=begin)
     if stopped:
         return STOPPED[stopped]
     if distributed.first():

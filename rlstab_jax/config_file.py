@@ -5,11 +5,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rlstab_jax.types import UserError
+from rlstab_jax.types import UserError, one_line
 
 
 def load_config(path: Path) -> Any:
     """The `RunConfig` that a config file's ``config()`` returns. Raises UserError that names the file."""
+    from rlstab_jax.own_code import place
     from rlstab_jax.training.config import RunConfig
 
     if not path.is_file():
@@ -26,7 +27,7 @@ def load_config(path: Path) -> Any:
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        raise UserError(f"{path}: the config does not run: {type(error).__name__}: {error}") from error
+        raise UserError(f"{path}: the config does not run{place(error)}: {one_line(error)}") from error
     if not callable(getattr(module, "config", None)):
         raise UserError(f"{path}: expected a function config() that returns a RunConfig")
     try:
@@ -34,7 +35,7 @@ def load_config(path: Path) -> Any:
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        raise UserError(f"{path}: config() failed: {type(error).__name__}: {error}") from error
+        raise UserError(f"{path}: config() failed{place(error)}: {one_line(error)}") from error
     if not isinstance(config, RunConfig):
         raise UserError(f"{path}: config() returned {type(config).__name__}, expected a RunConfig")
     return config

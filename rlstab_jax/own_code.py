@@ -4,8 +4,11 @@ import dataclasses
 import functools
 import inspect
 import sys
+import sysconfig
+import traceback
 import zlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -114,7 +117,7 @@ class _Source:
         try:
             self._line(_name(function), inspect.getsource(function.__code__))  # of the code, not of what it wraps
         except (OSError, TypeError):  # it was typed into an interpreter, or made by a program
-            self._line(_name(function), function.__code__.co_code.hex())
+            self._line(_name(function), _compiled(function.__code__))
         self.add("defaults", [function.__defaults__, function.__kwdefaults__])
         for name, mentioned in sorted(_mentioned(function).items()):
             self.add(name, mentioned)
@@ -129,6 +132,12 @@ class _Source:
                 self.add(name, member)
         for base in cls.__bases__:
             self.add("base", base)
+
+
+def _compiled(code: CodeType) -> str:
+    """What a function without a source does: its instructions, and the constants and names that they speak of."""
+    constants = [_compiled(one) if isinstance(one, CodeType) else repr(one) for one in code.co_consts]
+    return f"{code.co_code.hex()} {constants} {code.co_names}"
 
 
 def _array(value: Any) -> str:
@@ -173,6 +182,16 @@ def _is_own_module(module: ModuleType | None, name: str = "") -> bool:
     root = (name or (module.__name__ if module else "")).partition(".")[0]
     file = getattr(module, "__file__", None) or ""
     return root not in (__package__, *(sys.stdlib_module_names - {"__main__"})) and "-packages" not in file
+
+
+def place(error: BaseException) -> str:
+    """Where a user's own code was at last when it failed, for a message: " (file.py, line 3)", or "" if it was not
+    there at all."""
+    here = {Path(__file__).parent, Path(sysconfig.get_paths()["stdlib"])}
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not here & {*Path(frame.filename).parents}]
+    own = [frame for frame in own if "-packages" not in frame.filename and not frame.filename.startswith("<frozen")]
+    return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
 
 
 def _name(code: FunctionType | type) -> str:

@@ -96,6 +96,7 @@ def open_run(
     may_change: Collection[str] = (),
     say: Callable[[str], None] = print,
     defaults: Mapping[str, Any] | None = None,
+    accept_code: bool = False,
 ) -> "RunDir":
     """Opens the run in ``path`` to go on with it, or begins one there.
 
@@ -106,6 +107,8 @@ def open_run(
       may_change: dotted names of config fields that may differ when a run goes on, e.g. how many steps to take.
       say: where a message for the user goes.
       defaults: of config fields, see `config_difference`.
+      accept_code: go on though ``code`` is another one than the run's; the manifest keeps both, the former in
+        ``earlier_code``.
 
     Raises:
       UserError: the directory holds a run of another config, or something that is no run.
@@ -116,9 +119,15 @@ def open_run(
     manifest, file = plain(manifest), path / "manifest.json"
     if file.exists():
         before = read_manifest(path)
+        if "config" not in before:
+            raise UserError(f"{file} is not that of a run: give another --out, or --fresh to move {path} aside")
         if begun(path):
-            code = manifest.get("code", {})  # a run of before it was kept is not asked for it
-            there = {**before.get("config", {}), **before.get("code", code)}
+            code = manifest.get("code", {})
+            earlier = before.get("code", code)  # a run of before it was kept is not asked for it
+            if accept_code and earlier != code:
+                say(f"{path} goes on with code of your own that has changed; its manifest keeps both checksums")
+                before, earlier = {**before, "earlier_code": [*before.get("earlier_code", []), earlier]}, code
+            there = {**before.get("config", {}), **earlier}
             _same_config(path, config_difference(there, {**manifest["config"], **code}, defaults), may_change)
             manifest = {**before, **{name: manifest[name] for name in ("config", "code") if name in manifest}}
     elif path.exists() and (not path.is_dir() or any((path / name).exists() for name in _OF_A_RUN)):
@@ -265,11 +274,12 @@ class Bystander(RunDir):
 def _same_config(path: Path, differences: Iterable[tuple[str, Any, Any]], may_change: Collection[str]) -> None:
     differences = [item for item in differences if item[0] not in may_change]
     if differences:
+        mended = "; --accept-code goes on if you have mended it" if differences[0][0].startswith("the code of ") else ""
         shown = ", ".join(f"{name} is {a!r} there and {b!r} here" for name, a, b in differences[:3])
         more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
         raise UserError(
             f"{path} holds a run of another config: {shown}{more}. Give another --out, or --fresh to begin anew "
-            "(the old run is moved aside)"
+            f"(the old run is moved aside){mended}"
         )
 
 

@@ -60,6 +60,17 @@ class Outer:
     inner: Inner = Inner()
 
 
+def test_a_subclass_that_is_no_dataclass_is_refused() -> None:
+    """Its new numbers would be its class's, which no field shows and no function is given."""
+
+    class Undecorated(Inner):
+        share: float = 0.7
+        slope: float = 3.0
+
+    with pytest.raises(UserError, match=r"Undecorated\.slope is no field of inner.*@dataclasses\.dataclass"):
+        check_fields(Outer(inner=Undecorated()))
+
+
 @pytest.mark.parametrize(
     "given",
     [Outer(), Outer(inner=Inner("two", 1)), Outer(count=np.int64(2), inner=Inner(share=np.float32(1)))],

@@ -39,6 +39,8 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unknown command 'trian'" in capsys.readouterr().err
     assert command() == 2
     assert "expected the path of a config file: rlstab train configs" in capsys.readouterr().err
+    assert command(CONFIG, "--out", "") == 2
+    assert "--out is empty: give a directory" in capsys.readouterr().err
     assert main(["diagnose", "runs/x"]) == 2
     assert "rlstab diagnose: runs/x: there is no such directory" in capsys.readouterr().err
 
@@ -47,8 +49,8 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_without_a_config(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    first = "CHECKPOINT " if name in ("diagnose", "eval") else ""
-    assert f"usage: rlstab {name} {first}CONFIG" in shown
+    given = "CHECKPOINT [CONFIG]" if name in ("diagnose", "eval") else "CONFIG"
+    assert f"usage: rlstab {name} {given}" in shown
     assert "Fields and defaults are those of RunConfig" in shown
 
 
@@ -140,10 +142,13 @@ def test_bad_options(arguments: str, message: str, tmp_path: Path, capsys: pytes
     [
         (None, "there is no such file"),
         ("def config(:", "the config does not run: SyntaxError"),
-        ("import nonesuch", "the config does not run: ModuleNotFoundError: No module named 'nonesuch'"),
+        (
+            "\nimport nonesuch",
+            "the config does not run (mine.py, line 2): ModuleNotFoundError: No module named 'nonesuch'",
+        ),
         ("run = 3", "expected a function config() that returns a RunConfig"),
-        ("def config(): return 1 / 0", "config() failed: ZeroDivisionError"),
-        ("import sys\nsys.exit('no data here')", "the config does not run: SystemExit: no data here"),
+        ("def config(): return 1 / 0", "config() failed (mine.py, line 1): ZeroDivisionError"),
+        ("import sys\nsys.exit('no data here')", "the config does not run (mine.py, line 2): SystemExit: no data here"),
         ("def config(): return {}", "config() returned dict, expected a RunConfig"),
     ],
 )

@@ -37,24 +37,44 @@ def scaled(x, by=2):
 
 def test_an_edited_function_of_the_config_is_refused(tmp_path):
     """By name it is the same; what is called by a partial one counts as well, this package's own functions do not."""
+    said = []
 
-    def opened(text, **numbers):
+    def opened(text, accept_code=False, **numbers):
         file = tmp_path / "mine.py"
         file.write_text(text)
         linecache.checkcache(str(file))
         scope = {"__name__": "mine"}
         exec(compile(text, str(file), "exec"), scope)
         config = {"recipe": functools.partial(scope["mine"], **numbers), "names": (plain,)}
-        run = open_run(tmp_path / "run", {"config": config, "code": code_of(config)})
+        described = {"config": config, "code": code_of(config)}
+        run = open_run(tmp_path / "run", described, say=said.append, accept_code=accept_code)
         run.metrics_path.touch()  # it has begun
 
     opened("def mine(delta):\n    return 2 * delta\n", delta=1)
     assert read_manifest(tmp_path / "run")["code"].keys() == {"the code of mine.mine"}
     opened("# moved\n\ndef mine(delta):\n    return 2 * delta\n", delta=1)
-    with pytest.raises(UserError, match=r"the code of mine\.mine is '\w+' there and '\w+' here"):
+    with pytest.raises(UserError, match=r"the code of mine\.mine is '\w+' there and '\w+' here.*--accept-code"):
         opened("def mine(delta):\n    return 3 * delta\n", delta=1)
     with pytest.raises(UserError, match=r"recipe\.delta is 1 there and 2 here"):
         opened("def mine(delta):\n    return 2 * delta\n", delta=2)
+    before = read_manifest(tmp_path / "run")["code"]
+    assert not said
+    opened("def mine(delta):\n    return 3 * delta\n", accept_code=True, delta=1)
+    assert "goes on with code of your own that has changed" in said[0]
+    manifest = read_manifest(tmp_path / "run")
+    assert manifest["earlier_code"] == [before] != [manifest["code"]]
+    opened("def mine(delta):\n    return 3 * delta\n", delta=1)
+
+
+def test_what_has_no_source_is_known_by_what_it_does():
+    def typed(text):
+        scope = {"__name__": "mine"}
+        exec(text, scope)
+        return code_of({"recipe": scope["mine"]})
+
+    assert typed("def mine(): return 0.2") == typed("def mine(): return 0.2")
+    assert typed("def mine(): return 0.2") != typed("def mine(): return 0.9")
+    assert typed("def mine(): return [x * 2 for x in y]") != typed("def mine(): return [x * 3 for x in y]")
 
 
 def imported(file):

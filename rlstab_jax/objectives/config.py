@@ -5,6 +5,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from types import FunctionType
 from typing import Annotated, Literal
 
 import tyro
@@ -92,10 +93,6 @@ class ObjectiveConfig:
         """Its name, or that of the recipe of one's own."""
         return getattr(self.recipe, "__name__", "recipe") if self.recipe else self.name
 
-    @property
-    def needs_entropy(self) -> bool:
-        return self.entropy_coefficient != 0
-
 
 RANGES = {
     "eps_low": (0.0, math.inf, "0 or more; inf clips nothing"),
@@ -125,12 +122,14 @@ def build(config: ObjectiveConfig) -> Objective:
             f"objective.name = {config.name!r}, but the config has a recipe of its own, {config.label}: leave one out"
         )
     recipe = config.recipe or getattr(recipes, config.name)
-    if not callable(recipe):
-        raise UserError(f"objective.recipe = {recipe!r}: expected a function that returns an Objective")
+    if not isinstance(recipe, FunctionType | functools.partial):
+        given = "an Objective" if isinstance(recipe, Objective) else repr(recipe)
+        raise UserError(f"objective.recipe is {given}: expected the function that returns one, not called yet")
     numbers = {field.name: getattr(config, field.name) for field in fields(config)}
     numbers = {name: value for name, value in numbers.items() if name not in _NOT_OF_THE_RECIPE and value is not None}
-    taken = set(inspect.signature(recipe).parameters)
-    if unknown := sorted(numbers.keys() - taken):
+    parameters = inspect.signature(recipe).parameters
+    taken, any_name = set(parameters), any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    if (unknown := sorted(numbers.keys() - taken)) and not any_name:
         known = ", ".join(sorted(taken)) or "none"
         raise UserError(f"objective.{unknown[0]}: {config.label} has no such number; it takes: {known}")
     try:
@@ -141,6 +140,7 @@ def build(config: ObjectiveConfig) -> Objective:
         raise UserError(f"objective: {config.label} cannot be called: {one_line(error)}") from error
     if not isinstance(objective, Objective):
         raise UserError(f"objective: {config.label} returned {objective!r}, expected an Objective")
+    fit.check_regularisers(objective)
     return _regularised(objective, config)
 
 
@@ -161,7 +161,7 @@ def _regularised(objective: Objective, config: ObjectiveConfig) -> Objective:
         if config.kl_estimator.startswith("corrected_"):
             term = piece(regularisers.corrected, term=term)
         added.append(Regulariser(term, config.kl_coefficient))
-    if config.needs_entropy:
+    if config.entropy_coefficient:
         added.append(Regulariser(piece(regularisers.negative_entropy), config.entropy_coefficient))
     objective = replace(objective, regularisers=(*objective.regularisers, *added))
     if config.kl_coefficient and config.kl_in == "reward":

@@ -8,6 +8,7 @@ changing a coefficient recompiles nothing, changing a function compiles once.
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,8 @@ class Objective:
     Attributes:
       advantage: ``(rewards[batch], groups[batch]) -> [batch] or [batch, R]``, over the whole rollout batch, before it
         is split.
-      weight: ``(scores) -> [batch, R]``, the stop-gradient importance weight of each token, before truncation.
+      weight: ``(scores) -> [batch, R]``, the stop-gradient importance weight of each token, before truncation; for one
+        of a whole sequence ``[batch, 1]`` will do, as for what follows.
       normalise: ``(mask, groups) -> c[batch, R]``, over the whole mini-batch, before micro-batching; 0 outside the
         mask.
       truncate: ``(scores, weight[batch, R]) -> weight[batch, R]``, a cap or a band on the weight; never changes ``c``.
@@ -153,12 +155,13 @@ def surrogate(
     scores, finite = _without_broken(scores)
     used = finite & jnp.isfinite(advantage) & (c != 0)
     frozen = jax.lax.stop_gradient(scores)
-    raw = objective.weight(frozen)
-    weight = objective.truncate(frozen, raw)
+    whole = partial(jnp.broadcast_to, shape=scores.target.shape)  # a sequence's weight may be [batch, 1]
+    raw = whole(objective.weight(frozen))
+    weight = whole(objective.truncate(frozen, raw))
     parts = SurrogateParts(
         weight=weight,
         truncated=weight != raw,
-        gate=objective.trust(frozen, advantage),
+        gate=whole(objective.trust(frozen, advantage)),
         broken=scores.mask & ~(finite & jnp.isfinite(advantage)),
     )
     factor = masked(c * parts.weight * parts.gate * advantage, used)

@@ -1,26 +1,24 @@
 """Whether an objective runs on what a run has for it, found by tracing it on a small batch."""
 
-import sysconfig
-import traceback
+from collections.abc import Callable
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax.tree_util import Partial
 
-from rlstab_jax.objectives.core import Objective, advantages_of, coefficients, surrogate
+from rlstab_jax.objectives.core import Objective, Regulariser, advantages_of, coefficients, surrogate
+from rlstab_jax.own_code import place
 from rlstab_jax.types import Scores, UserError, one_line
 
-# Where no user's own code lies.
-NOT_OWN = {Path(__file__).parents[1], Path(sysconfig.get_paths()["stdlib"])}
 # Of the batch, which is traced and never made: no size that code would name, and rows of groups of any usual size.
 ROWS, LENGTH = 2**10 * 3**2 * 5 * 7, 11
 
 
 def check(objective: Objective) -> None:
     """Raises UserError where a piece does not run on the scores that it is given, before any work is done."""
+    check_regularisers(objective)
     pieces = {field.name: getattr(objective, field.name) for field in fields(objective) if field.name != "regularisers"}
     for name, value in [*pieces.items(), *(("term", one.term) for one in objective.regularisers)]:
         if not isinstance(value, Partial):
@@ -38,16 +36,18 @@ def check(objective: Objective) -> None:
     except Exception as error:
         raise UserError(
             f"objective: it does not run on a batch, tried on {ROWS} responses of up to {LENGTH} tokens"
-            f"{_place(error)}: {one_line(error)}"
+            f"{place(error)}: {one_line(error)}"
         ) from error
 
 
-def _place(error: Exception) -> str:
-    """Where a user's own code was at last, if it was there at all."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not NOT_OWN & {*Path(frame.filename).parents}]
-    own = [frame for frame in own if "-packages" not in frame.filename]
-    return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+def check_regularisers(objective: Objective) -> None:
+    """Raises UserError where they are anything but a tuple of `Regulariser`."""
+    given = objective.regularisers
+    if not isinstance(given, tuple) or not all(isinstance(one, Regulariser) for one in given):
+        kinds = [type(one).__name__ for one in given] if isinstance(given, tuple | list) else type(given).__name__
+        raise UserError(
+            f"objective: regularisers is {kinds}, expected a tuple: regularisers=(Regulariser(piece(...), 0.01),)"
+        )
 
 
 def reads(objective: Objective, what: Literal["reference", "router"]) -> bool:
@@ -69,8 +69,30 @@ def _trace(objective: Objective, reference: bool = True, router: bool = True) ->
     before = Scores(array, array, array, mask, groups, array if reference else None, router_old=of_router)
 
     def loss(objective: Objective, before: Scores, entropy: Any, router_target: Any, rewards: Any) -> Any:
+        objective = _measured(objective)
         advantage, c = advantages_of(objective, before, rewards), coefficients(objective, before)
         scores = replace(before, groups=None, entropy=entropy, router_target=router_target)
         return surrogate(objective, scores, advantage, c)[0]
 
     jax.eval_shape(loss, objective, before, array, of_router, jax.ShapeDtypeStruct((ROWS,), np.float32))
+
+
+def _measured(objective: Objective) -> Objective:
+    """The same, whose pieces raise UserError where they return another shape than they should: one that happens to
+    broadcast would mix the responses of a batch."""
+    batch, tokens = ("[batch]",), ("[batch, R]", "[batch, 1]")
+    shapes = {"reward": batch, "advantage": batch + tokens}
+
+    def measured(name: str, function: Callable) -> Partial:
+        def call(*arguments: Any) -> Any:
+            result, expected = function(*arguments), shapes.get(name, tokens)
+            shape = ", ".join({ROWS: "batch", LENGTH: "R"}.get(size, str(size)) for size in np.shape(result))
+            if f"[{shape}]" not in expected:
+                raise UserError(f"objective: {name} returned an array [{shape}], expected {' or '.join(expected)}")
+            return result
+
+        return Partial(call)
+
+    pieces = {field.name: getattr(objective, field.name) for field in fields(objective) if field.name != "regularisers"}
+    penalties = tuple(replace(one, term=measured("term", one.term)) for one in objective.regularisers)
+    return replace(objective, **{name: measured(name, of) for name, of in pieces.items()}, regularisers=penalties)

@@ -78,7 +78,8 @@ class ColdStartConfig:
     """Supervised training on the task's demonstrations before RL, until an accuracy; cached between runs."""
 
     target_accuracy: float = 0.23
-    """Held-out accuracy (training engine, temperature 1) at which to stop."""
+    """Held-out accuracy (training engine, temperature 1) at which to stop. As in all of training it is the mean reward:
+    where a task gives partial credit, choose it for that."""
     max_steps: int = 600
     """Give up after so many updates; 0 starts RL from ``initial``, or from random parameters."""
     batch_size: int = 128

@@ -68,6 +68,7 @@ def train(
     out: Path | str,
     *,
     fresh: bool = False,
+    accept_code: bool = False,
     profile: int | None = None,
     say: Callable[[str], None] = print,
     watch: Callable[[Metrics], None] = lambda metrics: None,
@@ -78,6 +79,7 @@ def train(
     Args:
       out: a directory, or ``gs://bucket/path``; see `home`.
       fresh: begin anew; what is in ``out`` is moved aside.
+      accept_code: go on though code of the user's own has changed since; see `open_run`.
       profile: the global step of which to leave a profiler trace in ``out/profile``.
       say: where one-line messages go.
       watch: is given the metrics of each global step, e.g. for a progress bar.
@@ -101,7 +103,7 @@ def train(
         agree_on({f"the task's {name}": value for name, value in engines.task.description.items()})
     together(lambda: try_task(engines.task, engines.config.rollout.prompt_length))
     with held(home_of(str(out)).path):
-        home, run = open_home(engines, config, str(out), fresh, say)
+        home, run = open_home(engines, config, str(out), fresh, accept_code, say)
         begin()
         return _work(engines, home, run, str(out), profile, say, watch)
 
@@ -146,7 +148,7 @@ def _work(
 
 
 def open_home(
-    engines: Engines, config: RunConfig, out: str, fresh: bool, say: Callable[[str], None]
+    engines: Engines, config: RunConfig, out: str, fresh: bool, accept_code: bool, say: Callable[[str], None]
 ) -> tuple[Home, RunDir]:
     """Where the run is, begun or found there; process 0 writes it. Raises UserError as `train`."""
     home = home_of(out)
@@ -162,7 +164,7 @@ def open_home(
         home.fetch()
         if not fresh:
             _check_content(engines, path)
-        open_run(path, manifest(engines, config), fresh, may_change(config), say, defaults())
+        open_run(path, manifest(engines, config), fresh, may_change(config), say, defaults(), accept_code)
         keep_card(path, config.initial, engines.task.tokenizer)
         home.own()
         home.store()

@@ -2,7 +2,7 @@
 
 import functools
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,19 @@ def unfinished() -> Objective:
     return piece(regularisers.k3)
 
 
+def one_penalty() -> Objective:
+    return replace(o.minirl(), regularisers=Regulariser(piece(regularisers.k3), 0.1))
+
+
+def bare_penalty() -> Objective:
+    return replace(o.minirl(), regularisers=(piece(regularisers.k3),))
+
+
+class Recipe:
+    def __call__(self) -> Objective:
+        return o.minirl()
+
+
 def needs_a_number(slope: float) -> Objective:
     return o.minirl(cap=slope)
 
@@ -56,7 +69,14 @@ def needs_a_number(slope: float) -> Objective:
         ),
         (ObjectiveConfig(recipe=needs_a_number), "needs_a_number cannot be called: .*slope"),
         (ObjectiveConfig(recipe=unfinished), "unfinished returned .*, expected an Objective"),
-        (ObjectiveConfig(recipe="grpo"), "objective.recipe"),
+        (ObjectiveConfig(recipe="grpo"), "objective.recipe is 'grpo'"),
+        (
+            ObjectiveConfig(recipe=o.minirl()),
+            "objective.recipe is an Objective: expected the function that returns one",
+        ),
+        (ObjectiveConfig(recipe=Recipe()), "objective.recipe is .*Recipe.*: expected the function"),
+        (ObjectiveConfig(recipe=one_penalty), "regularisers is Regulariser, expected a tuple"),
+        (ObjectiveConfig(recipe=bare_penalty), r"regularisers is \['Partial'\], expected a tuple"),
     ],
 )
 def test_a_recipe_that_makes_no_objective_is_refused(config: ObjectiveConfig, message: str) -> None:
@@ -96,6 +116,41 @@ def test_what_an_own_piece_does_wrong_is_found_before_any_work_and_placed() -> N
     with pytest.raises(UserError, match="objective: weight is given the text '5', expected numbers and functions"):
         fit.check(replace(o.minirl(), weight=piece(three_rows, cap="5")))
     fit.check(replace(o.minirl(), advantage=piece(lambda r, g: r - r.reshape(-1, 16).mean(1).repeat(16))))
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "returned"),
+    [
+        ("weight", lambda scores: jnp.exp(scores.target - scores.rollout).sum(0), "R"),  # would mix responses
+        ("weight", lambda scores: jnp.exp(scores.target - scores.rollout).sum(1), "batch"),
+        ("normalise", lambda mask, groups: 1 / mask.sum(0), "R"),
+        ("trust", lambda scores, advantage: 0.5, ""),
+        ("advantage", lambda rewards, groups: rewards.mean(), ""),
+        ("reward", lambda scores, rewards: rewards[:, None], "batch, 1"),
+    ],
+)
+def test_a_piece_of_another_shape_is_named(name: str, function: Any, returned: str) -> None:
+    with pytest.raises(UserError, match=rf"objective: {name} returned an array \[{returned}\], expected \[batch"):
+        fit.check(replace(o.minirl(), **{name: piece(function)}))
+
+
+def test_a_sequence_has_one_weight_and_one_gate() -> None:
+    ones = {"weight": lambda s: jnp.full((len(s.target), 1), 2.0), "trust": lambda s, a: jnp.full((len(a), 1), 0.5)}
+    whole = replace(
+        o.minirl(),
+        **{name: piece(function) for name, function in ones.items()},
+        truncate=piece(o.truncation.cap, at=9.0),
+    )
+    fit.check(whole)
+
+
+def test_a_recipe_may_take_any_number() -> None:
+    def mine(**numbers: float) -> Objective:
+        return o.minirl(**numbers)
+
+    assert build(ObjectiveConfig(recipe=mine, eps_high=0.5)).trust.keywords["eps_high"] == 0.5
+    with pytest.raises(UserError, match="mine cannot be called: TypeError"):
+        build(ObjectiveConfig(recipe=mine, delta=0.5))
 
 
 def test_the_command_line_overrides_numbers() -> None:
