@@ -39,13 +39,19 @@ def import_routes(
     if not config.num_moe_layers:
         raise UserError("routes: the model is dense and has none")
     fed = np.asarray(rollout.fed_mask)
+    if not hasattr(recorded, "__len__"):
+        raise UserError(f"routes: {type(recorded).__name__}, expected a list of arrays, one for each row")
     if len(recorded) != len(fed):
         raise UserError(f"routes: {len(recorded)} rows, but the rollout has {len(fed)}: give one array for each row")
     order = _depth_order(moe_layers, config)
     shape = (config.num_moe_layers, *fed.shape, config.experts_per_token)
     routes = np.full(shape, config.num_experts, route_dtype(config.num_experts))
     for row, of_row in enumerate(recorded):
-        checked = _check_row(np.asarray(of_row), row, int(fed[row].sum()), config)
+        try:
+            array = np.asarray(of_row)
+        except ValueError as error:  # lists of unequal lengths
+            raise UserError(f"routes of row {row}: no array [fed tokens, MoE layers, experts]: {error}") from error
+        checked = _check_row(array, row, int(fed[row].sum()), config)
         routes[:, row, fed[row]] = checked.swapaxes(0, 1)[order]
     return jnp.asarray(routes)
 
@@ -65,13 +71,15 @@ def _check_row(routes: np.ndarray, row: int, fed: int, config: ModelConfig) -> I
         )
     if not np.issubdtype(routes.dtype, np.integer):
         raise UserError(f"routes of row {row}: {routes.dtype}, expected integers")
-    routes = routes.astype(np.int64)  # an unsigned type would hide -1, and wrap in comparisons
-    missing = routes == -1
-    wrong = ~missing & ((routes < 0) | (routes >= config.num_experts))
+    # Before the cast, which a number beyond int64 would not survive; after it, -1 is no unsigned number.
+    beyond = routes >= config.num_experts
+    given, routes = routes, routes.astype(np.int64)
+    missing = ~beyond & (routes == -1)
+    wrong = beyond | (~missing & (routes < 0))
     if wrong.any():
         token, layer, slot = np.argwhere(wrong)[0]
         raise UserError(
-            f"routes of row {row}, token {token}, layer {layer}: expert {routes[token, layer, slot]}, expected 0 to "
+            f"routes of row {row}, token {token}, layer {layer}: expert {given[token, layer, slot]}, expected 0 to "
             f"{config.num_experts - 1}, or -1 for not recorded"
         )
     partly = missing.any(-1) & ~missing.all(-1)
@@ -106,7 +114,7 @@ def _number(layer: int | str) -> int:
     """The layer's number: names sort otherwise, with layer_10 before layer_2."""
     if isinstance(layer, int | np.integer):
         return int(layer)
-    numbers = "".join(c if c.isdigit() else " " for c in layer).split()
+    numbers = "".join(c if c.isdigit() else " " for c in layer).split() if isinstance(layer, str) else []
     if len(numbers) != 1:
-        raise UserError(f"routes: layer {layer!r}: expected a name that holds one number, its depth")
+        raise UserError(f"routes: layer {layer!r}: expected its depth, or a name that holds this one number")
     return int(numbers[0])

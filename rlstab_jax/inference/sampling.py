@@ -110,7 +110,10 @@ def sample_keys(key: Array, global_step: int, prompt_ids: Sequence[int], samples
 
     ``prompt_ids`` are unique non-negative numbers below 2^64, one per prompt.
     """
-    ids = np.asarray(prompt_ids, np.uint64)
+    try:
+        ids = np.asarray(prompt_ids, np.uint64)
+    except (OverflowError, TypeError, ValueError) as error:
+        raise UserError(f"prompt_ids: expected whole numbers from 0 to below 2^64: {error}") from error
     low, high = (ids & np.uint64(0xFFFFFFFF)).astype(np.uint32), (ids >> np.uint64(32)).astype(np.uint32)
     return _fold(key, jnp.uint32(global_step), low, high, jnp.uint32(attempt), samples)
 
@@ -229,16 +232,24 @@ def check_request(
     if response_length < 1 or samples_per_prompt < 1:
         lengths = f"response_length = {response_length}, samples_per_prompt = {samples_per_prompt}"
         raise UserError(f"{lengths}: expected at least 1 of each")
+    if support < 0:
+        raise UserError(f"support = {support}: expected 0 (truncates nothing), or how many tokens are kept at most")
     rows = np.shape(prompts)[0] * samples_per_prompt
     sampling.validate(rows)
     _check_tokens(sampling, vocab_size, support)
-    if keys.shape != (rows,):
-        raise UserError(f"keys {keys.shape}: expected one for each of {rows} responses, as `sample_keys` makes them")
+    if getattr(keys, "shape", None) != (rows,):
+        given = getattr(keys, "shape", type(keys).__name__)
+        raise UserError(f"keys {given}: expected one for each of {rows} responses, as `sample_keys` makes them")
     return rows
 
 
 def _check_tokens(sampling: Sampling, vocab_size: int, support: int) -> None:
-    """Raises UserError for stop tokens that do not exist and for a top-k that keeps more than the support holds."""
+    """Raises UserError for stop or padding tokens that do not exist and for a top-k that keeps more than the support
+    holds."""
+    if not isinstance(sampling.pad_id, jax.core.Tracer):
+        pad = np.asarray(sampling.pad_id)
+        if (pad < 0).any() or (pad >= vocab_size).any():
+            raise UserError(f"sampling.pad_id = {pad}: expected a token id from 0 to {vocab_size - 1}")
     if not isinstance(sampling.stop_ids, jax.core.Tracer):
         largest = np.max(sampling.stop_ids, initial=0)
         if largest >= vocab_size:
@@ -271,6 +282,8 @@ def check_prompts(
         raise UserError(
             f"prompts {tokens.shape} and prompt_mask {mask.shape}: expected both [prompts, prompt_length], at least one"
         )
+    if not np.issubdtype(tokens.dtype, np.integer):
+        raise UserError(f"prompts: dtype {tokens.dtype}, expected token ids, which are whole numbers")
     if mask.dtype != bool:
         raise UserError(f"prompt_mask: dtype {mask.dtype}, expected bool: pass prompt_mask.astype(bool)")
     if not mask.any(1).all():

@@ -236,7 +236,13 @@ def forward(
     if routes is not None and len(routes) != model.config.num_moe_layers:
         raise UserError(f"routes {routes.shape}: the model has {model.config.num_moe_layers} MoE layers, [layer, ...]")
     of_layers = variables.get(LAYERS, {}).values()
-    if model.precision.weights != "none" and not any(each.get(SCALE) for each in (variables, *of_layers)):
+    scaled = any(each.get(SCALE) for each in (variables, *of_layers))
+    if scaled and model.precision.weights == "none":
+        raise UserError(
+            "the weights are quantised, but the model's precision stores them as they are: pass inference.prepare("
+            "params, precision) with the model's own precision"
+        )
+    if model.precision.weights != "none" and not scaled:
         raise UserError(
             f"the model's precision stores weights in {model.precision.weights}, but these are not quantised: pass "
             "inference.prepare(params, precision)"

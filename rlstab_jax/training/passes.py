@@ -121,8 +121,10 @@ def score_old(
     """
     if engines.config.rollout.log_probs == "matched":
         routes = replayed_routes(replay, rollout, None) if replay is RoutingReplay.R3 else None
+        # Model and weights as they sampled, laid out alike: on a mesh another layout is another order of sums.
+        variables = engines.settle(prepare(params, engines.config.rollout.precision, engines.mesh))
         scores, statistics = matched_scores(
-            score_matched(engines.training.clone(remat="none"), {"params": params}, rollout, engines.sampling, routes),
+            score_matched(engines.inference, variables, rollout, engines.sampling, routes),
             engines.config.model.num_experts,
         )
         return scores if engines.needs_router else replace(scores, router=None), statistics

@@ -222,12 +222,14 @@ def _over_windows(programs: Programs, program: Program, work: Any, traffic: floa
     mean = sum(count * length for count, length in zip(steps, lengths, strict=True)) / lengths[-1]
     missing = 1 - mean / lengths[-1]
     cache = device_bytes(programs.slots(lengths[-1]).response)
+    if traffic >= cache:  # else it lies on the chip, where reading it is no traffic
+        traffic -= missing * cache
     if len(lengths) > 1:
         used = 1 / programs.engines.mesh.shape["expert"]
         shortest = scaled(products(programs.decode_of(lengths[0]).jaxpr, used=used), 1 / devices)
         share = missing / (1 - lengths[0] / lengths[-1])
         work = {rate: work[rate] - share * (work[rate] - shortest.get(rate, 0.0)) for rate in work}
-    return work, max(traffic - missing * cache, 0.0)
+    return work, traffic
 
 
 def _seconds(work: Mapping[str, float], traffic: float, cost: Cost, topology: Topology) -> dict[str, float]:

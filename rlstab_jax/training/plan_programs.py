@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rlstab_jax.inference import prepare
 from rlstab_jax.inference.slots import Slots, decode, empty_records, empty_responses, prefill, resize, windows
-from rlstab_jax.learner import Minibatch, score, update
+from rlstab_jax.learner import Minibatch, Packing, score, update
 from rlstab_jax.models.layers import PREDICTOR
 from rlstab_jax.parallel.host_memory import HOST
 from rlstab_jax.parallel.sharding import Layout
@@ -288,9 +288,18 @@ class Programs:
         parts = {"weights": self.variables, "KV cache": (slots.prompt, slots.response), "records": self.records}
         return Program("decode", traced, parts, self._beside_sampling)
 
+    def packing(self, rows: int, micro_batches: int) -> Packing | None:
+        """Of so many responses of full length, which fill as many rows: no batch needs more."""
+        config = self.engines.config
+        if not config.learner.packing:
+            return None
+        fed = (rows, config.rollout.prompt_length + config.rollout.response_length - 1)
+        source, place = (self.placed(jax.ShapeDtypeStruct(fed, jnp.int32), row=True) for _ in range(2))
+        return Packing(source, place, self.row_devices, micro_batches)
+
     @cached_property
     def score(self) -> Program:
-        engines, learner = self.engines, self.engines.config.learner
+        engines, config, learner = self.engines, self.engines.config, self.engines.config.learner
         predictor = self.state.predictor
         variables = {"params": self.params} | ({PREDICTOR: predictor.weights} if predictor else {})
         traced = score.trace(
@@ -300,11 +309,12 @@ class Programs:
             replay=engines.replay,
             micro_batches=learner.score_micro_batches,
             logits_per_chunk=learner.logits_per_chunk,
+            packing=self.packing(config.responses_per_step, learner.score_micro_batches),
             router=engines.needs_router,
             observed_tokens=learner.predictor_tokens if predictor else 0,
         )
         kept = {"optimiser": self._optimiser, **self._throughout}
-        if engines.config.rollout.log_probs == "rescore":  # by these, after the pass that is compiled here
+        if config.rollout.log_probs == "rescore":  # by these, after the pass that is compiled here
             kept["weights"] = self.variables
         return Program("score", traced, {"parameters": variables, "rollout": self.rollout}, kept)
 
@@ -345,6 +355,7 @@ class Programs:
             micro_batches=learner.micro_batches,
             logits_per_chunk=learner.logits_per_chunk,
             use_router_losses=bool(learner.load_balance or learner.router_z),
+            packing=self.packing(part.rollout.tokens.shape[0], learner.micro_batches),
             freeze=learner.freeze,
             teach=self.placed(jax.ShapeDtypeStruct((), jnp.bool_)) if self.state.predictor else None,
         )

@@ -78,6 +78,8 @@ def put(value: object, *index: int) -> Callable[[np.ndarray], np.ndarray]:
         (lambda r: r[None], "row 2: shape"),
         (lambda r: r.astype(np.float32), "row 2: float32, expected integers"),
         (lambda r: np.where(r == r, 255, 0).astype(np.uint8), "expert 255"),  # -1 in eight unsigned bits
+        (lambda r: np.where(r == r, 2**64 - 1, 0).astype(np.uint64), f"expert {2**64 - 1}"),  # and in 64
+        (lambda r: [*r[:-1].tolist(), r[-1, :1].tolist()], "routes of row 2: no array"),
     ],
 )
 def test_malformed_routes_are_refused(change: Callable, message: str) -> None:
@@ -91,7 +93,9 @@ def test_malformed_routes_are_refused(change: Callable, message: str) -> None:
         ([0, 0], r"layers \[0, 0\], expected each of the model's MoE layers \[0, 2\] once"),
         ([0, 1], r"layers \[0, 1\]"),
         ([0], r"layers \[0\]"),
-        (["first", "layer_2"], "layer 'first': expected a name that holds one number"),
+        (["first", "layer_2"], "layer 'first': expected its depth, or a name that holds this one number"),
+        ([None, 2], "layer None: expected its depth"),
+        ([0.0, 2], "layer 0.0: expected its depth"),
     ],
 )
 def test_layers_that_are_not_the_models_are_refused(layers: list, message: str) -> None:
@@ -102,5 +106,7 @@ def test_layers_that_are_not_the_models_are_refused(layers: list, message: str) 
 def test_rows_and_a_dense_model() -> None:
     with pytest.raises(UserError, match="7 rows, but the rollout has 8"):
         import_routes(recorded()[1:], tiny.rollout(), CONFIG)
+    with pytest.raises(UserError, match="routes: NoneType, expected a list of arrays"):
+        import_routes(None, tiny.rollout(), CONFIG)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="the model is dense"):
         import_routes(recorded(), tiny.rollout(), dataclasses.replace(CONFIG, num_experts=0))

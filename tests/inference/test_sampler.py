@@ -235,6 +235,8 @@ def test_under_truncation_equal_engines_have_equal_log_probs() -> None:
         ({"stop_ids": np.zeros((3, 2), np.int32)}, r"sampling.stop_ids: shape \(3, 2\), expected \[n\], or \[8, n\]"),
         ({"stop_ids": np.int32([1, -1])}, "sampling.stop_ids = -1: expected token ids"),
         ({"stop_ids": np.int32([1, 17])}, "sampling.stop_ids = 17: expected token ids from 0 to 16"),
+        ({"pad_id": 17}, "sampling.pad_id = 17: expected a token id from 0 to 16"),
+        ({"pad_id": -3}, "sampling.pad_id = -3"),
         ({"min_new_tokens": np.int32([1, 2])}, r"sampling.min_new_tokens: shape \(2,\), expected .* each of 8 rows"),
     ],
 )
@@ -258,12 +260,19 @@ def test_prompts_that_no_model_can_read_are_refused() -> None:
         ((prompts, mask[:, 1:]), r"prompts \(4, 6\) and prompt_mask \(4, 5\)"),
         ((prompts[:0], mask[:0]), r"prompts \(0, 6\) .* at least one"),
         ((prompts, mask.astype(int)), "prompt_mask: dtype int64, expected bool"),
+        ((prompts.astype(np.float32), mask), "prompts: dtype float32, expected token ids"),
         ((prompts.tolist(), mask), r"prompts: expected an array \[prompts, prompt_length\], got a list"),
     ):
         with pytest.raises(UserError, match=message):
             engine(*arrays, tiny.keys(), tiny.SAMPLES)
     with pytest.raises(UserError, match="response_length = 0, samples_per_prompt = 2: expected at least 1"):
         engine(prompts, mask, tiny.keys(), tiny.SAMPLES, response_length=0)
+    with pytest.raises(UserError, match="support = -1: expected 0"):
+        engine(prompts, mask, tiny.keys(), tiny.SAMPLES, support=-1)
+    with pytest.raises(UserError, match="keys list: expected one for each of 8 responses"):
+        engine(prompts, mask, [1, 2], tiny.SAMPLES)
+    with pytest.raises(UserError, match=r"prompt_ids: expected whole numbers from 0 to below 2\^64"):
+        sample_keys(jax.random.key(0), 0, [-1], 2)
     with pytest.raises(UserError, match="top_k = 6 with support = 5: expected a support of at least"):
         engine(prompts, mask, tiny.keys(), tiny.SAMPLES, support=5, sampling=tiny.sampling(top_k=6))
 
@@ -343,3 +352,8 @@ def test_weights_that_were_not_prepared_are_refused() -> None:
                 tiny.model(precision=precision), {"params": tiny.parameters()}, *tiny.prompts(), tiny.keys(),
                 tiny.sampling(), response_length=tiny.RESPONSE, samples_per_prompt=tiny.SAMPLES,
             )  # fmt: skip
+    with pytest.raises(UserError, match="the weights are quantised, but the model's precision stores them as they"):
+        sample(
+            tiny.model(), prepare(tiny.parameters(), fp8()), *tiny.prompts(), tiny.keys(),
+            tiny.sampling(), response_length=tiny.RESPONSE, samples_per_prompt=tiny.SAMPLES,
+        )  # fmt: skip

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 
 from rlstab_jax.learner import score, update
+from rlstab_jax.models import Precision
 from rlstab_jax.parallel.mesh import MeshConfig
 from rlstab_jax.training.run import train
 from tests.training import tiny_run
@@ -29,6 +30,13 @@ def config(gradient_steps: int, mesh: MeshConfig):
     )
 
 
+def matched():
+    """One global step whose engines are equal to the bit, though the mesh splits the parameters."""
+    default = config(2, MESHES["three axes"])
+    rollout = dataclasses.replace(default.rollout, precision=Precision(), log_probs="matched", response_length=4)
+    return dataclasses.replace(default, rollout=rollout, evaluation=dataclasses.replace(default.evaluation, every=0))
+
+
 if __name__ == "__main__":
     assert jax.device_count() == 8
     for name, mesh in MESHES.items():
@@ -37,3 +45,4 @@ if __name__ == "__main__":
         for gradient_steps in (2, 6):
             assert train(config(gradient_steps, mesh), Path(sys.argv[1]) / name) is None
             assert (score._cache_size(), update._cache_size()) == (2, 1), name
+    assert train(matched(), Path(sys.argv[1]) / "matched") is None

@@ -43,6 +43,9 @@ def test_a_run_on_eight_devices(tmp_path: Path) -> None:
                 np.testing.assert_allclose(
                     many[metric], one[metric][-steps:], rtol=1e-3, atol=1e-5, err_msg=f"{name} {metric}"
                 )
+    gaps = {name: values for name, values in read_metrics(tmp_path / "matched").items() if "discrepancy" in name}
+    assert all((values == name.endswith("max_ratio")).all() for name, values in gaps.items()), gaps
+    assert len(gaps) >= 8
 
 
 def test_parts_are_equal_on_all_devices() -> None:

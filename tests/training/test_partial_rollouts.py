@@ -48,6 +48,7 @@ def test_pi_old_is_of_the_version_that_drew_the_token(replay: str) -> None:
     np.testing.assert_array_equal(rollout.tokens[mask.any(1), :-5], first.rollout.tokens[mask.any(1), :-5])
 
     routes = replayed_routes(RoutingReplay(replay), rollout, whole.old.routes)
+    assert (routes[:, rollout.fed_mask] < engines.config.model.num_experts).all()  # none is lost between rounds
     for version, params in ((5, older), (6, newer)):
         given = replace(rollout, routes=routes)
         target, _ = score(engines.training, {"params": params}, given, replay=RoutingReplay.R3)

@@ -19,7 +19,7 @@ from rlstab_jax.parallel.topology import topology
 from rlstab_jax.stability.monitor import Check, MonitorConfig
 from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.engines import build_pair
-from rlstab_jax.training.plan import PHASES, Change, Phase, Plan, _runs, _seconds
+from rlstab_jax.training.plan import PHASES, Change, Phase, Plan, _over_windows, _runs, _seconds
 from rlstab_jax.training.plan_flops import products
 from rlstab_jax.training.plan_hlo import Cost
 from rlstab_jax.training.plan_programs import Programs, device_bytes
@@ -125,6 +125,31 @@ def programs_of(config: RunConfig) -> Programs:
     """The programs of a config on one CPU device, with the reference kernels."""
     config = dataclasses.replace(config, mesh=MeshConfig(), kernels=Kernels("reference", "dense", "reference", "dense"))
     return Programs(build_pair(config, make_mesh(config.mesh, jax.devices()[:1]), None, "cpu", (0,), 0))
+
+
+def test_packed_rows_are_planned_as_they_run() -> None:
+    """As many as unpacked, which is the most: the programs gather tokens into rows and their results back."""
+    config = plan_config.config()
+    packing = dataclasses.replace(config, learner=dataclasses.replace(config.learner, packing=True, micro_batches=2))
+    plain, packed = programs_of(config), programs_of(packing)
+    for phase in ("score", "update"):
+        gathers = [str(getattr(of, phase).traced.jaxpr).count("gather[") for of in (plain, packed)]
+        assert gathers[1] > gathers[0], phase
+        assert getattr(packed, phase).compiled
+
+
+def test_a_decode_step_reads_the_mean_window() -> None:
+    """24 steps at a window of 24, 23 at one of 47, by hand: bytes of the cache, and products of attention."""
+    programs = programs_of(plan_config.config())
+    assert programs.windows == [24, 47]
+    missing = 47 - (24 * 24 + 23 * 47) / 47
+    rows, layers, heads, kv_heads, c = 32, 2, 4, 2, 32
+    before = dict(products(programs.decode.traced.jaxpr))
+    work, traffic = _over_windows(programs, programs.decode, before, 1e9, 1)
+    of_a_token = 2 * layers * rows * kv_heads * (c + 4)  # keys and values in a byte each, with a scale for each head
+    assert 1e9 - traffic == pytest.approx(missing * of_a_token)
+    assert sum(before.values()) - sum(work.values()) == pytest.approx(2 * 2 * layers * rows * heads * c * missing)
+    assert _over_windows(programs, programs.decode, before, 1e3, 1)[1] == 1e3  # a cache on the chip
 
 
 def test_an_optimiser_in_the_hosts_memory() -> None:
