@@ -140,6 +140,9 @@ class Scores:
     router_target: Float[Array, "batch R slot"] | None = None
 
 
+LOG_RATIO_LIMIT = 20.0  # exp(20) = 4.9e8: past every cap in use, and its square is still finite in float32
+
+
 def route_dtype(num_experts: int) -> jnp.dtype:
     """The narrowest unsigned type that holds every expert and the sentinel ``num_experts``."""
     return jnp.dtype(jnp.uint8 if num_experts <= 255 else jnp.uint16)

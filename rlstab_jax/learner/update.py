@@ -21,7 +21,7 @@ from rlstab_jax.models.sharding import laid_out
 from rlstab_jax.models.transformer import Transformer
 from rlstab_jax.objectives import Objective, coefficients, surrogate
 from rlstab_jax.stability.gaps import first_order, staleness, trust_statistics, weight_statistics
-from rlstab_jax.stability.reduce import Mean, Statistics, mean_of, merge
+from rlstab_jax.stability.reduce import Mean, Statistics, mean_of, merge, prefixed
 from rlstab_jax.stability.routing import disagreement
 from rlstab_jax.types import Rollout, Routes, RoutingReplay, Scores, UserError, split_rows
 
@@ -291,10 +291,10 @@ def _statistics(model: Transformer, scores: Scores, parts: Any, part: _Part, rou
     advantage = part.advantage[:, None] if part.advantage.ndim == 1 else part.advantage
     mask = scores.mask
     statistics = {
-        **_prefixed("staleness", staleness(scores.target, scores.old, mask)),
-        **_prefixed("weight", weight_statistics(parts.weight, parts.truncated, mask)),
-        **_prefixed("trust", trust_statistics(parts.gate, advantage, mask)),
-        **_prefixed("first_order", first_order(scores.target, scores.rollout, mask)),
+        **prefixed("staleness", staleness(scores.target, scores.old, mask)),
+        **prefixed("weight", weight_statistics(parts.weight, parts.truncated, mask)),
+        **prefixed("trust", trust_statistics(parts.gate, advantage, mask)),
+        **prefixed("first_order", first_order(scores.target, scores.rollout, mask)),
         "learner/broken": mean_of(parts.broken, mask),
         "learner/rejected": mean_of(part.c == 0, mask),
     }
@@ -305,7 +305,3 @@ def _statistics(model: Transformer, scores: Scores, parts: Any, part: _Part, rou
             missed = disagreement(part.routes, routing.live, fed, model.config.num_experts)
             statistics["predictor/missed"] = Mean(missed.total.sum(), missed.weight.sum())
     return statistics
-
-
-def _prefixed(prefix: str, statistics: Statistics) -> Statistics:
-    return {f"{prefix}/{name}": statistic for name, statistic in statistics.items()}

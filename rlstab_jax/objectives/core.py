@@ -7,7 +7,7 @@ changing a coefficient recompiles nothing, changing a function compiles once.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 
 import jax
@@ -176,10 +176,10 @@ def _without_broken(scores: Scores) -> tuple[Scores, Bool[Array, "batch R"]]:
 
     The pieces then never meet a NaN, in values or in gradients: masking their results would be too late for the latter.
     """
-    names = ("target", "old", "rollout", "reference", "entropy", "router_old", "router_target")
-    fields = {name: getattr(scores, name) for name in names if getattr(scores, name) is not None}
+    names = (field.name for field in fields(scores) if field.name not in ("mask", "groups"))
+    given = {name: getattr(scores, name) for name in names if getattr(scores, name) is not None}
     finite = scores.mask
-    for values in fields.values():
+    for values in given.values():
         finite &= jnp.isfinite(values).reshape(*finite.shape, -1).all(-1)
-    clean = {name: jnp.where(jnp.expand_dims(finite, range(2, v.ndim)), v, 0.0) for name, v in fields.items()}
+    clean = {name: jnp.where(jnp.expand_dims(finite, range(2, v.ndim)), v, 0.0) for name, v in given.items()}
     return replace(scores, **clean), finite

@@ -11,11 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from rlstab_jax.types import Scores, UserError, masked
+from rlstab_jax.types import LOG_RATIO_LIMIT, Scores, UserError, masked
 
 LogRatio = Callable[[Scores], Float[Array, "batch R"]]
-
-LOG_RATIO_LIMIT = 20.0  # exp(20) = 4.9e8: past every cap in use, and its square is still finite in float32
 
 
 def bounded_exp(log_ratio: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

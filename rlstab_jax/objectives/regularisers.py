@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rlstab_jax.objectives.core import plain_reward
-from rlstab_jax.objectives.ratios import LOG_RATIO_LIMIT, bounded_exp, target_over_rollout
-from rlstab_jax.types import Scores, UserError, masked
+from rlstab_jax.objectives.ratios import bounded_exp, target_over_rollout
+from rlstab_jax.types import LOG_RATIO_LIMIT, Scores, UserError, masked
 
 
 def k1(scores: Scores) -> Float[Array, "batch R"]:

@@ -9,12 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from rlstab_jax.stability.reduce import Statistics, ess_of, histogram_of, max_of, mean_of
-from rlstab_jax.types import masked
+from rlstab_jax.types import LOG_RATIO_LIMIT, masked
 
 LogProbs = Float[Array, "batch R"]
 Mask = Bool[Array, "batch R"]
 
-LOG_RATIO_LIMIT = 20.0  # exp(20) = 4.9e8, and its square is still finite in float32
 EXTREME_RATIO = 2.0  # F(2): the share of tokens whose ratio is off by more than this factor (2510.11370)
 
 

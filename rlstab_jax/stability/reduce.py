@@ -99,6 +99,11 @@ Statistic = Mean | Max | EffectiveSampleSize | LogRatioHistogram
 Statistics = dict[str, Any]  # metric name -> Statistic
 
 
+def prefixed(prefix: str, statistics: Statistics) -> Statistics:
+    """The same under ``prefix/name``."""
+    return {f"{prefix}/{name}": statistic for name, statistic in statistics.items()}
+
+
 def mean_of(values: jax.Array, mask: Bool[Array, "*shape"], axis: Any = None) -> Mean:
     """The mean of ``values`` where ``mask``, over ``axis`` (all axes by default)."""
     values = masked(jnp.asarray(values, jnp.float32), mask)

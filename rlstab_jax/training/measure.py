@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from rlstab_jax.learner import PolicyScores
 from rlstab_jax.parallel.distributed import on_host
 from rlstab_jax.stability.gaps import discrepancy
-from rlstab_jax.stability.reduce import Mean, Statistics, merge, values
+from rlstab_jax.stability.reduce import Mean, Statistics, merge, prefixed, values
 from rlstab_jax.stability.routing import disagreement, load_max, tokens_differ
 from rlstab_jax.types import Rollout
 
@@ -27,9 +27,9 @@ def rollout_statistics(rollout: Rollout, old: PolicyScores, live: PolicyScores |
     ``routing/tokens_differ`` is the share of tokens of which they differ at some layer.
     """
     mask = rollout.response_mask
-    statistics = _prefixed("discrepancy", discrepancy(old.log_probs, rollout.log_probs, mask))
+    statistics = prefixed("discrepancy", discrepancy(old.log_probs, rollout.log_probs, mask))
     if live is not None:
-        statistics |= _prefixed("discrepancy_live", discrepancy(live.log_probs, rollout.log_probs, mask))
+        statistics |= prefixed("discrepancy_live", discrepancy(live.log_probs, rollout.log_probs, mask))
     if rollout.routes is not None and old.live is not None:
         choices = rollout.routes, old.live, rollout.fed_mask, num_experts
         statistics["routing/rollout_vs_old"] = disagreement(*choices)
@@ -40,7 +40,7 @@ def rollout_statistics(rollout: Rollout, old: PolicyScores, live: PolicyScores |
 @jax.jit
 def decode_statistics(rollout: Rollout, rescored: Float[Array, "batch R"]) -> Statistics:
     """The gap between the log-probs that drove the draw and those of a scoring pass by the same engine."""
-    return _prefixed("discrepancy/decode_vs_score", discrepancy(rescored, rollout.log_probs, rollout.response_mask))
+    return prefixed("discrepancy/decode_vs_score", discrepancy(rescored, rollout.log_probs, rollout.response_mask))
 
 
 def rollout_metrics(statistics: Statistics) -> dict[str, float]:
@@ -106,7 +106,3 @@ def _over_layers(statistic: Mean) -> Mean:
 
 def _layer(number: int, name: str) -> str:
     return f"routing/layer_{number:02d}/{name}"
-
-
-def _prefixed(prefix: str, statistics: Statistics) -> Statistics:
-    return {f"{prefix}/{name}": statistic for name, statistic in statistics.items()}
