@@ -4,7 +4,6 @@ python -m experiments.verdicts                 # draws all studies, and writes e
 python -m experiments.verdicts --protocol-only    # prints PROTOCOL.md's tables of contrasts and of cells
 """
 
-import csv
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from experiments import (
     engine_gaps,
     gradients,
     high_rates,
+    measured,
     objectives,
     off_policy,
     on_policy,
@@ -32,6 +32,7 @@ from experiments import (
     staleness,
     tuning,
 )
+from experiments.benchmarks.common import markdown
 from experiments.claims import (
     ALL,
     BY_SCALE,
@@ -96,9 +97,9 @@ def page(results: Path) -> str:
         _table(PAPER, judged, runs),
         _discrepancies(runs["on_policy"]),
         "Claim (m): the ablated gradients are neither equal to nor linearly correlated with the true one. Enumerated: "
-        + enumerated(results),
+        + measured.enumerated(results),
         "In training, by large samples of the runs of MiniRL on-policy (`python -m experiments.gradients`):",
-        _gradients(results),
+        measured.of_gradients(results),
         "Of (c) and (m) training can say little about lengths: this task's answers are as long as their prompts ask, "
         "so that 1/|y| weighs prompts, and never one response to a prompt against another. Where the lengths of a "
         "prompt's responses differ, the enumeration alone has tested it.",
@@ -112,7 +113,7 @@ def page(results: Path) -> str:
         "and at the end of on-policy runs, of the pairs that have them all ([more](gradients/gradients.csv), of all "
         "pairs). Products and lengths are estimated by "
         "halves of the samples, so that noise may put a cosine or a projection beyond 1. No verdict.",
-        _projections(results),
+        measured.of_projections(results),
         "## Claims of later work",
         _table(LATER, judged, runs),
         "## Where the claims on staleness could bite",
@@ -137,19 +138,19 @@ def page(results: Path) -> str:
         "runs collapsed, and more at the next higher rate. What is empty has not been run, so that a method without ^ "
         "may last at higher rates than are here ([more](rates/rates.csv), [picture](rates/by_rate.png)). No "
         "verdict.",
-        _rows(("method", "pairs", *(f"{rate:g}" for rate in RATES)), rates.lines(records)),
+        markdown(("method", "pairs", *(f"{rate:g}" for rate in RATES)), rates.lines(records)),
         "## Whether the gap's persistence, rather than its size, makes IS matter",
         "delta = log mu - log pi of the tokens of a fixed probe, at every 16th update of on-policy runs: its size "
         "(root mean square, nats), and its correlation over tokens with itself after more updates. If persistence "
         "decides, IS is worth accuracy where the correlation lasts, whatever the size; kinds of rollouts that differ "
         "in both cannot tell the two apart ([more](persistence/persistence.csv), "
         "[picture](persistence/persistence.png)). Accuracies are the last ones, as means over pairs. No verdict.",
-        _persistence(results),
+        measured.of_persistence(results),
         "## What each choice of engines does at fixed weights",
         "KL and route disagreement of the engines, the share of KL that goes when the sampler's routes are replayed, "
         "and the cosine of MiniRL's gradients with that of equal engines (95% intervals), at the end of on-policy runs "
         "([more](engine_gaps/engine_gaps.csv), [picture](engine_gaps/engine_gaps.png)). No verdict.",
-        _engines(results),
+        measured.of_engines(results),
         "## Other differences",
         "Of final accuracy, over pairs, with 95% intervals; no claim asks for them, or they were not asked beforehand. "
         "No verdict.",
@@ -179,7 +180,7 @@ def _table(
         for v, p, words in judged
         if (c := v.contrast) in contrasts
     ]
-    return _rows(("claim", "as tested", "study", "figures", "pairs", "p", "verdict", "of all pairs"), rows)
+    return markdown(("claim", "as tested", "study", "figures", "pairs", "p", "verdict", "of all pairs"), rows)
 
 
 def _of_all(judged: Verdict, runs: Mapping[str, Runs]) -> str:
@@ -187,11 +188,6 @@ def _of_all(judged: Verdict, runs: Mapping[str, Runs]) -> str:
     contrast = judged.contrast
     every = judge(dataclasses.replace(contrast, planned=EVERY), runs[contrast.study])
     return f"{every.figures}, {every.pairs} pairs" if every.pairs > judged.pairs else ""
-
-
-def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _searched(records: Mapping[str, dict[str, Any]]) -> str:
@@ -207,7 +203,7 @@ def _searched(records: Mapping[str, dict[str, Any]]) -> str:
         if (done := runs[cell.name])
     ]
     head = ("cell", "collapsed", "first to final accuracy of each run (its pair)", "median KL of staleness (k3)")
-    return _rows(head, rows)
+    return markdown(head, rows)
 
 
 def _progress(records: Mapping[str, dict[str, Any]], results: Path) -> str:
@@ -229,7 +225,7 @@ def _progress(records: Mapping[str, dict[str, Any]], results: Path) -> str:
         link = f"[`{name}`]({name})" if measured else f"`{name}`"
         rows.append((link, "", "", str(measured), str(measured), f"`python -m experiments.{name} --draw`"))
     head = ("study", "cells", f"with {ENOUGH} pairs", "runs", "not of a study above", "tables and pictures")
-    return _rows(head, rows)
+    return markdown(head, rows)
 
 
 def _not_yet(runs: Mapping[str, Mapping[str, Sequence[Run]]]) -> str:
@@ -252,7 +248,7 @@ def _described(runs: Mapping[str, Mapping[str, Sequence[Run]]]) -> str:
         verdict = judge(contrast, runs[contrast.study])
         figures = verdict.figures if verdict.pairs >= ENOUGH else verdict.text(math.nan)
         lines.append((contrast.says, contrast.study, figures, str(verdict.pairs)))
-    return _rows(("A less B", "study", "difference", "pairs"), lines)
+    return markdown(("A less B", "study", "difference", "pairs"), lines)
 
 
 def _by_scale(runs: Mapping[str, Sequence[Run]]) -> str:
@@ -266,7 +262,7 @@ def _by_scale(runs: Mapping[str, Sequence[Run]]) -> str:
 
     scales = (*scale.SIZES, *scale.LENGTHS)
     lines = [(of, *(shown(of, contrast) for contrast in BY_SCALE)) for of in scales]
-    return _rows(("", *(contrast.says for contrast in BY_SCALE)), lines)
+    return markdown(("", *(contrast.says for contrast in BY_SCALE)), lines)
 
 
 def _discrepancies(runs: Mapping[str, Sequence[Run]]) -> str:
@@ -287,109 +283,6 @@ def _discrepancies(runs: Mapping[str, Sequence[Run]]) -> str:
     )
 
 
-def _gradients(results: Path) -> str:
-    rows = gradients.table(read(results / "gradients" / gradients.FILE))
-    lines = []
-    for name, says in (("no_is", "without IS"), ("length_norm", "with 1/\\|y\\|")):
-        here = [row for row in rows if row["gradient"] == name and row["updates"] == 0]
-        figures = "; ".join(
-            f"{row['point']}: {row['cosine']:.2f} [{row['cosine_low']:.2f}, {row['cosine_high']:.2f}]" for row in here
-        )
-        lines.append(
-            ("m", f"the gradient {says} is not correlated with Eq. 2's", figures, gradients.correlated(rows, name))
-        )
-    return _rows(("claim", "as tested", "cosine", "verdict"), lines)
-
-
-def _projections(results: Path) -> str:
-    kinds = {
-        "token": "live routes",
-        "r2": "R2",
-        "r3": "R3",
-        "permuted": "R3, another token's routes",
-        "initial": "R3, the cold start's routes",
-        "clipped": "live routes, clipping and truncation",
-    }
-    measured = read(results / "gradients" / gradients.FILE)
-    # Of the same pairs: cold starts differ by more than routes do.
-    rows = gradients.table(
-        [pair for pair in measured if all(kinds.keys() <= set(row["names"]) for row in pair["measured"])]
-    )
-    places = list(dict.fromkeys((row["point"], row["updates"]) for row in rows))
-    of = {(row["point"], row["updates"], row["gradient"]): row for row in rows}
-
-    def shown(row: Mapping[str, Any]) -> str:
-        return f"{row['projection']:.2f} [{row['projection_low']:.2f}, {row['projection_high']:.2f}]"
-
-    lines = [(says, *(shown(of[*place, name]) for place in places)) for name, says in kinds.items() if rows]
-    return _rows(("gradient with", *(f"{point}, {updates} updates" for point, updates in places)), lines)
-
-
-def _persistence(results: Path) -> str:
-    kinds = {"e4m3": ("minirl", "no_is"), "4 bits": ("minirl-4bit", "no_is-4bit"), "mu mixed": ("mixed", "mixed-no_is")}
-    lags = (16, 64, 256)
-    rows = persistence.table(read(results / "persistence" / persistence.FILE))
-    of = {(row["cell"], row["lag"]): row for row in rows}
-    lines = []
-    for kind, (weighted, without) in kinds.items():
-        if all((cell, lag) in of for cell in (weighted, without) for lag in lags):
-            row = of[without, lags[0]]
-            stays = [f"{of[without, lag]['autocorrelation']:.2f}" for lag in lags]
-            ends = [f"{of[cell, lags[0]]['final']:.2f}" for cell in (weighted, without)]
-            lines.append((kind, str(row["pairs"]), f"{row['size']:.2g}", *stays, *ends))
-    head = ("rollouts", "pairs", "size without IS", *(f"correlation after {lag}" for lag in lags))
-    return _rows((*head, "accuracy with IS", "without IS"), lines)
-
-
-def _engines(results: Path) -> str:
-    rows = engine_gaps.table(read(results / "engine_gaps" / engine_gaps.FILE))
-
-    def shown(row: Mapping[str, Any], gradient: str) -> str:
-        mean, low, high = (row[f"{gradient}: cosine{end}"] for end in ("", " low", " high"))
-        return "lost in noise" if math.isnan(mean) else f"{mean:.2f} [{low:.2f}, {high:.2f}]"
-
-    lines = [
-        (
-            row["engines"],
-            str(row["pairs"]),
-            f"{row['k3']:.2g}",
-            "" if math.isnan(row["routing_share"]) else f"{row['routing_share']:.2f}",
-            f"{row['disagreement']:.2g}",
-            f"{row['tokens_differ']:.2g}",
-            *(shown(row, gradient) for gradient in engine_gaps.GRADIENTS),
-        )
-        for row in rows
-        if row["point"] == "end"
-    ]
-    head = (
-        "engines",
-        "pairs",
-        "KL, nats",
-        "share of routing",
-        "routes that differ",
-        "tokens with any that differ",
-        *engine_gaps.GRADIENTS,
-    )
-    return _rows(head, lines)
-
-
-def enumerated(results: Path) -> str:
-    """What the enumeration of a tiny policy says of claim (m)."""
-    with (results / "first_order" / "slopes.csv").open() as file:
-        rows = {(row["gap"], row["quantity"]): row for row in csv.DictReader(file)}
-
-    def shown(gap: str, quantity: str) -> str:
-        row = rows[gap, quantity]
-        return f"{float(row['median']):.2f} [{float(row['low']):.2f}, {float(row['high']):.2f}]"
-
-    return (
-        f"there the cosine of the length-normalised gradient with the true one is "
-        f"{shown('none', 'length_normalised_cosine')} at hardly any gap, and without the weight the error is "
-        f"{shown('precision', 'no_weight_error / weight_error')} times as large; so they are not equal, but they are "
-        "correlated ([`first_order`](first_order/README.md))."
-    )
-
-
 def protocol() -> str:
     """PROTOCOL.md's tables: the rules, every contrast, and every study with its cells."""
     contrasts = [
@@ -398,9 +291,9 @@ def protocol() -> str:
     studies = [(s.name, str(len(s.cells)), ", ".join(cell.name for cell in s.cells)) for s in STUDIES]
     head = ("claim", "as tested", "", "study", "rule", "A", "B")
     tables = (
-        _rows(("rule", "what it compares, and its verdicts"), tuple(RULES.items())),
-        _rows(head, contrasts),
-        _rows(("study", "cells", "names, in the order of running"), studies),
+        markdown(("rule", "what it compares, and its verdicts"), tuple(RULES.items())),
+        markdown(head, contrasts),
+        markdown(("study", "cells", "names, in the order of running"), studies),
     )
     return "\n\n".join(tables)
 

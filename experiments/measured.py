@@ -1,0 +1,118 @@
+"""The page's tables of what was measured at fixed weights: no runs compared, but gradients, gaps and their memory."""
+
+import csv
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments import engine_gaps, gradients, persistence
+from experiments.benchmarks.common import markdown
+from experiments.study import read
+
+
+def of_gradients(results: Path) -> str:
+    """Cosines of ablated gradients with Eq. 2's at the weights that sampled, and the verdicts on (m)."""
+    rows = gradients.table(read(results / "gradients" / gradients.FILE))
+    lines = []
+    for name, says in (("no_is", "without IS"), ("length_norm", "with 1/\\|y\\|")):
+        here = [row for row in rows if row["gradient"] == name and row["updates"] == 0]
+        figures = "; ".join(
+            f"{row['point']}: {row['cosine']:.2f} [{row['cosine_low']:.2f}, {row['cosine_high']:.2f}]" for row in here
+        )
+        lines.append(
+            ("m", f"the gradient {says} is not correlated with Eq. 2's", figures, gradients.correlated(rows, name))
+        )
+    return markdown(("claim", "as tested", "cosine", "verdict"), lines)
+
+
+def of_projections(results: Path) -> str:
+    """How much of Eq. 2's gradient each kind of routes leaves, where and after how many updates."""
+    kinds = {
+        "token": "live routes",
+        "r2": "R2",
+        "r3": "R3",
+        "permuted": "R3, another token's routes",
+        "initial": "R3, the cold start's routes",
+        "clipped": "live routes, clipping and truncation",
+    }
+    measured = read(results / "gradients" / gradients.FILE)
+    # Of the same pairs: cold starts differ by more than routes do.
+    rows = gradients.table(
+        [pair for pair in measured if all(kinds.keys() <= set(row["names"]) for row in pair["measured"])]
+    )
+    places = list(dict.fromkeys((row["point"], row["updates"]) for row in rows))
+    of = {(row["point"], row["updates"], row["gradient"]): row for row in rows}
+
+    def shown(row: Mapping[str, Any]) -> str:
+        return f"{row['projection']:.2f} [{row['projection_low']:.2f}, {row['projection_high']:.2f}]"
+
+    lines = [(says, *(shown(of[*place, name]) for place in places)) for name, says in kinds.items() if rows]
+    return markdown(("gradient with", *(f"{point}, {updates} updates" for point, updates in places)), lines)
+
+
+def of_persistence(results: Path) -> str:
+    """Size and persistence of the gap by kind of rollouts, and how runs with and without IS ended."""
+    kinds = {"e4m3": ("minirl", "no_is"), "4 bits": ("minirl-4bit", "no_is-4bit"), "mu mixed": ("mixed", "mixed-no_is")}
+    lags = (16, 64, 256)
+    rows = persistence.table(read(results / "persistence" / persistence.FILE))
+    of = {(row["cell"], row["lag"]): row for row in rows}
+    lines = []
+    for kind, (weighted, without) in kinds.items():
+        if all((cell, lag) in of for cell in (weighted, without) for lag in lags):
+            row = of[without, lags[0]]
+            stays = [f"{of[without, lag]['autocorrelation']:.2f}" for lag in lags]
+            ends = [f"{of[cell, lags[0]]['final']:.2f}" for cell in (weighted, without)]
+            lines.append((kind, str(row["pairs"]), f"{row['size']:.2g}", *stays, *ends))
+    head = ("rollouts", "pairs", "size without IS", *(f"correlation after {lag}" for lag in lags))
+    return markdown((*head, "accuracy with IS", "without IS"), lines)
+
+
+def of_engines(results: Path) -> str:
+    """Gaps and gradients of each choice of engines at the end of runs."""
+    rows = engine_gaps.table(read(results / "engine_gaps" / engine_gaps.FILE))
+
+    def shown(row: Mapping[str, Any], gradient: str) -> str:
+        mean, low, high = (row[f"{gradient}: cosine{end}"] for end in ("", " low", " high"))
+        return "lost in noise" if math.isnan(mean) else f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+
+    lines = [
+        (
+            row["engines"],
+            str(row["pairs"]),
+            f"{row['k3']:.2g}",
+            "" if math.isnan(row["routing_share"]) else f"{row['routing_share']:.2f}",
+            f"{row['disagreement']:.2g}",
+            f"{row['tokens_differ']:.2g}",
+            *(shown(row, gradient) for gradient in engine_gaps.GRADIENTS),
+        )
+        for row in rows
+        if row["point"] == "end"
+    ]
+    head = (
+        "engines",
+        "pairs",
+        "KL, nats",
+        "share of routing",
+        "routes that differ",
+        "tokens with any that differ",
+        *engine_gaps.GRADIENTS,
+    )
+    return markdown(head, lines)
+
+
+def enumerated(results: Path) -> str:
+    """What the enumeration of a tiny policy says of claim (m)."""
+    with (results / "first_order" / "slopes.csv").open() as file:
+        rows = {(row["gap"], row["quantity"]): row for row in csv.DictReader(file)}
+
+    def shown(gap: str, quantity: str) -> str:
+        row = rows[gap, quantity]
+        return f"{float(row['median']):.2f} [{float(row['low']):.2f}, {float(row['high']):.2f}]"
+
+    return (
+        f"there the cosine of the length-normalised gradient with the true one is "
+        f"{shown('none', 'length_normalised_cosine')} at hardly any gap, and without the weight the error is "
+        f"{shown('precision', 'no_weight_error / weight_error')} times as large; so they are not equal, but they are "
+        "correlated ([`first_order`](first_order/README.md))."
+    )
