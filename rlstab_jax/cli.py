@@ -220,7 +220,7 @@ def train_command(arguments: Sequence[str], begin: Any) -> int:
         raise UserError(f"{out} holds a run already: give another --out, --fresh to begin anew, or --resume to go on")
     prepare_jax(options.compilation_cache)
     if distributed.start(options.distributed, "rlstab train"):
-        distributed.agree_on(facts(config, out=out, fresh=options.fresh))
+        distributed.agree_on(facts(config, out=out, fresh=options.fresh, accept_code=options.accept_code))
     with progress(config.gradient_steps) if distributed.first() else silence() as (say, watch):
         say(f"run: {out}")
         how: dict[str, Any] = {name: getattr(options, name) for name in ("fresh", "accept_code", "profile")}

@@ -136,8 +136,13 @@ class _Source:
 
 def _compiled(code: CodeType) -> str:
     """What a function without a source does: its instructions, and the constants and names that they speak of."""
-    constants = [_compiled(one) if isinstance(one, CodeType) else repr(one) for one in code.co_consts]
-    return f"{code.co_code.hex()} {constants} {code.co_names}"
+
+    def constant(value: Any) -> str:
+        if isinstance(value, frozenset):  # whose order is another one in each process
+            return repr(sorted(map(repr, value)))
+        return _compiled(value) if isinstance(value, CodeType) else repr(value)
+
+    return f"{code.co_code.hex()} {[constant(one) for one in code.co_consts]} {code.co_names}"
 
 
 def _array(value: Any) -> str:

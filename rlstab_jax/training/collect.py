@@ -101,11 +101,13 @@ def try_task(task: Task, prompt_length: int, count: int = 4) -> None:
     train = task.split("train")
     prompts = [train[i] for i in range(min(count, len(train)))]
     encode_prompts(prompts, task.tokenizer, prompt_length)
+    # A task of one's own need not have answers that are texts.
+    responses = [(prompt.answer if isinstance(prompt.answer, str) else "", True) for prompt in prompts]
     if not isinstance(task, BatchTask):
-        for prompt in prompts:
-            reward_of(task, prompt, prompt.answer, True)
+        for prompt, response in zip(prompts, responses, strict=True):
+            reward_of(task, prompt, *response)
         return
-    rewards = rewards_of(task, prompts, [(prompt.answer, True) for prompt in prompts])
+    rewards = rewards_of(task, prompts, responses)
     if isinstance(task, Dataset) and len(prompts) in Counter(failure.reward for failure in rewards.failures).values():
         task.check(rewards, prompts)
 
