@@ -96,7 +96,7 @@ def open_run(
     may_change: Collection[str] = (),
     say: Callable[[str], None] = print,
     defaults: Mapping[str, Any] | None = None,
-    accept_code: bool = False,
+    accept_code: bool | None = None,
 ) -> "RunDir":
     """Opens the run in ``path`` to go on with it, or begins one there.
 
@@ -108,7 +108,7 @@ def open_run(
       say: where a message for the user goes.
       defaults: of config fields, see `config_difference`.
       accept_code: go on though ``code`` is another one than the run's; the manifest keeps both, the former in
-        ``earlier_code``.
+        ``earlier_code``. None where the user is given no such choice.
 
     Raises:
       UserError: the directory holds a run of another config, or something that is no run.
@@ -128,7 +128,9 @@ def open_run(
                 say(f"{path} goes on with code of your own that has changed; its manifest keeps both checksums")
                 before, earlier = {**before, "earlier_code": [*before.get("earlier_code", []), earlier]}, code
             there = {**before.get("config", {}), **earlier}
-            _same_config(path, config_difference(there, {**manifest["config"], **code}, defaults), may_change)
+            _same_config(
+                path, config_difference(there, {**manifest["config"], **code}, defaults), may_change, accept_code
+            )
             manifest = {**before, **{name: manifest[name] for name in ("config", "code") if name in manifest}}
     elif path.exists() and (not path.is_dir() or any((path / name).exists() for name in _OF_A_RUN)):
         raise UserError(f"{path} is there but holds no manifest.json: give another --out, or --fresh to move it aside")
@@ -271,10 +273,13 @@ class Bystander(RunDir):
         pass
 
 
-def _same_config(path: Path, differences: Iterable[tuple[str, Any, Any]], may_change: Collection[str]) -> None:
+def _same_config(
+    path: Path, differences: Iterable[tuple[str, Any, Any]], may_change: Collection[str], accept_code: bool | None
+) -> None:
     differences = [item for item in differences if item[0] not in may_change]
     if differences:
-        mended = "; --accept-code goes on if you have mended it" if differences[0][0].startswith("the code of ") else ""
+        choice = accept_code is not None and differences[0][0].startswith("the code of ")
+        mended = "; --accept-code goes on if you have mended it" if choice else ""
         shown = ", ".join(f"{name} is {a!r} there and {b!r} here" for name, a, b in differences[:3])
         more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
         raise UserError(

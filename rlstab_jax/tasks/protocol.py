@@ -188,7 +188,7 @@ def build_task(config: Any) -> Task:
     return task
 
 
-MEND = "Mend it; the same command with --accept-code goes on from the last checkpoint"
+MEND = "Mend it; rlstab train goes on from the last checkpoint with --accept-code"
 
 
 def reward_of(task: Task, prompt: Prompt, response: str, stopped: bool) -> float:

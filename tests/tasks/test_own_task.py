@@ -47,7 +47,10 @@ def own(given: Any) -> Own:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (KeyError("x"), "Own.rewards failed: KeyError: 'x'. Mend it; the same command with --accept-code goes"),
+        (
+            KeyError("x"),
+            "Own.rewards failed: KeyError: 'x'. Mend it; rlstab train goes on from the last checkpoint with",
+        ),
         (np.zeros(3), "Own.rewards returned ndarray: expected rlstab_jax.tasks.Rewards"),
         (Rewards(np.zeros(2)), r"Own.rewards: total is float64\[2\]: expected 3 numbers, one for each response"),
         (Rewards(np.zeros((3, 1))), r"total is float64\[3, 1\]: expected 3 numbers"),
