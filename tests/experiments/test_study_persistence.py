@@ -46,9 +46,9 @@ def test_a_run_is_measured_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert row["autocorrelation"][0] == 1.0
     assert -1 <= min(row["autocorrelation"]) < 1
     assert row["size"] > 1e-4
-    rows = [{"cell": cell, "pair": i, "cold_start": i, **row} for cell in ("a", "b") for i in range(2)]
+    rows = [{"cell": cell, "pair": i, "cold_start": i, **row} for cell in ("minirl", "no_is") for i in range(2)]
     assert [(line["cell"], line["lag"], line["pairs"]) for line in persistence.table(rows)] == [
-        ("a", 1, 2), ("a", 2, 2), ("b", 1, 2), ("b", 2, 2)
+        ("minirl", 1, 2), ("minirl", 2, 2), ("no_is", 1, 2), ("no_is", 2, 2)
     ]  # fmt: skip
     persistence.picture(rows, tmp_path / "persistence.png")
     assert (tmp_path / "persistence.png").stat().st_size > 10_000

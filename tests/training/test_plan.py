@@ -135,7 +135,6 @@ def test_packed_rows_are_planned_as_they_run() -> None:
     for phase in ("score", "update"):
         gathers = [str(getattr(of, phase).traced.jaxpr).count("gather[") for of in (plain, packed)]
         assert gathers[1] > gathers[0], phase
-        assert getattr(packed, phase).compiled
 
 
 def test_a_decode_step_reads_the_mean_window() -> None:
