@@ -78,7 +78,7 @@ def put(value: object, *index: int) -> Callable[[np.ndarray], np.ndarray]:
         (lambda r: r[None], "row 2: shape"),
         (lambda r: r.astype(np.float32), "row 2: float32, expected integers"),
         (lambda r: np.where(r == r, 255, 0).astype(np.uint8), "expert 255"),  # -1 in eight unsigned bits
-        (lambda r: np.where(r == r, 2**64 - 1, 0).astype(np.uint64), f"expert {2**64 - 1}"),  # and in 64
+        (lambda r: np.full(r.shape, 2**64 - 1, np.uint64), f"expert {2**64 - 1}"),  # and in 64
         (lambda r: [*r[:-1].tolist(), r[-1, :1].tolist()], "routes of row 2: no array"),
     ],
 )
