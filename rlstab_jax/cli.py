@@ -223,8 +223,16 @@ def train_command(arguments: Sequence[str], begin: Any) -> int:
         distributed.agree_on(facts(config, out=out, fresh=options.fresh, accept_code=options.accept_code))
     with progress(config.gradient_steps) if distributed.first() else silence() as (say, watch):
         say(f"run: {out}")
-        how: dict[str, Any] = {name: getattr(options, name) for name in ("fresh", "accept_code", "profile")}
-        stopped = train(config, out, **how, say=say, watch=watch, begin=begin)
+        stopped = train(
+            config,
+            out,
+            fresh=options.fresh,
+            accept_code=options.accept_code,
+            profile=options.profile,
+            say=say,
+            watch=watch,
+            begin=begin,
+        )
     if stopped:
         return STOPPED[stopped]
     if distributed.first():

@@ -19,8 +19,7 @@ ROWS, LENGTH = 2**10 * 3**2 * 5 * 7, 11
 def check(objective: Objective) -> None:
     """Raises UserError where a piece does not run on the scores that it is given, before any work is done."""
     check_regularisers(objective)
-    pieces = {field.name: getattr(objective, field.name) for field in fields(objective) if field.name != "regularisers"}
-    for name, value in [*pieces.items(), *(("term", one.term) for one in objective.regularisers)]:
+    for name, value in [*_pieces(objective).items(), *(("term", one.term) for one in objective.regularisers)]:
         if not isinstance(value, Partial):
             function = getattr(value, "__name__", None)
             raise UserError(
@@ -48,6 +47,11 @@ def check_regularisers(objective: Objective) -> None:
         raise UserError(
             f"objective: regularisers is {kinds}, expected a tuple: regularisers=(Regulariser(piece(...), 0.01),)"
         )
+
+
+def _pieces(objective: Objective) -> dict[str, Partial]:
+    """All but the regularisers, by name."""
+    return {field.name: getattr(objective, field.name) for field in fields(objective) if field.name != "regularisers"}
 
 
 def reads(objective: Objective, what: Literal["reference", "router"]) -> bool:
@@ -93,6 +97,7 @@ def _measured(objective: Objective) -> Objective:
 
         return Partial(call)
 
-    pieces = {field.name: getattr(objective, field.name) for field in fields(objective) if field.name != "regularisers"}
     penalties = tuple(replace(one, term=measured("term", one.term)) for one in objective.regularisers)
-    return replace(objective, **{name: measured(name, of) for name, of in pieces.items()}, regularisers=penalties)
+    return replace(
+        objective, **{name: measured(name, of) for name, of in _pieces(objective).items()}, regularisers=penalties
+    )

@@ -107,6 +107,6 @@ def test_rows_and_a_dense_model() -> None:
     with pytest.raises(UserError, match="7 rows, but the rollout has 8"):
         import_routes(recorded()[1:], tiny.rollout(), CONFIG)
     with pytest.raises(UserError, match="routes: NoneType, expected a list of arrays"):
-        import_routes(None, tiny.rollout(), CONFIG)  # type: ignore[arg-type]
+        import_routes(None, tiny.rollout(), CONFIG)
     with pytest.raises(UserError, match="the model is dense"):
         import_routes(recorded(), tiny.rollout(), dataclasses.replace(CONFIG, num_experts=0))
