@@ -107,7 +107,7 @@ def test_sft_puts_the_cold_start_where_train_looks(tmp_path: Path, monkeypatch: 
             "objective 'rspo' reads the routers' log probabilities, but the model is dense: use another objective",
         ),
         ("--kernels.attention cudnn", "kernels.attention = 'cudnn' needs an NVIDIA GPU, but this is 'cpu'"),
-        ("--learner.precision.weights float8_e4m3fn", "learner.precision: the training engine is not quantised"),
+        ("--learner.precision.scales block", "learner.precision.scales = 'block', but neither weights nor activations"),
         ("--rollout.precision.block 0", "rollout.precision.block = 0: expected at least 1"),
         (
             "--rollout.precision.products native --rollout.precision.activations none",

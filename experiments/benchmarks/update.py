@@ -9,7 +9,7 @@ An update is a forward pass, its gradient and a step of Adam. Tables, each with 
   replay      routes live, replayed from the old pass (R2), and from the rollout (R3)
   micro       the mini-batch in 1, 2 and 4 parts
   packing     short responses share rows or not; lengths with a long tail (lognormal, sigma 1, mean 1/8, cut)
-  precision   float32 and bfloat16
+  precision   float32, bfloat16, and float32 with e4m3 weights, activations and KV cache (emulated on CPUs)
   tokens, layers, experts, vocabulary
               time and temporary memory as each of them grows
   devices     1 to 8 virtual devices that share the cores, the rows split over them
@@ -40,7 +40,7 @@ from experiments.benchmarks.common import Contender, Missing, measure
 from experiments.benchmarks.pages import Cell
 from rlstab_jax.learner import LearnerConfig, Minibatch, PolicyScores, init_state, score, state_shardings, update
 from rlstab_jax.learner.packing import plan
-from rlstab_jax.models import Kernels, ModelConfig, Precision, Transformer, resolve_kernels
+from rlstab_jax.models import Kernels, ModelConfig, Precision, Transformer, fp8, resolve_kernels
 from rlstab_jax.objectives import coefficients, minirl
 from rlstab_jax.parallel.mesh import MeshConfig, make_mesh
 from rlstab_jax.parallel.sharding import TRAINING, Layout
@@ -285,7 +285,8 @@ def packing_table(scale: Scale, threads: int) -> list[Cell]:
 
 
 def precision_table(scale: Scale, threads: int) -> list[Cell]:
-    loads = {d: dataclasses.replace(scale.base, precision=Precision(dtype=d)) for d in ("float32", "bfloat16")}
+    formats = {"float32": Precision(), "bfloat16": Precision(dtype="bfloat16"), "float8_e4m3fn": fp8()}
+    loads = {name: dataclasses.replace(scale.base, precision=precision) for name, precision in formats.items()}
     return [{"contenders": timed([program(*item) for item in loads.items()], scale.repetitions)}]
 
 

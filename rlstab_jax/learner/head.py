@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from rlstab_jax.models.precision import Precision, Stored, matmul
+from rlstab_jax.models.precision import Precision, Stored, store_activations
+from rlstab_jax.models.products import at_rest, matmul
 from rlstab_jax.models.transformer import Transformer, head_of, logits_of
 
 # Rows of a tile, where there are so many: the head's weight is read once for each block of rows.
@@ -122,8 +123,8 @@ def head_log_probs(
     logits exist at once (of a quantised head those of 128 rows a device at least). A target that is not among them has
     -inf, which the loss counts as broken; a row without any support, 0.
 
-    Differentiable in hidden states and the head's weight, unless the head is quantised. The weight's gradient is
-    accumulated in float32.
+    Differentiable in hidden states and the head's weight, straight through quantisation, unless the weight is prepared
+    for a sampler. Its gradient is accumulated in float32.
     """
     vocab = model.config.vocab_size
     greedy = temperature == 0  # a point mass: log-prob and entropy are 0 whatever the logits are
@@ -133,13 +134,14 @@ def head_log_probs(
         support, certain = jnp.where(drawn[:, None], support, 0), greedy | ~drawn
     rows = Rows(targets, jax.lax.stop_gradient(jnp.where(greedy, 1.0, temperature)), support, barred)
     precision, weight = head_of(model, variables)
-    if weight.scale is not None or precision.activations != "none":
+    tiles = Tiles.of(hidden.shape[0], vocab, logits_per_chunk)
+    if precision != precision.exempt():
         # Whole rows: a floor keeps the passes over the weight few where a chunk holds a handful of them.
         height = max(1, min(hidden.shape[0], max(logits_per_chunk // vocab, QUANTISED_ROWS * model.layout.row_parts)))
         tiles = Tiles(height, -(-hidden.shape[0] // height), vocab, 1, vocab)
+    if weight.scale is not None:
         running = _run(tiles, lambda h, start: logits_of(model, variables, h), hidden, rows)
         return jnp.where(certain, 0.0, running.log_prob), jnp.where(greedy, 0.0, running.entropy)
-    tiles = Tiles.of(hidden.shape[0], vocab, logits_per_chunk)
     # The weight is gathered once. A product with parts of it would be a sum over devices of each tile of logits.
     tied = model.config.tie_embeddings
     values = model.layout.constrain(weight.values, *(("vocab", None) if tied else (None, "vocab")))
@@ -155,8 +157,10 @@ def _log_probs(
 
 
 def _forward(tiles, precision, tied, weight, hidden, rows):
+    stored = at_rest(weight, None, precision, tied)
+
     def product(h: Array, start: Array) -> Array:
-        return _product(h, _columns(tiles, tied, weight, start), precision, tied)
+        return _product(h, _part(tiles, tied, stored, start), precision, tied)
 
     running = _run(tiles, product, hidden, rows)
     return (running.log_prob, running.entropy), (weight, hidden, rows, running)
@@ -175,11 +179,13 @@ def _backward(tiles, precision, tied, saved, cotangents):
     of_log_prob, of_entropy = (tiles.split(x, "constant") for x in (of_log_prob, of_entropy))
     parts = jax.tree.map(tiles.split, (hidden, rows, running.normaliser, running.entropy))
     operands = (*parts, of_log_prob, of_entropy)
+    stored = at_rest(weight, None, precision, tied)
 
     def over_columns(carry, block):
         d_hidden, d_weight = carry
         start = tiles.start(block)
-        part = _columns(tiles, tied, weight, start)
+        part = _part(tiles, tied, stored, start)
+        numbers = part.load(narrow, precision.block)
 
         def over_rows(d_part, xs):
             (h, rows, normaliser, entropy, of_log_prob, of_entropy), d_h = xs
@@ -191,11 +197,12 @@ def _backward(tiles, precision, tied, saved, cotangents):
             d_z = d_z + jnp.where((column == rows.target[:, None]) & (z > -jnp.inf), of_log_prob[:, None], 0.0)
             d_logits = (d_z / rows.temperature[:, None]).astype(narrow)
             # [height, columns] with [columns, d] or [d, columns]; then [height, columns] and [height, d].
-            d_h = d_h + dot(d_logits, part.astype(narrow), (((1,), (0 if tied else 1,)), ((), ())))
-            both = (d_logits, h.astype(narrow)) if tied else (h.astype(narrow), d_logits)
+            d_h = d_h + dot(d_logits, numbers, (((1,), (0 if tied else 1,)), ((), ())))
+            h = store_activations(h, precision).load(narrow, precision.block)
+            both = (d_logits, h) if tied else (h, d_logits)
             return d_part + dot(*both, (((0,), (0,)), ((), ()))), d_h
 
-        d_part, d_hidden = jax.lax.scan(over_rows, jnp.zeros(part.shape, jnp.float32), (operands, d_hidden))
+        d_part, d_hidden = jax.lax.scan(over_rows, jnp.zeros(numbers.shape, jnp.float32), (operands, d_hidden))
         d_part = d_part + _columns(tiles, tied, d_weight, start)
         return (d_hidden, jax.lax.dynamic_update_slice_in_dim(d_weight, d_part, start, 0 if tied else 1)), None
 
@@ -271,5 +278,10 @@ def _columns(tiles: Tiles, tied: bool, weight: Array, start: Array) -> Array:
     return jax.lax.dynamic_slice_in_dim(weight, start, tiles.columns, axis=0 if tied else 1)
 
 
-def _product(h: Float[Array, "height d"], part: Array, precision: Precision, tied: bool) -> Array:
-    return matmul(h, Stored(part.T if tied else part), precision, "float32")
+def _part(tiles: Tiles, tied: bool, weight: Stored, start: Array) -> Stored:
+    """`_columns` of a stored weight; a quantised one's are all of it."""
+    return weight if weight.scale is not None else Stored(_columns(tiles, tied, weight.values, start))
+
+
+def _product(h: Float[Array, "height d"], part: Stored, precision: Precision, tied: bool) -> Array:
+    return matmul(h, part.transposed if tied else part, precision, "float32")

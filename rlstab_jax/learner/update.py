@@ -68,7 +68,8 @@ class LearnerConfig:
     offload_optimizer: bool = False
     """Keep Adam's moments in the host's memory between updates."""
     precision: Precision = dataclasses.field(default_factory=Precision)
-    """Number formats of the training engine. In float16 the loss is scaled, such that gradients neither vanish nor
+    """Number formats of the training engine. Where it quantises, master weights stay float32 and gradients go straight
+    through; their products are in ``dtype``. In float16 the loss is scaled, such that gradients neither vanish nor
     overflow: by twice as much after 20 updates, and by half where a gradient overflows, which is then taken anew."""
     replay: Literal["live", "r2", "r3", "pr2"] = "r3"
     """Routing replay: none, the old pass's routes (R2), the inference engine's (R3), or those that the old pass

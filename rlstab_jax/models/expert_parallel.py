@@ -97,7 +97,8 @@ def _on_one_device(
     """What the experts and hidden units of this device's row and column contribute to each token that it holds."""
     devices, own = layout.parts("expert"), weights.num_experts
     first = jax.lax.axis_index("expert") * own
-    # What is multiplied in a narrower dtype travels in it, but chunks sum their gradients in float32.
+    # What is multiplied in a narrower dtype travels in it, but chunks sum their gradients in float32. Of a master
+    # nothing travels but its gradient: no product reads what is gathered.
     narrow = precision.dtype if precision.activations == "none" else "float32"
 
     def whole(weight: Stored, spec: Stored) -> Stored:
@@ -105,7 +106,9 @@ def _on_one_device(
         if not split or layout.parts("fsdp") == 1:
             return weight
         if weight.scale is not None:
-            return replace(weight, values=jax.lax.all_gather(weight.values, "fsdp", axis=split[0], tiled=True))
+            master = None if weight.master is None else _gathered(weight.master, "fsdp", split[0], "float32")
+            values = jax.lax.all_gather(weight.values, "fsdp", axis=split[0], tiled=True)
+            return replace(weight, values=values, master=master)
         values = _gathered(weight.values, "fsdp", split[0], narrow)
         return replace(weight, values=values.astype(jnp.float32) if chunk else values)
 
@@ -173,7 +176,7 @@ def _specs(weights: ExpertWeights, precision: Precision, layout: Layout) -> Any:
         of_scale: Any = None
         if scale is not None:
             of_scale = partition_spec(scale_axes(names, values, scale, precision, mesh), INFERENCE)
-        return Stored(of_values, of_scale)
+        return Stored(of_values, of_scale, None if stored[name].master is None else of_values)
 
     return ExpertWeights(of("gate"), of("up"), of("down"))
 

@@ -9,7 +9,8 @@ device or from several.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,15 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from rlstab_jax.models.grouped_dots import megablox, narrow, tokamax
-from rlstab_jax.models.precision import Precision, Stored, matmul, saturate, saturating, scaled_product
+from rlstab_jax.models.precision import Precision, Stored, saturate, saturating
+from rlstab_jax.models.products import (
+    gradient_of,
+    gradients,
+    matmul,
+    scaled_product,
+    straight_through,
+    without_master,
+)
 from rlstab_jax.models.spread import evenly
 
 
@@ -44,6 +53,11 @@ class ExpertWeights:
     def in_layer(self) -> int:
         """The experts that the tokens are spread over."""
         return self.num_experts * self.devices
+
+    def each(self, f: Callable[..., Stored], *others: Sequence[Any]) -> "ExpertWeights":
+        """``f`` of each matrix and of what belongs to it in ``others``, in the order gate, up, down."""
+        gate, up, down = (f(*of) for of in zip((self.gate, self.up, self.down), *others, strict=True))
+        return replace(self, gate=gate, up=up, down=down)
 
 
 Tokens = Float[Array, "tokens d"]
@@ -164,12 +178,14 @@ def _through_tiles_forward(rows, weights, plan, tile, precision):
     zeros = tuple(jnp.zeros((rows.shape[0], columns), precision.dtype) for columns in (hidden, hidden, width))
     with evenly(*even_tiles(plan, weights, tile)):
         gate, up, y = jax.lax.fori_loop(0, plan.used, one, zeros)
-    return y, (rows, weights, plan, gate, up)
+    return y, (rows, weights.each(without_master), plan, gate, up)
 
 
 def _through_tiles_backward(tile, precision, saved, gradient):
     rows, weights, plan, gate, up = saved
-    product = partial(matmul, precision=precision, out=precision.dtype)
+
+    def through(x, weight, d_y):
+        return gradients(matmul, x, weight, precision, precision.dtype, d_y)
 
     def one(i, done):
         d_rows, d_weights = done
@@ -180,19 +196,23 @@ def _through_tiles_backward(tile, precision, saved, gradient):
         )
         expert = _of_expert(weights, plan.owner[i])
         hidden, through_gate = jax.vjp(gated, gate_, up_)
-        d_hidden, d_down = jax.vjp(product, hidden, expert.down)[1](d_y)
+        d_hidden, d_down = through(hidden, expert.down, d_y)
         d_gate, d_up = through_gate(d_hidden)
-        d_x, d_gate = jax.vjp(product, x, expert.gate)[1](d_gate)
-        d_x_too, d_up = jax.vjp(product, x, expert.up)[1](d_up)
-        d_expert = expert.replace(gate=d_gate, up=d_up, down=d_down)
+        d_x, d_gate = through(x, expert.gate, d_gate)
+        d_x_too, d_up = through(x, expert.up, d_up)
+        d_expert = d_gate, d_up, d_down
         d_weights = jax.tree.map(lambda total, d: total.at[plan.owner[i]].add(_wide(d)), d_weights, d_expert)
         return _write((d_rows,), (d_x + d_x_too,), start)[0], d_weights
 
-    zeros = jnp.zeros_like(rows), jax.tree.map(lambda w: jnp.zeros_like(_wide(w), jnp.float32), weights)
+    matrices = (weights.gate, weights.up, weights.down)
+    zeros = jnp.zeros_like(rows), tuple(jnp.zeros_like(_wide(of.values), jnp.float32) for of in matrices)
     with evenly(*even_tiles(plan, weights, tile)):
         d_rows, d_weights = jax.lax.fori_loop(0, plan.used, one, zeros)
-    d_weights = jax.tree.map(lambda d, w: (d if d.shape == w.shape else d.mT).astype(w.dtype), d_weights, weights)
-    return d_rows, d_weights, None
+
+    def cotangent(of: Stored, d: Array) -> Stored:
+        return gradient_of(of, d if d.shape == of.values.shape else d.mT)
+
+    return d_rows, weights.each(cotangent, d_weights), None
 
 
 _through_tiles.defvjp(_through_tiles_forward, _through_tiles_backward)
@@ -204,7 +224,9 @@ def _wide(a: Float[Array, "*batch rows columns"]) -> Array:
 
 
 def _of_expert(weights: ExpertWeights, expert: Int[Array, ""]) -> ExpertWeights:
-    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, expert, keepdims=False), weights)
+    """Its matrices, without their masters."""
+    bare = weights.each(lambda of: replace(of, master=None))
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, expert, keepdims=False), bare)
 
 
 def _write(arrays: tuple[Array, ...], parts: tuple[Array, ...], start: Int[Array, ""]) -> tuple[Array, ...]:
@@ -312,19 +334,29 @@ def ragged(
     sorted_experts = jnp.minimum(flat[order], weights.num_experts - 1)
     # Rows past sum(sizes) are uninitialised on TPU, in results and in gradients: select, never multiply.
     used = (jnp.arange(num_tokens * k) < sizes.sum())[:, None]
+    product = straight_through(partial(_ragged_product, grouped_dot))
 
-    def dot(x: Array, weight: Array, **how: Any) -> Array:
-        return jnp.where(used, grouped_dot(jnp.where(used, x, 0), weight, sizes, **how), 0)
+    def of_rows(x: Array, weight: Stored, precision: Precision, out: str) -> Array:
+        return product(x, weight, precision, out, sizes, used, sorted_experts)
 
-    product = partial(_ragged_product, dot=dot, experts=sorted_experts)
-    y = swiglu(x[order // k], weights, precision, product).astype(jnp.float32)
+    y = swiglu(x[order // k], weights, precision, of_rows).astype(jnp.float32)
     y = jnp.zeros_like(y).at[order].set(y).reshape(num_tokens, k, -1)
     return _weighted(gates, y)
 
 
 def _ragged_product(
-    x: Array, weight: Stored, precision: Precision, out: str, dot: Callable[..., Array], experts: Array
+    grouped_dot: Callable[..., Array],
+    x: Array,
+    weight: Stored,
+    precision: Precision,
+    out: str,
+    sizes: Array,
+    used: Array,
+    experts: Array,
 ) -> Array:
+    def dot(x: Array, weight: Array, **how: Any) -> Array:
+        return jnp.where(used, grouped_dot(jnp.where(used, x, 0), weight, sizes, **how), 0)
+
     scale = None if weight.scale is None else jnp.moveaxis(weight.scale[experts], 1, 0)
     return scaled_product(x, weight.values, scale, precision, out, dot, weight.across)
 

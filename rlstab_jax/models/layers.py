@@ -24,11 +24,11 @@ from rlstab_jax.models.precision import (
     Stored,
     as_bytes,
     from_bytes,
-    matmul,
     saturate,
     saturating,
     store,
 )
+from rlstab_jax.models.products import at_rest, matmul, straight
 from rlstab_jax.parallel.sharding import Layout
 from rlstab_jax.types import Routes, route_dtype
 
@@ -107,7 +107,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "tokens in"]) -> Float[Array, "tokens features"]:
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), jnp.float32)
-        weight = Stored(kernel, self.get_variable(SCALE, "kernel"))
+        weight = at_rest(kernel, self.get_variable(SCALE, "kernel"), self.precision)
         return matmul(x, weight, self.precision, self.out or self.precision.dtype)
 
 
@@ -190,7 +190,7 @@ class Attention(nn.Module):
         kv = KeyValues(jax.tree.map(lambda a: a.swapaxes(2, 3), stored_k), stored_v)
         if past is None:
             attend = over_devices(ATTENTION[self.kernels.attention], self.kernels.attention, self.layout)
-            y = attend(q, self._load(stored_k), self._load(stored_v), segments)
+            y = attend(q, self._load(stored_k, k), self._load(stored_v, v), segments)
         else:
             write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=past.column)
             kv = self._laid_out(past.response.over_time(write, kv))
@@ -210,8 +210,9 @@ class Attention(nn.Module):
         """A cache's rows and heads lie where those of the queries do."""
         return jax.tree.map(lambda a: self.layout.constrain(a, "batch", "kv_heads", None, None), kv)
 
-    def _load(self, stored: Stored) -> Array:
-        return from_bytes(stored, self.precision.kv_cache).load(self.precision.dtype)
+    def _load(self, stored: Stored, exact: Array) -> Array:
+        loaded = from_bytes(stored, self.precision.kv_cache).load(self.precision.dtype)
+        return loaded if self.precision.kv_cache == "none" else straight(jax.lax.stop_gradient(loaded), exact)
 
 
 def route(
@@ -328,7 +329,7 @@ class MoE(nn.Module):
 
         def weight(name: str, rows: int, columns: int) -> Stored:
             values = self.param(name, init, (cfg.num_experts, rows, columns), jnp.float32)
-            return Stored(values, self.get_variable(SCALE, name))
+            return at_rest(values, self.get_variable(SCALE, name), self.precision)
 
         f = cfg.expert_dim
         return ExpertWeights(weight("gate", d, f), weight("up", d, f), weight("down", f, d))

@@ -1,10 +1,8 @@
-"""Number formats of an engine, and the one matrix product that honours them.
+"""Number formats of an engine, and how tensors are stored in them; `products` multiplies these.
 
 Quantised tensors are *stored*: values in a narrow format and float32 scales, `amax * (1 / largest finite value)` over
 what shares the scale. By channel that is the contracted axis (one scale per output channel of a weight, one per token
-of an activation); by block it is a square of a weight, and as many contracted numbers of one token. A product
-multiplies stored values exactly, accumulates in float32 (int8: in int32, so the sum is exact too) and applies both
-scales, so that hardware without the type computes what hardware with it would, up to the order of the sum.
+of an activation); by block it is a square of a weight, and as many contracted numbers of one token.
 """
 
 import dataclasses
@@ -15,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from rlstab_jax.models.config import ModelConfig
 from rlstab_jax.types import UserError
@@ -154,10 +152,13 @@ class Stored:
     In each axis there are as many scales as values, or one for all of them, or one for each block of them. Inside
     `jax.shard_map`, ``across`` is the mesh axis that splits the contracted dimension of a weight within what shares a
     scale: the activations that it is multiplied with share theirs over that axis too.
+
+    ``master`` is what a training engine quantised: no product reads it, and the weight's gradient is its.
     """
 
     values: Array
     scale: Float[Array, "..."] | None = None
+    master: Float[Array, "..."] | None = None
     across: str | None = struct.field(pytree_node=False, default=None)
 
     def load(self, dtype: jnp.dtype | str = jnp.float32, block: int = 1) -> Array:
@@ -165,6 +166,11 @@ class Stored:
         if self.scale is None:
             return saturate(self.values, dtype)
         return saturate(self.values.astype(jnp.float32) * spread(self.scale, self.values.shape, block), dtype)
+
+    @property
+    def transposed(self) -> "Stored":
+        """A matrix whose axes change places."""
+        return jax.tree.map(jnp.transpose, self)
 
 
 def is_narrow_float(dtype: jnp.dtype) -> bool:
@@ -239,15 +245,6 @@ def store_activations(x: Float[Array, "*batch tokens in"], precision: Precision,
     return store(x, precision.activations, across=across)
 
 
-def take(weight: Stored, rows: Int[Array, "*batch"], precision: Precision) -> Float[Array, "*batch columns"]:
-    """Rows of a stored matrix, in the engine's dtype."""
-    scale = weight.scale
-    if scale is not None:
-        blocked = scale.shape[-2] != weight.values.shape[-2]
-        scale = scale[rows // precision.block if blocked else rows]
-    return Stored(weight.values[rows], scale).load(precision.dtype, precision.block)
-
-
 def _normal(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """``x`` in float32, without numbers that some processors would take for 0."""
     x = x.astype(jnp.float32)
@@ -270,77 +267,3 @@ def _narrow(x: Float[Array, "..."], format: Format) -> Array:
     largest = LARGEST[format]
     x = jnp.clip(x, -largest, largest)
     return (jnp.round(x) if format == "int8" else x).astype(format)
-
-
-def matmul(x: Float[Array, "*batch rows in"], weight: Stored, precision: Precision, out: str) -> Array:
-    """``x @ weight`` in an engine's precision, in dtype ``out``. Leading axes are batch axes of both.
-
-    Rows are tokens; ``weight.scale`` is [..., 1 or blocks of in, out or blocks of out] or None.
-    """
-    scale = None if weight.scale is None else jnp.moveaxis(weight.scale, -2, 0)[..., None, :]
-    return scaled_product(x, weight.values, scale, precision, out, jnp.matmul, weight.across)
-
-
-def scaled_product(
-    x: Float[Array, "*batch rows in"],
-    weight: Array,
-    scale: Float[Array, "blocks ..."] | None,
-    precision: Precision,
-    out: str,
-    dot: Callable[..., Array],
-    across: str | None = None,
-) -> Array:
-    """``dot(x, weight)`` in an engine's precision, in dtype ``out``.
-
-    Args:
-      x: tokens, which are stored first if the engine quantises activations.
-      weight: stored values [..., in, out].
-      scale: their scales, the blocks of ``in`` in front (1 by channel), which broadcast to the result once they are
-        spread over its columns.
-      dot: `jnp.matmul` or one with its keywords ``precision`` and ``preferred_element_type``.
-      across: of the weight, as in `Stored`.
-    """
-    if precision.activations == "none" and scale is None:
-        # float32 means float32: accelerators would otherwise round the operands of a product to bf16 or tf32.
-        exact = jax.lax.Precision.HIGHEST if precision.dtype == "float32" else None
-        # A sum is rounded to its type by the product itself, which does not saturate.
-        sums = "float32" if out == "float16" else out
-        x, weight = saturate(x, precision.dtype), saturate(weight, precision.dtype)
-        return saturate(dot(x, weight, precision=exact, preferred_element_type=jnp.dtype(sums)), out)
-    stored = store_activations(x, precision, across)
-    size, columns = weight.shape[-2:]
-    width = precision.block if precision.scales == "block" else size
-
-    def part(number: Int[Array, ""] | int, width: int) -> Float[Array, "*batch rows out"]:
-        """The product of one block of the contracted axis, scaled."""
-        start = number * precision.block
-        left = jax.lax.dynamic_slice_in_dim(stored.values, start, width, -1)
-        right = jax.lax.dynamic_slice_in_dim(weight, start, width, -2)
-        total = _narrow_dot(left, right, precision, dot)
-        if stored.scale is not None:
-            total = total * jax.lax.dynamic_slice_in_dim(stored.scale, number, 1, -1)
-        if scale is not None:
-            columnwise = jax.lax.dynamic_index_in_dim(scale, number, 0, keepdims=False)
-            total = total * spread(columnwise, (*columnwise.shape[:-1], columns), precision.block)
-        return total
-
-    whole, rest = divmod(size, width)
-    total = part(0, width if whole else rest)
-    if whole > 1:
-        # A loop of many blocks keeps the program, and what it holds at once, as small as one of them.
-        total = jax.lax.fori_loop(1, whole, lambda number, sum: sum + part(number, width), total, unroll=whole <= 8)
-    if whole and rest:
-        total = total + part(whole, rest)
-    return saturate(total, out)
-
-
-def _narrow_dot(x: Array, weight: Array, precision: Precision, dot: Callable[..., Array]) -> Float[Array, "..."]:
-    """The product of stored values in float32."""
-    if x.dtype == weight.dtype == jnp.int8:
-        return dot(x, weight, preferred_element_type=jnp.int32).astype(jnp.float32)
-    if precision.products == "native":
-        x, weight = (a.astype(jnp.float8_e4m3fn) if a.dtype == jnp.float4_e2m1fn else a for a in (x, weight))
-        return dot(x, weight, preferred_element_type=jnp.float32)
-    # Compilers know the pattern of a product of converted fp8 numbers and may put a native one in its place.
-    x, weight = jax.lax.optimization_barrier((x.astype(jnp.float32), weight.astype(jnp.float32)))
-    return dot(x, weight, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)

@@ -31,7 +31,8 @@ from rlstab_jax.models.layers import (
     Routing,
     rotations,
 )
-from rlstab_jax.models.precision import Precision, Stored, matmul, saturating, take
+from rlstab_jax.models.precision import Precision, Stored, saturating
+from rlstab_jax.models.products import at_rest, matmul, take
 from rlstab_jax.models.remat import Remat, recomputed, residual
 from rlstab_jax.parallel.sharding import TRAINING, Layout, Rules
 from rlstab_jax.types import Routes, UserError
@@ -190,10 +191,13 @@ class Transformer(nn.Module):
 
     def embed(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch d"]:
         """Token embeddings in the engine's dtype."""
-        scale: Array | None = self.get_variable(SCALE, "embedding")
         # Whole rows, as `INFERENCE` has them: compilers know no good way from parts of rows to parts of a batch.
-        values = self.layout.constrain(self.embedding, "vocab", None)
-        return take(Stored(values, scale), tokens, self.precision)
+        return take(self._embedding(self.layout.constrain(self.embedding, "vocab", None)), tokens, self.precision)
+
+    def _embedding(self, values: Float[Array, "vocab d"]) -> Stored:
+        """As the LM head stores it, if it is tied."""
+        of = self.precision.lm_head if self.config.tie_embeddings else self.precision.exempt()
+        return at_rest(values, self.get_variable(SCALE, "embedding"), of, transposed=True)
 
     def finish(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         """The final norm, for a decode step that has applied the blocks itself."""
@@ -204,8 +208,7 @@ class Transformer(nn.Module):
         hidden = self.layout.constrain(hidden, "batch", "embed")
         if not self.config.tie_embeddings:
             return self.layout.constrain(self.lm_head(hidden), "batch", "vocab")
-        scale: Array | None = self.get_variable(SCALE, "embedding")
-        weight = Stored(self.embedding.T, None if scale is None else scale.T)
+        weight = self._embedding(self.embedding).transposed
         return self.layout.constrain(matmul(hidden, weight, self.precision.lm_head, "float32"), "batch", "vocab")
 
 
@@ -230,8 +233,11 @@ def forward(
 ) -> Output:
     """`Transformer.__call__` on ``variables``, stacked or by layer (`models.by_layer`).
 
-    Raises UserError where the precision stores weights in another format than theirs: they would be taken as they are,
-    and no error of quantisation be seen; and for routes of another number of layers.
+    Where the precision quantises weights, stacked ones may be a training engine's masters: they are quantised in this
+    pass, and gradients go straight through to them.
+
+    Raises UserError for quantised weights where the precision does not quantise them; for weights by layer that are not
+    quantised where it does, since a sampler would do it at each token; and for routes of another number of layers.
     """
     if routes is not None and len(routes) != model.config.num_moe_layers:
         raise UserError(f"routes {routes.shape}: the model has {model.config.num_moe_layers} MoE layers, [layer, ...]")
@@ -242,7 +248,7 @@ def forward(
             "the weights are quantised, but the model's precision stores them as they are: pass inference.prepare("
             "params, precision) with the model's own precision"
         )
-    if model.precision.weights != "none" and not scaled:
+    if model.precision.weights != "none" and LAYERS in variables and not scaled:
         raise UserError(
             f"the model's precision stores weights in {model.precision.weights}, but these are not quantised: pass "
             "inference.prepare(params, precision)"

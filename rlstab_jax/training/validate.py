@@ -81,7 +81,6 @@ def validate(config: RunConfig) -> None:
     check_fields(config)
     for where, ranges in RANGES.items():
         check_ranges(getattr(config, where) if where else config, ranges, where)
-    _precision(config)
     config.model.validate()
     config.learner.precision.validate(config.model, "learner.precision")
     config.rollout.precision.validate(config.model, "rollout.precision")
@@ -184,17 +183,6 @@ def _rollout(config: RunConfig) -> None:
         raise UserError(
             f"rollout.overlong_margin = {rollout.overlong_margin} and rollout.overlong = {rollout.overlong!r}: "
             "'penalise' needs a margin of at least 1 token, and nothing else takes one"
-        )
-
-
-def _precision(config: RunConfig) -> None:
-    """The training engine's, which is not quantised."""
-    precision = config.learner.precision
-    formats = (precision.weights, precision.activations, precision.kv_cache)
-    if formats != ("none",) * 3:
-        raise UserError(
-            f"learner.precision: the training engine is not quantised, but its formats are {', '.join(formats)}: "
-            "set them to none and choose learner.precision.dtype"
         )
 
 

@@ -13,7 +13,8 @@ import tiny
 from rlstab_jax.inference import prepare
 from rlstab_jax.learner import score
 from rlstab_jax.learner.head import Tiles, head_log_probs
-from rlstab_jax.models import ModelConfig, Precision, fp8
+from rlstab_jax.models import ModelConfig, Precision, fp8, quantised
+from rlstab_jax.models.precision import store_activations, store_weight
 from rlstab_jax.models.transformer import logits_of
 from rlstab_jax.types import Rollout
 
@@ -163,6 +164,24 @@ def test_a_quantised_head_is_the_model_s_own() -> None:
         )
         np.testing.assert_allclose(log_prob, log_p[np.arange(ROWS), TARGETS], atol=1e-5)
         np.testing.assert_allclose(entropy, -(jnp.exp(log_p) * log_p).sum(1), atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "precision",
+    [fp8(), quantised("int8", scales="block", block=3), fp8(weights="none")],
+    ids=["e4m3", "int8", "inputs"],
+)
+def test_gradients_go_straight_through_a_quantised_head(tied: bool, precision: Precision) -> None:
+    """They are those of the plain log-softmax at the numbers that its stored values stand for, in blocks of rows."""
+    hidden, weight = arrays()
+    numbers = (
+        np.asarray(store_activations(jnp.asarray(hidden), precision).load(block=precision.block)),
+        np.asarray(store_weight(jnp.asarray(weight), precision).load(block=precision.block)),
+    )
+    got = run(hidden, weight, tied=tied, truncated=True, logits=900, precision=precision)
+    for mine, wanted in zip(got, oracle(*numbers, truncated=True), strict=True):
+        np.testing.assert_allclose(mine, wanted, atol=2e-5)
 
 
 def test_logits_that_are_not_finite_show() -> None:

@@ -10,6 +10,7 @@ import pytest
 from rlstab_jax.models.experts import KERNELS, ExpertWeights
 from rlstab_jax.models.layers import route
 from rlstab_jax.models.precision import Precision, Stored, fp8, quantised, store, store_activations, store_weight
+from rlstab_jax.models.products import at_rest
 from rlstab_jax.models.sharding import Layout
 
 D, F = 8, 6
@@ -153,6 +154,78 @@ def test_gradients_equal_the_reference(kernel: str, case: str) -> None:
         np.testing.assert_allclose(got[name], want[name], atol=1e-5 * scale, err_msg=name)
     if case != "none dispatched":
         assert np.abs(want["gates"]).max() > 0.1
+
+
+@partial(jax.jit, static_argnames=("kernel", "precision"))
+def gradients_of_masters(
+    values: dict, kernel: str, experts: np.ndarray, direction: np.ndarray, precision: Precision
+) -> dict:
+    def loss(values: dict) -> jax.Array:
+        stored = {name: at_rest(values[name], None, precision) for name in ("gate", "up", "down")}
+        y = EVERYWHERE[kernel](values["x"], experts, values["gates"], ExpertWeights(**stored), precision)
+        return jnp.sum(y * direction)
+
+    return jax.grad(loss)(values)
+
+
+@partial(jax.jit, static_argnames="precision")
+def straight_through_by_hand(values: dict, experts: np.ndarray, direction: np.ndarray, precision: Precision) -> dict:
+    """All experts on all tokens, where each rounding is written as x + stop_gradient(Q(x) - x)."""
+
+    def as_identity(x: jax.Array, rounded: jax.Array) -> jax.Array:
+        return x + jax.lax.stop_gradient(rounded - x)
+
+    def activation(x: jax.Array) -> jax.Array:
+        return as_identity(x, store_activations(jax.lax.stop_gradient(x), precision).load(block=precision.block))
+
+    def loss(values: dict) -> jax.Array:
+        gate, up, down = (
+            as_identity(values[name], store_weight(values[name], precision).load(block=precision.block))
+            for name in ("gate", "up", "down")
+        )
+        product = partial(jnp.einsum, precision="highest")
+        x = activation(values["x"])
+        hidden = jax.nn.silu(product("td,edf->etf", x, gate)) * product("td,edf->etf", x, up)
+        y = product("etf,efd->etd", activation(hidden), down)
+        combine = product("tk,tke->et", values["gates"], jax.nn.one_hot(experts, len(gate)))
+        return jnp.sum(product("et,etd->td", combine, y) * direction)
+
+    return jax.grad(loss)(values)
+
+
+QUANTISED = {
+    "e4m3": fp8(),
+    "e4m3 weights": fp8(activations="none"),
+    "e4m3 activations": fp8(weights="none"),
+    "int8 by block": quantised("int8", scales="block", block=4),
+    "e4m3, native": fp8(products="native"),
+}
+
+
+@pytest.mark.parametrize("kernel", EVERYWHERE)
+@pytest.mark.parametrize("name", QUANTISED)
+def test_gradients_go_straight_through_quantisation(kernel: str, name: str) -> None:
+    """To the masters, to the tokens and to the gates; a sum on the border between two stored values moves one token."""
+    values, experts, _ = arrays("some dispatched")
+    direction = np.random.default_rng(2).standard_normal(values["x"].shape).astype(np.float32)
+    precision = QUANTISED[name]
+    got = gradients_of_masters(values, kernel, experts, direction, precision)
+    want = straight_through_by_hand(values, experts, direction, precision)
+    for part in values:
+        error = np.abs(np.asarray(got[part]) - want[part])
+        assert np.abs(want[part]).max() > 0.1
+        share = 0.05 if precision.activations != "none" else 0.0
+        assert (error > 1e-5 * max(1.0, np.abs(want[part]).max())).mean() <= share, part
+
+
+def test_prepared_weights_take_no_gradient() -> None:
+    """What a sampler stores is not trained: gradients pass it on their way to the tokens."""
+    values, experts, _ = jax.tree.map(jnp.asarray, arrays("random"))
+    stored = {name: store_weight(values[name], fp8()) for name in ("gate", "up", "down")}
+    for kernel in EVERYWHERE:
+        apply = partial(EVERYWHERE[kernel], weights=ExpertWeights(**stored), precision=fp8())
+        through = jax.jit(jax.grad(lambda x, apply=apply: apply(x, experts, values["gates"]).sum()))(values["x"])
+        assert np.abs(through).max() > 0.1, kernel
 
 
 @pytest.mark.parametrize("kernel", EVERYWHERE)

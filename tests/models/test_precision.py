@@ -20,7 +20,6 @@ from rlstab_jax.models.precision import (
     as_bytes,
     fp8,
     from_bytes,
-    matmul,
     quantised,
     saturate,
     saturating,
@@ -28,8 +27,8 @@ from rlstab_jax.models.precision import (
     store_activations,
     store_blocks,
     store_weight,
-    take,
 )
+from rlstab_jax.models.products import matmul, take
 from rlstab_jax.types import UserError
 
 FORMATS = {
