@@ -258,6 +258,9 @@ DESCRIBED = (
                          ("e4m3, KV cache exempt,", "e4m3_cache_exempt"))),
     _less("discrepancy", "both engines in bf16 less rollouts in bf16, N = 1", "both_bf16", "bf16"),
     _less("discrepancy", "rollouts in e4m3, N = 1: training in bf16 less in float32", "bf16_e4m3", "e4m3"),
+    _less("discrepancy", "rollouts in e4m3, N = 1: training in e4m3, too, less in float32", "both_e4m3", "e4m3"),
+    _less("discrepancy", "both engines in e4m3 less both in float32, N = 1", "both_e4m3", "equal"),
+    _less("discrepancy", "rollouts in float32, N = 1: training in e4m3 less in float32", "train_e4m3", "equal"),
     _less("objectives", "sequence-level IS less MiniRL, N = 8", "n8-sequence_is", "n8-minirl"),
     *(_less("objectives", f"{what} less MiniRL, N = 1", f"n1-{name}", "n1-minirl")
       for what, name in (("DPPO", "dppo_tv"), ("GRPO, GSPO or RSPO", "grpo"), ("CISPO", "cispo"),

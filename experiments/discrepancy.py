@@ -1,7 +1,7 @@
 """The precision of the engines, on-policy: how large each discrepancy is, how much of it routing makes, what it does.
 
 The first cells differ in the inference engine alone; "equal" is the engine that trains, whose only discrepancy is that
-of its other kernels.
+of its other kernels. A training engine in e4m3 multiplies stored values forward, and its gradients go straight through.
 
     python -m experiments.discrepancy --seeds 10 [--hours 2] [--plan] [--draw]
 """
@@ -28,6 +28,8 @@ TRAINING = {
         "rollout.precision": fp8("float8_e4m3fn", dtype="bfloat16"),
         "learner.precision": PRECISIONS["bf16"],
     },
+    "both_e4m3": {"rollout.precision": PRECISIONS["e4m3"], "learner.precision": PRECISIONS["e4m3"]},
+    "train_e4m3": {"rollout.precision": PRECISIONS["equal"], "learner.precision": PRECISIONS["e4m3"]},
 }
 REPLAYED = ("e4m3", "4bit")
 
@@ -45,7 +47,8 @@ STUDY = Study(
     ),
     panels=(
         Panel("live routing", tuple(PRECISIONS)[:6]),
-        Panel("exempt parts, training in bf16 or fp16", ("e4m3", *tuple(PRECISIONS)[6:], *TRAINING)),
+        Panel("exempt parts, training in bf16 or fp16", ("e4m3", *tuple(PRECISIONS)[6:], *tuple(TRAINING)[:3])),
+        Panel("training in e4m3", ("equal", "e4m3", *tuple(TRAINING)[3:])),
         Panel("R3", tuple(f"{name}-r3" for name in REPLAYED)),
     ),
 )

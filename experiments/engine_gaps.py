@@ -41,7 +41,7 @@ _EQUAL = {"rollout.precision": PRECISIONS[EQUAL]}
 # By name, what it changes in the config of on-policy MiniRL. The first one is exact.
 ENGINES: dict[str, Mapping[str, Any]] = {
     **{name: {"rollout.precision": precision} for name, precision in PRECISIONS.items()},
-    **{name: TRAINING[name] for name in ("both_bf16", "both_fp16")},
+    **{name: TRAINING[name] for name in ("both_bf16", "both_fp16", "both_e4m3", "train_e4m3")},
     "equal_other_experts": _EQUAL | {"kernels.decode_experts": "dense"},
     "equal_other_batch": _EQUAL | {"rollout.waves": 4},
 }
