@@ -53,6 +53,9 @@ class ArithmeticConfig(TaskConfig):
     noise_propagates: bool = True
     """Whether a demonstration goes on from a replaced result (each later step is right by itself, the answer seldom)
     or from the true one."""
+    demonstration_skips: float = 0.0
+    """Share of demonstrations that leave out their first results, as many as may be, 0 to 1: answers to one prompt then
+    differ in length, and what is reckoned in the head is harder. Whatever is shown, the last result is judged."""
     unanswerable: float = 0.0
     """Share of prompts whose first number is hidden, ``?+5*7=``, 0 to 1: a guess is the best answer to them, so that no
     policy is right more often than about 1 - unanswerable * (1 - 1 / modulus)."""
@@ -108,17 +111,22 @@ class Arithmetic:
         return float(stopped and match is not None and match[1] == prompt.answer)
 
     def demonstration(self, prompt: Prompt, seed: int) -> str:
-        """A full answer whose intermediate results are random with probability ``demonstration_noise``.
+        """An answer, of which the first results are left out with probability ``demonstration_skips``, and each other
+        intermediate one is random with probability ``demonstration_noise``.
 
         A function of (prompt, seed) alone. The last result follows from the chain: without noise it is the answer.
         """
         config, rng = self.config, np.random.default_rng((seed, prompt.id))
         chain = self._chain.findall(prompt.text, config.digits)
         value = self._first_number(prompt, chain)
-        written = []
+        written, begins = list[str](), 1
+        if config.demonstration_skips and rng.random() < config.demonstration_skips and len(chain) > 1:
+            begins = int(rng.integers(2, len(chain) + 1))
         for step, (operator, operand) in enumerate(chain, start=1):
             before = value
             value = shown = _OPERATIONS[operator](value, int(operand, config.base)) % config.modulus
+            if step < begins:
+                continue
             if step < len(chain) and rng.random() < config.demonstration_noise:
                 shown = int(rng.integers(config.modulus))
                 value = shown if config.noise_propagates else value
@@ -228,6 +236,12 @@ def _check(config: ArithmeticConfig) -> None:
     require(config.modulus <= largest, "modulus", f"at most base ** digits = {largest} (or raise digits or base)")
     require(config.scratchpad in (0, 1, 2, 3), "scratchpad", "0, 1, 2 or 3")
     require(0 <= config.demonstration_noise <= 1, "demonstration_noise", "a share from 0 to 1")
+    require(0 <= config.demonstration_skips <= 1, "demonstration_skips", "a share from 0 to 1")
+    require(
+        config.scratchpad > 0 or not config.demonstration_skips,
+        "demonstration_skips",
+        "0 where scratchpad = 0, which shows no intermediate results",
+    )
     require(0 <= config.unanswerable <= 1, "unanswerable", "a share from 0 to 1")
     require(config.heldout_prompts >= 1, "heldout_prompts", "at least 1")
     require(config.seed >= 0, "seed", "0 or more")

@@ -17,8 +17,8 @@ from rlstab_jax.models import ModelConfig, Precision, Transformer, fp8, quantise
 from rlstab_jax.models.precision import store_weight
 from rlstab_jax.types import Rollout, RoutingReplay
 
-# One MoE layer and a dense one.
-TIED = dataclasses.replace(tiny.MIXED, num_layers=2, dense_layers=(1,))
+# One layer, with experts: dense ones are linear layers, as attention's are.
+TIED = dataclasses.replace(tiny.MIXED, num_layers=1, dense_layers=())
 UNTIED = dataclasses.replace(TIED, tie_embeddings=False)
 PRECISIONS = {
     "e4m3": fp8(),

@@ -161,6 +161,23 @@ def test_noise_replaces_its_share_of_intermediate_results(propagates):
     assert answers == 300 if not propagates else answers < 150
 
 
+@pytest.mark.parametrize("scratchpad", [1, 2, 3])
+def test_skips_leave_out_the_first_results(scratchpad: int) -> None:
+    """Answers to one prompt differ in length then, each of them right: what is left out is reckoned with, too."""
+    arithmetic = task(operands=(8, 8), demonstration_noise=0.0, demonstration_skips=0.4, scratchpad=scratchpad)
+    full = task(operands=(8, 8), demonstration_noise=0.0, scratchpad=scratchpad)
+    shown = np.zeros(9)
+    for i in range(400):
+        prompt = arithmetic.split("train")[i % 10]
+        answer, whole = arithmetic.demonstration(prompt, i), full.demonstration(prompt, i)
+        assert whole.endswith(answer)
+        assert arithmetic.reward(prompt, answer) == 1
+        shown[len(answer) * 8 // len(whole)] += 1 / 400
+    assert shown[0] == 0
+    assert abs(shown[8] - 0.6) < 0.06
+    assert np.abs(shown[1:8] - 0.4 / 7).max() < 0.04
+
+
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
@@ -175,6 +192,8 @@ def test_noise_replaces_its_share_of_intermediate_results(propagates):
         ({"modulus": 17}, "modulus"),
         ({"scratchpad": 4}, "scratchpad"),
         ({"demonstration_noise": 1.5}, "demonstration_noise"),
+        ({"demonstration_skips": -0.1}, "demonstration_skips"),
+        ({"demonstration_skips": 0.5, "scratchpad": 0}, "demonstration_skips"),
         ({"unanswerable": -0.1}, "unanswerable"),
         ({"heldout_prompts": 0}, "heldout_prompts"),
         ({"operands": (1, 1), "heldout_prompts": 256}, "heldout_prompts"),
