@@ -111,6 +111,8 @@ PAPER = (
     Contrast("b", "with mu mixed, IS is worth accuracy (asked after six pairs had been seen)", _ON, "higher",
              ("mixed",), ("mixed-no_is",), primary=False),
     Contrast("c", "length normalisation is worse", _ON, "higher", ("minirl",), ("length_norm",)),
+    Contrast("c", "the same, where the answers to one prompt differ in length", _ON, "higher", ("minirl-skips",),
+             ("length_norm-skips",), primary=False),
     Contrast("c", "with length normalisation, R3 is worse", _ON, "higher", ("length_norm",),
              ("r3-length_norm",), primary=False),
     Contrast("d", "R3 gives nothing on-policy", _ON, "equivalent", ("r3",), ("minirl",)),

@@ -34,7 +34,8 @@ CEILING: dict[str, Any] = {"task.unanswerable": 0.2, "gradient_steps": 4 * HORIZ
 
 def picture(runs: Mapping[str, list[Run]], out: Path) -> None:
     """The length of held-out answers over the run."""
-    drawing.over_steps(STUDY, runs, "eval/response_length", "length of held-out answers, tokens", out / "length.png")
+    lengths = "eval/response_length", "length of held-out answers, tokens"
+    drawing.over_steps(STUDY, STUDY.panels, runs, *lengths, out / "length.png")
 
 
 STUDY = Study(

@@ -155,9 +155,9 @@ def panels(study: Study, runs: Runs, path: Path) -> None:
     plt.close(figure)
 
 
-def over_steps(study: Study, runs: Runs, metric: str, label: str, path: Path) -> None:
-    """A metric of evaluations over gradient steps, a panel beside the other, as the accuracy in `panels`."""
-    shown = [(panel, block) for panel in study.panels for block in blocks({name: runs[name] for name in panel.cells})]
+def over_steps(study: Study, panels: Sequence[Panel], runs: Runs, metric: str, label: str, path: Path) -> None:
+    """A metric of evaluations over gradient steps, one of the study's panels beside the other, as the accuracy."""
+    shown = [(panel, block) for panel in panels for block in blocks({name: runs[name] for name in panel.cells})]
     if not shown:
         return
     size = (3.6 * len(shown) + 0.6, 3.4)

@@ -4,11 +4,18 @@ Once with e4m3 rollouts, once in 4 bits, where the discrepancy is ten times as l
 training cannot remove: a tenth of mu is uniform over the vocabulary. In an earlier look that one did its harm after 300
 updates, so its cells have twice the usual horizon.
 
+Answers are as long as prompts ask, so that 1/|y| weighs prompts alone; but not where the cold start has seen answers
+that skip steps: those to one prompt differ in length, and shorter ones are right less often.
+
     python -m experiments.on_policy --seeds 10 [--hours 2] [--plan] [--draw]
 """
 
+from collections.abc import Mapping
+from pathlib import Path
+
+from experiments import drawing
 from experiments.setting import HORIZON, base, replay
-from experiments.study import Cell, Panel, Study, main
+from experiments.study import Cell, Panel, Run, Study, main
 from rlstab_jax.models import quantised
 
 ARMS = {
@@ -29,17 +36,36 @@ MIXED_CELLS = (
     Cell("mixed", MIXED, "MiniRL, mu mixed"),
     Cell("mixed-no_is", ARMS["no_is"][1] | MIXED, "- IS, mu mixed"),
 )
+SKIPS = {
+    "task.demonstration_skips": 0.3,
+    "task.demonstration_noise": 0.1,
+    "cold_start.target_accuracy": 0.2,
+    "cold_start.max_steps": 1000,
+}
+SKIPS_CELLS = tuple(
+    Cell(f"{name}-skips", ARMS[name][1] | SKIPS, f"{ARMS[name][0]}, answers that skip")
+    for name in ("minirl", "length_norm")
+)
+
+
+def picture(runs: Mapping[str, list[Run]], out: Path) -> None:
+    """The length of held-out answers over the run, where it may change."""
+    lengths = "eval/response_length", "length of held-out answers, tokens"
+    drawing.over_steps(STUDY, STUDY.panels[-1:], runs, *lengths, out / "length.png")
+
 
 STUDY = Study(
     name="on_policy",
     question="On-policy training: MiniRL and its ablations",
     base=base(minibatches=1),
-    cells=E4M3_CELLS + FOUR_BIT_CELLS + MIXED_CELLS,
+    cells=E4M3_CELLS + FOUR_BIT_CELLS + MIXED_CELLS + SKIPS_CELLS,
     panels=(
         Panel("e4m3 rollouts", tuple(cell.name for cell in E4M3_CELLS)),
         Panel("4-bit rollouts", tuple(cell.name for cell in FOUR_BIT_CELLS)),
         Panel("e4m3 rollouts, a tenth of mu uniform", tuple(cell.name for cell in MIXED_CELLS)),
+        Panel("answers that skip steps", tuple(cell.name for cell in SKIPS_CELLS)),
     ),
+    picture=picture,
 )
 
 if __name__ == "__main__":

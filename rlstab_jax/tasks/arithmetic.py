@@ -54,8 +54,9 @@ class ArithmeticConfig(TaskConfig):
     """Whether a demonstration goes on from a replaced result (each later step is right by itself, the answer seldom)
     or from the true one."""
     demonstration_skips: float = 0.0
-    """Share of demonstrations that leave out their first results, as many as may be, 0 to 1: answers to one prompt then
-    differ in length, and what is reckoned in the head is harder. Whatever is shown, the last result is judged."""
+    """Share of demonstrations that go from some step, or from the first, to the last result at once, 0 to 1: answers to
+    one prompt then differ in length, and shorter ones are harder to get right. Whatever is shown, the last result is
+    judged."""
     unanswerable: float = 0.0
     """Share of prompts whose first number is hidden, ``?+5*7=``, 0 to 1: a guess is the best answer to them, so that no
     policy is right more often than about 1 - unanswerable * (1 - 1 / modulus)."""
@@ -111,21 +112,21 @@ class Arithmetic:
         return float(stopped and match is not None and match[1] == prompt.answer)
 
     def demonstration(self, prompt: Prompt, seed: int) -> str:
-        """An answer, of which the first results are left out with probability ``demonstration_skips``, and each other
-        intermediate one is random with probability ``demonstration_noise``.
+        """A full answer, or with probability ``demonstration_skips`` one that goes from some step to the last result;
+        the intermediate ones that it shows are random with probability ``demonstration_noise``.
 
         A function of (prompt, seed) alone. The last result follows from the chain: without noise it is the answer.
         """
         config, rng = self.config, np.random.default_rng((seed, prompt.id))
         chain = self._chain.findall(prompt.text, config.digits)
         value = self._first_number(prompt, chain)
-        written, begins = list[str](), 1
-        if config.demonstration_skips and rng.random() < config.demonstration_skips and len(chain) > 1:
-            begins = int(rng.integers(2, len(chain) + 1))
+        written, most = list[str](), len(chain)
+        if config.demonstration_skips and rng.random() < config.demonstration_skips:
+            most = int(rng.integers(len(chain)))
         for step, (operator, operand) in enumerate(chain, start=1):
             before = value
             value = shown = _OPERATIONS[operator](value, int(operand, config.base)) % config.modulus
-            if step < begins:
+            if most < step < len(chain):
                 continue
             if step < len(chain) and rng.random() < config.demonstration_noise:
                 shown = int(rng.integers(config.modulus))
