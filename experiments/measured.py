@@ -2,13 +2,18 @@
 
 import csv
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from experiments import engine_gaps, gradients, persistence
 from experiments.benchmarks.common import markdown
-from experiments.study import read
+from experiments.setting import HORIZON
+from experiments.study import Run, read
+
+AT = (0, 32, 64, HORIZON)
 
 
 def of_gradients(results: Path) -> str:
@@ -24,6 +29,24 @@ def of_gradients(results: Path) -> str:
             ("m", f"the gradient {says} is not correlated with Eq. 2's", figures, gradients.correlated(rows, name))
         )
     return markdown(("claim", "as tested", "cosine", "verdict"), lines)
+
+
+def lengths(runs: Mapping[str, Sequence[Run]]) -> str:
+    """Of held-out answers where the cold start has seen ones that skip steps, and what that does and does not test."""
+
+    def of(cell: str) -> str:
+        kept = [run.metrics["eval/response_length"][run.evaluated] for run in runs[cell]]
+        at = [np.mean([each[run.steps >= step][0] for each, run in zip(kept, runs[cell], strict=True)]) for step in AT]
+        return ", ".join(f"{length:.1f}" for length in at)
+
+    but = "Where the lengths of a prompt's responses differ, the enumeration alone has tested (m)"
+    if not all(runs[cell] for cell in ("minirl-skips", "length_norm-skips")):
+        return f"{but}, and (c) is not yet run."
+    return (
+        f"{but}; (c) has a line of cold starts that have seen answers which skip steps. These are unlearnt soon: "
+        f"held-out answers have {of('minirl-skips')} tokens after {', '.join(map(str, AT))} updates, with 1/|y| "
+        f"{of('length_norm-skips')}."
+    )
 
 
 def of_projections(results: Path) -> str:

@@ -100,9 +100,9 @@ def page(results: Path) -> str:
         + measured.enumerated(results),
         "In training, by large samples of the runs of MiniRL on-policy (`python -m experiments.gradients`):",
         measured.of_gradients(results),
-        "Of (c) and (m) training can say little about lengths: this task's answers are as long as their prompts ask, "
-        "so that 1/|y| weighs prompts, and never one response to a prompt against another. Where the lengths of a "
-        "prompt's responses differ, the enumeration alone has tested it.",
+        "Of (c) and (m) training can say little about lengths where answers are as long as their prompts ask, so that "
+        "1/|y| weighs prompts, and never one response to a prompt against another. "
+        + measured.lengths(runs["on_policy"]),
         "## What replay does, and routes that are merely held fixed",
         "The paper's account of replay's benefit: a restored first-order approximation. If so, routes that are merely "
         "held fixed do not do, and a router that stands still does not either. The first line is that benefit itself: "
