@@ -54,7 +54,8 @@ class LearnerConfig:
     score_micro_batches: int = 1
     """Parts that the old pass scores a global batch in."""
     logits_per_chunk: int = 2**20
-    """Float32 logits that exist at once in the LM head, on all devices together; larger ones suit accelerators."""
+    """Float32 logits that exist at once in the LM head, on all devices together; larger ones suit accelerators. Of a
+    quantised head those of 128 rows a device at least."""
     packing: bool = False
     """Put several short sequences into one row: a program for each eighth of the rows, the smallest that holds all."""
     remat: Remat = "full"

@@ -97,19 +97,18 @@ def _on_one_device(
     """What the experts and hidden units of this device's row and column contribute to each token that it holds."""
     devices, own = layout.parts("expert"), weights.num_experts
     first = jax.lax.axis_index("expert") * own
-    # What is multiplied in a narrower dtype travels in it, but chunks sum their gradients in float32. Of a master
-    # nothing travels but its gradient: no product reads what is gathered.
-    narrow = precision.dtype if precision.activations == "none" else "float32"
 
     def whole(weight: Stored, spec: Stored) -> Stored:
         split = [axis for axis, name in enumerate(spec.values) if name == "fsdp"]
         if not split or layout.parts("fsdp") == 1:
             return weight
         if weight.scale is not None:
+            # Of a master nothing travels but its gradient: no product reads what is gathered here.
             master = None if weight.master is None else _gathered(weight.master, "fsdp", split[0], "float32")
             values = jax.lax.all_gather(weight.values, "fsdp", axis=split[0], tiled=True)
             return replace(weight, values=values, master=master)
-        values = _gathered(weight.values, "fsdp", split[0], narrow)
+        # What is multiplied in a narrower dtype travels in it, but chunks sum their gradients in float32.
+        values = _gathered(weight.values, "fsdp", split[0], precision.dtype)
         return replace(weight, values=values.astype(jnp.float32) if chunk else values)
 
     weights = jax.tree.map(whole, weights, specs, is_leaf=lambda node: isinstance(node, Stored))

@@ -153,7 +153,7 @@ class Stored:
     `jax.shard_map`, ``across`` is the mesh axis that splits the contracted dimension of a weight within what shares a
     scale: the activations that it is multiplied with share theirs over that axis too.
 
-    ``master`` is what a training engine quantised: no product reads it, and the weight's gradient is its.
+    ``master`` is what a training engine quantised. No product reads it; the weight's gradient goes to it.
     """
 
     values: Array

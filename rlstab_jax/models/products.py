@@ -8,8 +8,8 @@ numbers that the stored values of a stand for,
 
     y = Q(x) Q(w)        dx = dy Q(w)^T        dw = Q(x)^T dy
 
-where only the forward product is of stored values: the gradients' operands are in the engine's dtype, and dy is not
-quantised.
+where only the forward product is of stored values: the gradients' operands are in the engine's dtype (the LM head's in
+float32, but for bfloat16), and dy is not quantised.
 """
 
 from collections.abc import Callable
@@ -69,7 +69,7 @@ def gradients(
 
 def gradient_of(weight: Stored, d_weight: Float[Array, "..."]) -> Stored:
     """The cotangent of a weight: its master's, or that of values that are not quantised. Prepared ones have none."""
-    none: Any = None
+    none: Any = None  # of an array: JAX takes it for zeros
     if weight.master is not None:
         return Stored(none, None, d_weight.astype(weight.master.dtype), weight.across)
     values = none if weight.scale is not None else d_weight.astype(weight.values.dtype)
@@ -157,6 +157,8 @@ def scaled_product(
         sums = "float32" if out == "float16" else out
         x, weight = saturate(x, precision.dtype), saturate(weight, precision.dtype)
         return saturate(dot(x, weight, precision=exact, preferred_element_type=jnp.dtype(sums)), out)
+    if scale is None:  # as a sampler stores it
+        weight = saturate(weight, precision.dtype)
     stored = store_activations(x, precision, across)
     size, columns = weight.shape[-2:]
     width = precision.block if precision.scales == "block" else size

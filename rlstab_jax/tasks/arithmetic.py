@@ -121,8 +121,8 @@ class Arithmetic:
         chain = self._chain.findall(prompt.text, config.digits)
         value = self._first_number(prompt, chain)
         written, most = list[str](), len(chain)
-        if config.demonstration_skips and rng.random() < config.demonstration_skips:
-            most = int(rng.integers(len(chain)))
+        if config.demonstration_skips and len(chain) > 1 and rng.random() < config.demonstration_skips:
+            most = int(rng.integers(len(chain) - 1))
         for step, (operator, operand) in enumerate(chain, start=1):
             before = value
             value = shown = _OPERATIONS[operator](value, int(operand, config.base)) % config.modulus
@@ -239,9 +239,9 @@ def _check(config: ArithmeticConfig) -> None:
     require(0 <= config.demonstration_noise <= 1, "demonstration_noise", "a share from 0 to 1")
     require(0 <= config.demonstration_skips <= 1, "demonstration_skips", "a share from 0 to 1")
     require(
-        config.scratchpad > 0 or not config.demonstration_skips,
+        (config.scratchpad > 0 and most > 1) or not config.demonstration_skips,
         "demonstration_skips",
-        "0 where scratchpad = 0, which shows no intermediate results",
+        "0 where scratchpad = 0, or operands of one step, show no intermediate results",
     )
     require(0 <= config.unanswerable <= 1, "unanswerable", "a share from 0 to 1")
     require(config.heldout_prompts >= 1, "heldout_prompts", "at least 1")

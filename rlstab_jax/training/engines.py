@@ -297,7 +297,8 @@ def build_pair(
             shapes = parameter_shapes(model)
             check_divides(one, shapes, logical_axes(shapes), TRAINING)
             if model.num_moe_layers:
-                expert_parallel.shared_scales(model.expert_dim, rollout.precision, Layout(one))
+                for precision in (rollout.precision, learner.precision):
+                    expert_parallel.shared_scales(model.expert_dim, precision, Layout(one))
     sampling = Sampling(
         temperature=np.float32(rollout.temperature),
         top_k=np.int32(rollout.top_k),

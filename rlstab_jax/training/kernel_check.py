@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from rlstab_jax.inference import Sampling, prepare
 from rlstab_jax.inference.sampler import sample_batch
@@ -44,7 +45,12 @@ def check_kernels(config: RunConfig, training: Transformer, inference: Transform
     minibatch = config.prompts_per_minibatch * config.samples_per_prompt
     for rows in {minibatch // learner.micro_batches, config.responses_per_step // learner.score_micro_batches}:
         fed = _fed(rows, rollout.prompt_length + rollout.response_length - 1)
-        jax.eval_shape(partial(forward, training), {"params": params}, *fed)
+        jax.eval_shape(jax.grad(partial(_sum, training)), params, *fed)
+
+
+def _sum(training: Transformer, params: dict, tokens: Array, mask: Array) -> Array:
+    """Its gradient is traced, too: its products are of other dtypes than those of stored values."""
+    return forward(training, {"params": params}, tokens, mask).hidden.sum()
 
 
 def _fed(rows: int, length: int) -> tuple[Any, Any]:

@@ -345,7 +345,7 @@ def test_another_number_of_keys_than_of_responses_is_refused(sampler: Any) -> No
 
 
 def test_weights_that_were_not_prepared_are_refused() -> None:
-    """They would be taken as they are, and quantisation would seem to cost nothing."""
+    """A sampler would quantise them again at each token, or take quantised ones as they are."""
     for precision in (fp8(), Precision(weights="int8")):
         with pytest.raises(UserError, match=r"but these are not quantised: pass inference\.prepare"):
             sample(

@@ -25,6 +25,7 @@ PRECISIONS = {
     "e5m2 by block": fp8("float8_e5m2", scales="block", block=8),
     "int8": quantised("int8"),
     "4-bit, router and head exempt": quantised("float4_e2m1fn", quantise_router=False, quantise_lm_head=False),
+    "e4m3 activations": Precision("float16", activations="float8_e4m3fn"),
 }
 
 
@@ -68,7 +69,7 @@ def test_masters_are_scored_as_the_sampler_s_weights_are(config: ModelConfig, na
             (model, {"params": params}), (model, prepare(params, precision)), (tiny.model(config), {"params": params})
         )
     )  # fmt: skip
-    assert (np.abs(mine - sampler) > 1e-5).mean() <= 0.05
+    assert (np.abs(mine - sampler) > 1e-5).sum() <= 0.05 * rollout().response_mask.sum()
     assert np.abs(mine - exact).max() > 1e-2
 
 

@@ -10,7 +10,7 @@ import pytest
 from rlstab_jax.models.experts import KERNELS, ExpertWeights
 from rlstab_jax.models.layers import route
 from rlstab_jax.models.precision import Precision, Stored, fp8, quantised, store, store_activations, store_weight
-from rlstab_jax.models.products import at_rest
+from rlstab_jax.models.products import at_rest, gradient_of
 from rlstab_jax.models.sharding import Layout
 
 D, F = 8, 6
@@ -218,10 +218,12 @@ def test_gradients_go_straight_through_quantisation(kernel: str, name: str) -> N
         assert (error > 1e-5 * max(1.0, np.abs(want[part]).max())).mean() <= share, part
 
 
-def test_prepared_weights_take_no_gradient() -> None:
-    """What a sampler stores is not trained: gradients pass it on their way to the tokens."""
+def test_gradients_pass_prepared_weights() -> None:
+    """On their way to the tokens. What a sampler stores takes none."""
     values, experts, _ = jax.tree.map(jnp.asarray, arrays("random"))
     stored = {name: store_weight(values[name], fp8()) for name in ("gate", "up", "down")}
+    assert not jax.tree.leaves(gradient_of(stored["up"], values["up"]))
+    assert gradient_of(at_rest(values["up"], None, fp8()), values["up"]).master is values["up"]
     for kernel in EVERYWHERE:
         apply = partial(EVERYWHERE[kernel], weights=ExpertWeights(**stored), precision=fp8())
         through = jax.jit(jax.grad(lambda x, apply=apply: apply(x, experts, values["gates"]).sum()))(values["x"])

@@ -174,8 +174,8 @@ def test_skips_go_to_the_last_result_at_once(scratchpad: int) -> None:
         assert arithmetic.reward(prompt, answer) == 1
         shown[len(answer) * 8 // len(whole)] += 1 / 400
     assert shown[0] == 0
-    assert abs(shown[8] - (0.6 + 0.4 / 8)) < 0.06  # a skip of nothing is among them
-    assert np.abs(shown[1:8] - 0.4 / 8).max() < 0.04
+    assert abs(shown[8] - 0.6) < 0.06
+    assert np.abs(shown[1:8] - 0.4 / 7).max() < 0.04
 
 
 @pytest.mark.parametrize(
@@ -194,6 +194,7 @@ def test_skips_go_to_the_last_result_at_once(scratchpad: int) -> None:
         ({"demonstration_noise": 1.5}, "demonstration_noise"),
         ({"demonstration_skips": -0.1}, "demonstration_skips"),
         ({"demonstration_skips": 0.5, "scratchpad": 0}, "demonstration_skips"),
+        ({"demonstration_skips": 0.5, "operands": (1, 1), "modulus": 16}, "demonstration_skips"),
         ({"unanswerable": -0.1}, "unanswerable"),
         ({"heldout_prompts": 0}, "heldout_prompts"),
         ({"operands": (1, 1), "heldout_prompts": 256}, "heldout_prompts"),
