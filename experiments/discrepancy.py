@@ -35,7 +35,7 @@ REPLAYED = ("e4m3", "4bit")
 
 STUDY = Study(
     name="discrepancy",
-    question="Precision of the inference engine, N = 1",
+    question="Precision of the engines, N = 1",
     base=base(minibatches=1),
     cells=(
         *(Cell(name, {"rollout.precision": precision}, name) for name, precision in PRECISIONS.items()),
