@@ -1,4 +1,5 @@
-"""The page's tables of what was measured at fixed weights: no runs compared, but gradients, gaps and their memory."""
+"""The page's tables and sentences beside its verdicts: of what was measured at fixed weights (gradients, gaps and their
+memory), and of how long answers are."""
 
 import csv
 import math
