@@ -17,7 +17,7 @@ CELLS = {
     "regime": "n8-lr0.0015-capfactor",
     "off_policy": "n8-noclip-r3",
     "high_rates": "n8-noclip-frozen_routes-lr0.002",
-    "on_policy": "mixed-no_is",
+    "on_policy": "length_norm-skips",
     "objectives": "n8-kpop",
     "discrepancy": "bf16_e4m3",
     "cold_start": "ceiling-slips",
