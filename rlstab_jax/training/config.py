@@ -49,7 +49,8 @@ class RolloutConfig:
     mesh: MeshConfig = MeshConfig()
     """How the devices set aside are split; ``mesh`` of the run splits the others."""
     slots: int = 0
-    """Responses in flight under continuous batching, on one device; 0 samples the whole batch at once."""
+    """Responses in flight under continuous batching, on one device; 0 samples the whole batch at once. Evaluations have
+    no more in flight either; where they have several devices, these take whole prompts, one each at least, in turns."""
     waves: int = 1
     """Equal parts that a batch's prompts are sampled in, one after another: less memory, the same draws. Above 1,
     evaluations sample no more responses at once either."""

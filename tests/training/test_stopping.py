@@ -46,9 +46,9 @@ def config(**rollout: Any) -> RunConfig:
 
 
 def test_a_run_whose_responses_end_at_strings(tmp_path: Path) -> None:
-    """They count as stopped, in rollouts by slots and in evaluations of whole batches. Equal engines have no gap, where
-    stop tokens are barred neither: not pi_old, and not pi_theta in the first mini-batch. It goes on with a batch that
-    waits, and `rlstab eval` ends responses likewise."""
+    """They count as stopped, in rollouts and in evaluations, by slots. Equal engines have no gap, where stop tokens
+    are barred neither: not pi_old, and not pi_theta in the first mini-batch. It goes on with a batch that waits, and
+    `rlstab eval` ends responses likewise."""
     settings, lines, out = config(slots=5, lag=1), [], tmp_path / "run"
     for gradient_steps in (4, 6):
         assert train(dataclasses.replace(settings, gradient_steps=gradient_steps), out, say=lines.append) is None

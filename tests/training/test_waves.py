@@ -9,6 +9,7 @@ import pytest
 
 from rlstab_jax.inference import continuous
 from rlstab_jax.models import Precision
+from rlstab_jax.parallel.mesh import AXES
 from rlstab_jax.training import evaluate
 from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.engines import Engines, build, initial_params
@@ -43,28 +44,45 @@ def test_waves() -> None:
     assert len(np.unique(np.asarray(one.tokens), axis=0)) > 4
 
 
+def evaluated(**rollout: Any) -> evaluate.Accuracy:
+    """Of 7 prompts x 3 samples, by random parameters."""
+    engines = build(config(**rollout))
+    params = engines.place(initial_params(engines.training, 0))
+    plain, key = evaluate.plain_sampling(engines), jax.random.key(1)
+    return evaluate.accuracy(engines, engines.training_sampler, params, key, prompts=7, samples=3, sampling=plain)
+
+
 def test_evaluations_sample_no_more_at_once_than_rollouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """7 prompts x 3 samples, in waves of 8 responses: 2 prompts at a time, the last wave filled up. The same draws."""
+    """In waves of 8 responses: 2 prompts at a time, the last wave filled up. In 5 slots: 5 rows of a decode step. The
+    same draws."""
     sizes: list[int] = []
-    sample = continuous.sample
+    sample, decode_round = continuous.sample, continuous._round
 
     def counted(*arguments: Any, **how: Any) -> Any:
         rollout = sample(*arguments, **how)
         sizes.append(len(rollout.tokens))
         return rollout
 
+    def counted_round(model: Any, variables: Any, state: Any, *more: Any) -> Any:
+        sizes.append(len(state.count))
+        return decode_round(model, variables, state, *more)
+
     monkeypatch.setattr(continuous, "sample", counted)
-    results = []
-    for waves in (1, 2):
-        engines = build(config(waves=waves))
-        params = engines.place(initial_params(engines.training, 0))
-        plain, key = evaluate.plain_sampling(engines), jax.random.key(1)
-        results.append(
-            evaluate.accuracy(engines, engines.training_sampler, params, key, prompts=7, samples=3, sampling=plain)
-        )
+    monkeypatch.setattr(continuous, "_round", counted_round)
+    at_once, waves = evaluated(), evaluated(waves=2)
     assert sizes == [21, 6, 6, 6, 6]
-    assert results[0] == results[1]
-    assert results[0].mean > 0
+    slots = evaluated(slots=5)
+    assert set(sizes[5:]) == {5}
+    assert at_once == waves == slots
+    assert at_once.mean > 0
+
+
+def test_slots_bound_evaluations_on_many_devices_too() -> None:
+    """There is no continuous batching there, where one device is set aside for rollouts: whole prompts, in turns."""
+    engines = build(config(slots=13))
+    many = dataclasses.replace(engines, mesh=jax.sharding.AbstractMesh((2, 1, 1, 1), AXES))
+    assert [evaluate._prompts_at_once(on, 7, 3) for on in (engines, many)] == [7, 4]
+    assert evaluate._prompts_at_once(many, 7, 16) == 2  # a prompt for each device is the least
 
 
 def test_waves_that_do_not_divide() -> None:
