@@ -91,7 +91,7 @@ def test_sft_puts_the_cold_start_where_train_looks(tmp_path: Path, monkeypatch: 
         ("--learner.unroll 0", "learner.unroll = 0: expected at least 1"),
         ("--learner.score-micro-batches 5", "learner.score_micro_batches = 5: expected a divisor of the global batch"),
         ("--rollout.prompt-length 3", "rollout.prompt_length = 3, but the task's prompts have up to 6 tokens"),
-        ("--rollout.temperature 0", "rollout.temperature = 0.0: expected above 0"),
+        ("--rollout.temperature 0", "rollout.temperature = 0.0: expected at least 1e-06"),
         ("--model.num-experts 0", "learner.replay = 'r3', but the model is dense: use replay = 'live'"),
         ("--learner.replay pr2 --minibatches 1", "there is nothing to foretell; use 'r2', which is the same then"),
         (

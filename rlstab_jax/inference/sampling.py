@@ -26,7 +26,8 @@ class Sampling:
     that are left; compiled in unless ``uniform`` is None.
 
     Attributes:
-      temperature: divides the logits; 0 is greedy (the distribution is a point mass, log-prob 0).
+      temperature: divides the logits; 0 is greedy (the distribution is a point mass, log-prob 0). Else at least 1e-6
+        (``COLDEST``).
       top_k: keep the k most likely tokens; 0 keeps all.
       top_p: then keep the smallest set of tokens whose probability reaches p, in (0, 1].
       min_p: then keep tokens at least this many times as likely as the likeliest, in [0, 1].
@@ -68,7 +69,7 @@ class Sampling:
 
     def validate(self, rows: int) -> None:
         """Raises UserError for numbers outside their range or of another count than ``rows``; traced ones pass."""
-        for name, allowed in RANGES.items():
+        for name in ("temperature", *RANGES):
             value = getattr(self, name)
             if value is None or isinstance(value, jax.core.Tracer):
                 continue
@@ -77,7 +78,10 @@ class Sampling:
                 raise UserError(
                     f"sampling.{name}: shape {value.shape}, expected a number, or one for each of {rows} rows"
                 )
-            check_range(f"sampling.{name}", value, allowed)
+            if name == "temperature":
+                check_temperature("sampling.temperature", value)
+            else:
+                check_range(f"sampling.{name}", value, RANGES[name])
         if isinstance(self.stop_ids, jax.core.Tracer):
             return
         stops = np.asarray(self.stop_ids)
@@ -94,8 +98,10 @@ _DTYPES: dict[str, Any] = {
     "top_k": jnp.int32, "pad_id": jnp.int32,
     "min_new_tokens": jnp.int32, "max_new_tokens": jnp.int32, "stop_ids": jnp.int32,
 }  # fmt: skip
+COLDEST = 1e-6
+"""The least temperature above 0. Where a program computes a quotient by it twice, the two may differ in the last bit,
+and the exponential of that difference must be finite. It is for logits of some hundreds; at 1e-8 it is not for 50."""
 RANGES = {
-    "temperature": (0.0, HUGE, "0 (greedy) or more"),
     "top_k": (0, INT32_MAX, "0 (all) or more"),
     "top_p": (TINY, 1.0, "above 0, at most 1"),
     "min_p": (0.0, 1.0, "from 0 (all) to 1"),
@@ -103,6 +109,12 @@ RANGES = {
     "min_new_tokens": (0, INT32_MAX, "0 or more"),
     "max_new_tokens": (0, INT32_MAX, "0 or more"),
 }
+
+
+def check_temperature(name: str, value: Any) -> None:
+    """Raises UserError if a temperature, or one of an array's, is neither 0 nor finite and at least ``COLDEST``."""
+    expected = f"0 (greedy), or at least {COLDEST:g} and finite: log-probs of colder draws may be infinite"
+    check_range(name, np.where(np.equal(value, 0), COLDEST, value), (COLDEST, HUGE, expected))
 
 
 def sample_keys(key: Array, global_step: int, prompt_ids: Sequence[int], samples: int, attempt: int = 0) -> Array:

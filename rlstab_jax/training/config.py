@@ -20,7 +20,7 @@ class RolloutConfig:
     precision: Precision = field(default_factory=fp8)
     """Number formats of the inference engine."""
     temperature: float = 1.0
-    """Sampling temperature; the training engine scores at the same one."""
+    """Sampling temperature, at least 1e-6; the training engine scores at the same one."""
     top_k: int = 0
     """Keep the k likeliest tokens; 0 keeps all."""
     top_p: float = 1.0
@@ -106,7 +106,7 @@ class EvaluationConfig:
     samples: int = 4
     """Samples per prompt; the accuracy is the mean over all."""
     temperature: float = 1.0
-    """Sampling temperature; 0 is greedy."""
+    """Sampling temperature, at least 1e-6; or 0, which is greedy."""
     top_k: int = 0
     """Keep the k likeliest tokens; 0 keeps all."""
     top_p: float = 1.0

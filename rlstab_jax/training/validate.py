@@ -24,7 +24,12 @@ RANGES: dict[str, dict[str, Range]] = {
         "seed": (0, 2**32 - 1, "0 or more and below 2**32"),
     },
     "rollout": {
-        "temperature": (TINY, HUGE, "above 0 and finite: a greedy policy has no IS ratio"),
+        "temperature": (
+            sampling.COLDEST,
+            HUGE,
+            f"at least {sampling.COLDEST:g} and finite: log-probs of colder draws may be infinite, and a greedy policy "
+            "has no IS ratio",
+        ),
         **_TRUNCATION,
         "uniform": (0, BELOW_1, "from 0 (no mixture) to below 1"),
         "lag": (0, INT32_MAX, "0 (learn from what was just sampled) or more"),
@@ -57,7 +62,6 @@ RANGES: dict[str, dict[str, Range]] = {
         "every": _ANY,
         "prompts": _ONE,
         "samples": _ONE,
-        "temperature": (0, HUGE, "0 (greedy) or more"),
         **_TRUNCATION,
     },
     "cold_start": {
@@ -81,6 +85,7 @@ def validate(config: RunConfig) -> None:
     check_fields(config)
     for where, ranges in RANGES.items():
         check_ranges(getattr(config, where) if where else config, ranges, where)
+    sampling.check_temperature("evaluation.temperature", config.evaluation.temperature)
     config.model.validate()
     config.learner.precision.validate(config.model, "learner.precision")
     config.rollout.precision.validate(config.model, "rollout.precision")

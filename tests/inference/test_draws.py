@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from rlstab_jax.inference.sampling import draw
+from rlstab_jax.inference.sampling import COLDEST, draw
 
 
 def drawn(logits: jax.Array, position: int = 0, support: int = 0, keys: jax.Array | None = None, **changes: object):
@@ -108,3 +108,15 @@ def test_greedy_is_a_point_mass(support: int) -> None:
     draws = drawn(logits, support=support, temperature=0.0, uniform=0.5)
     np.testing.assert_array_equal(draws.token, np.argmax(logits, 1))
     assert (np.asarray(draws.log_prob) == 0).all()
+
+
+@pytest.mark.optimised  # here XLA divides twice, with results that differ in the last bit
+def test_the_coldest_log_probs_are_finite() -> None:
+    """Rows and vocabularies of sizes at which they are not at 1e-9."""
+    compiled = jax.jit(draw, static_argnames="support")
+    for rows, vocab in ((64, 31), (256, 128)):
+        logits = 50 * np.random.default_rng(0).choice(np.float32([-1, 1]), (rows, vocab))
+        keys, sampling = jax.random.split(jax.random.key(0), rows), tiny.sampling(temperature=COLDEST)
+        sampling.validate(rows)
+        draws = compiled(logits, keys, jnp.zeros(rows, int), sampling.per_row(rows), support=0)
+        np.testing.assert_allclose(draws.log_prob, -np.log((logits > 0).sum(1)), atol=1e-5)

@@ -226,7 +226,9 @@ def test_under_truncation_equal_engines_have_equal_log_probs() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"temperature": -1.0}, r"sampling.temperature = -1.0: expected 0 \(greedy\) or more"),
+        ({"temperature": -1.0}, r"sampling.temperature = -1.0: expected 0 \(greedy\), or at least 1e-06"),
+        ({"temperature": np.float32([0, 9e-7] * 4)}, "sampling.temperature = 8.9.*e-07: expected 0"),
+        ({"temperature": np.nan}, "sampling.temperature = nan: expected 0"),
         ({"top_p": np.float32([1, 0] * 4)}, r"sampling.top_p = 0.0: expected above 0, at most 1"),
         ({"top_p": 1.5}, "sampling.top_p = 1.5"),
         ({"min_p": np.nan}, "sampling.min_p = nan"),

@@ -18,6 +18,7 @@ from tests.training.test_loop import configured
         ({"min_p": 2.0}, "rollout.min_p = 2.0"),
         ({"log_probs": "matched"}, "rollout.log_probs = 'matched' with rollout.precision = .* give both engines one"),
         ({"slots": -1}, "rollout.slots = -1"),
+        ({"temperature": 1e-7}, "rollout.temperature = 1e-07: expected at least 1e-06"),
         ({"uniform": 1.0}, r"rollout.uniform = 1.0: expected from 0 \(no mixture\) to below 1"),
         ({"uniform": 0.1, "log_probs": "rescore"}, "rollout.uniform = 0.1 with rollout.log_probs = 'rescore'"),
     ],
@@ -25,6 +26,12 @@ from tests.training.test_loop import configured
 def test_sampling_that_no_ratio_can_be_taken_of_is_refused(rollout: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build(configured(rollout=rollout))
+
+
+def test_an_evaluation_is_greedy_or_not_too_cold() -> None:
+    for temperature in (1e-7, -1.0, float("nan")):
+        with pytest.raises(UserError, match=rf"evaluation.temperature = {temperature}: expected 0 \(greedy\), or"):
+            build(configured(evaluation={"temperature": temperature}))
 
 
 @pytest.mark.parametrize(
