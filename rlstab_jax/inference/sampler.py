@@ -55,7 +55,7 @@ def sample(
       samples_per_prompt: G; the samples of a prompt share its prefill and its prompt's keys and values. Rows of one
         prompt are adjacent.
       support: static bound on the tokens kept of each distribution, for top-k, top-p and min-p; they are recorded. 0
-        compiles no truncation in, and ignores these three.
+        compiles no truncation in: these three must keep all then, and are ignored where they are traced.
       record_routes: return the routes; a dense model has none.
 
     Returns:
@@ -63,7 +63,8 @@ def sample(
 
     Raises:
       UserError: no prompt or an empty one, a token id outside the vocabulary, a mask that is not bool, no response, a
-        number of ``sampling`` outside its range or above ``support``, another number of keys than of responses.
+        number of ``sampling`` outside its range or above ``support``, a truncation without one, another number of keys
+        than of responses.
     """
     vocab_size = model.config.vocab_size
     check_request(prompts, prompt_mask, keys, sampling, samples_per_prompt, response_length, vocab_size, support)

@@ -21,9 +21,9 @@ from rlstab_jax.types import MinimalLength, UserError
 class Sampling:
     """How tokens are drawn: all traced, each a scalar or one number per row.
 
-    Truncation is compiled in where the sampler is given a ``support``, a static bound on the tokens that are kept. Its
-    order: temperature, top-k, top-p over what is left, min-p. A uniform distribution is mixed in last, over the tokens
-    that are left; compiled in unless ``uniform`` is None.
+    Truncation is compiled in where the sampler is given a ``support``, a static bound on the tokens that are kept, and
+    is refused without one. Its order: temperature, top-k, top-p over what is left, min-p. A uniform distribution is
+    mixed in last, over the tokens that are left; compiled in unless ``uniform`` is None.
 
     Attributes:
       temperature: divides the logits; 0 is greedy (the distribution is a point mass, log-prob 0). Else at least 1e-6
@@ -248,16 +248,16 @@ def check_request(
         raise UserError(f"support = {support}: expected 0 (truncates nothing), or how many tokens are kept at most")
     rows = np.shape(prompts)[0] * samples_per_prompt
     sampling.validate(rows)
-    _check_tokens(sampling, vocab_size, support)
+    _check_tokens(sampling, vocab_size)
+    _check_truncation(sampling, vocab_size, support)
     if getattr(keys, "shape", None) != (rows,):
         given = getattr(keys, "shape", type(keys).__name__)
         raise UserError(f"keys {given}: expected one for each of {rows} responses, as `sample_keys` makes them")
     return rows
 
 
-def _check_tokens(sampling: Sampling, vocab_size: int, support: int) -> None:
-    """Raises UserError for stop or padding tokens that do not exist and for a top-k that keeps more than the support
-    holds."""
+def _check_tokens(sampling: Sampling, vocab_size: int) -> None:
+    """Raises UserError for stop or padding tokens that do not exist; tracers pass."""
     if not isinstance(sampling.pad_id, jax.core.Tracer):
         pad = np.asarray(sampling.pad_id)
         if (pad < 0).any() or (pad >= vocab_size).any():
@@ -268,6 +268,21 @@ def _check_tokens(sampling: Sampling, vocab_size: int, support: int) -> None:
             raise UserError(
                 f"sampling.stop_ids = {largest}: expected token ids from 0 to {vocab_size - 1}: does the tokeniser "
                 "belong to this model?"
+            )
+
+
+def _check_truncation(sampling: Sampling, vocab_size: int, support: int) -> None:
+    """Raises UserError for a truncation that no support is given for, or a top-k that keeps more than it holds; tracers
+    pass."""
+    for name, all_tokens in (("top_k", 0), ("top_p", 1), ("min_p", 0)):
+        values = getattr(sampling, name)
+        if support or isinstance(values, jax.core.Tracer):
+            continue
+        cut = np.atleast_1d(values)[np.atleast_1d(values) != all_tokens]
+        if cut.size:
+            raise UserError(
+                f"sampling.{name} = {cut[0]} with support = 0: expected a support, which is how many tokens of a "
+                f"distribution are kept at most; or {name} = {all_tokens}, which truncates nothing"
             )
     if 0 < support < vocab_size and not isinstance(sampling.top_k, jax.core.Tracer):
         largest = np.max(sampling.top_k)

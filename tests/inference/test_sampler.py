@@ -279,6 +279,19 @@ def test_prompts_that_no_model_can_read_are_refused() -> None:
         engine(prompts, mask, tiny.keys(), tiny.SAMPLES, support=5, sampling=tiny.sampling(top_k=6))
 
 
+@pytest.mark.parametrize("sampler", [sample, partial(sample_continuously, slots=3), sample_matched])
+def test_no_truncation_is_ignored(sampler: Any) -> None:
+    arguments = tiny.model(), {}, *tiny.prompts(), tiny.keys()
+    options = {"response_length": tiny.RESPONSE, "samples_per_prompt": tiny.SAMPLES}
+    for changes, message in (
+        ({"top_p": 0.01}, "sampling.top_p = 0.01 with support = 0: expected a support, .* or top_p = 1, which"),
+        ({"top_k": np.int32([0, 3] * 4)}, "sampling.top_k = 3 with support = 0"),
+        ({"min_p": jnp.float32(0.5)}, "sampling.min_p = 0.5 with support = 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sampler(*arguments, tiny.sampling(**changes), **options)
+
+
 def test_one_trace_for_all_numbers() -> None:
     """Temperature, lengths, stop tokens, weights, prompts and keys are traced: nothing of them compiles again."""
     prompts, mask = tiny.prompts()
