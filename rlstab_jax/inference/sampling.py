@@ -1,5 +1,6 @@
 """How a token is drawn: the keys, the truncated support, and the log-prob under the very distribution drawn from."""
 
+import operator
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
@@ -68,29 +69,47 @@ class Sampling:
         return None if self.min_new_tokens is None else MinimalLength(self.min_new_tokens, self.stop_ids)
 
     def validate(self, rows: int) -> None:
-        """Raises UserError for numbers outside their range or of another count than ``rows``; traced ones pass."""
-        for name in ("temperature", *RANGES):
+        """Raises UserError for what is no number, numbers outside their range or of another count than ``rows``; traced
+        ones pass."""
+        for name in _DTYPES:
             value = getattr(self, name)
-            if value is None or isinstance(value, jax.core.Tracer):
+            if isinstance(value, jax.core.Tracer) or (value is None and name in ("uniform", "min_new_tokens")):
                 continue
-            value = np.asarray(value)
-            if value.shape not in ((), (rows,)):
+            value = _numbers(name, value)
+            if name == "stop_ids":
+                _check_stop_ids(value, rows)
+            elif value.shape not in ((), (rows,)):
                 raise UserError(
                     f"sampling.{name}: shape {value.shape}, expected a number, or one for each of {rows} rows"
                 )
-            if name == "temperature":
+            elif name == "temperature":
                 check_temperature("sampling.temperature", value)
-            else:
+            elif name in RANGES:
                 check_range(f"sampling.{name}", value, RANGES[name])
-        if isinstance(self.stop_ids, jax.core.Tracer):
-            return
-        stops = np.asarray(self.stop_ids)
-        if not (stops.ndim == 1 or (stops.ndim == 2 and len(stops) == rows)):
-            raise UserError(f"sampling.stop_ids: shape {stops.shape}, expected [n], or [{rows}, n] for each row")
-        if stops.size and stops.min() < 0:
-            raise UserError(
-                f"sampling.stop_ids = {stops.min()}: expected token ids; fill up short lists with an id twice"
-            )
+
+
+def _numbers(name: str, value: Any) -> np.ndarray:
+    """A field of `Sampling` as an array. Raises UserError unless it is one of numbers, whole ones where the field's
+    dtype would cut others."""
+    whole = _DTYPES[name] == jnp.int32
+    expected = "whole numbers" if whole else "numbers"
+    try:
+        numbers = np.asarray(value)
+    except (TypeError, ValueError) as error:  # such as lists of unequal lengths
+        raise UserError(f"sampling.{name}: expected {expected}: {error}") from error
+    kinds = (jnp.integer,) if whole else (jnp.integer, jnp.floating)
+    if numbers.size and not any(jnp.issubdtype(numbers.dtype, kind) for kind in kinds):
+        [first] = numbers.ravel()[:1].tolist()
+        raise UserError(f"sampling.{name} = {first!r} ({type(first).__name__}): expected {expected}")
+    return numbers
+
+
+def _check_stop_ids(stops: np.ndarray, rows: int) -> None:
+    """Raises UserError for another shape than [n] or [rows, n], and for negative numbers."""
+    if not (stops.ndim == 1 or (stops.ndim == 2 and len(stops) == rows)):
+        raise UserError(f"sampling.stop_ids: shape {stops.shape}, expected [n], or [{rows}, n] for each row")
+    if stops.size and stops.min() < 0:
+        raise UserError(f"sampling.stop_ids = {stops.min()}: expected token ids; fill up short lists with an id twice")
 
 
 _DTYPES: dict[str, Any] = {
@@ -120,14 +139,29 @@ def check_temperature(name: str, value: Any) -> None:
 def sample_keys(key: Array, global_step: int, prompt_ids: Sequence[int], samples: int, attempt: int = 0) -> Array:
     """Keys [prompts * samples] of responses, row by row the ``samples`` of each prompt. ``key`` carries the run's seed.
 
-    ``prompt_ids`` are unique non-negative numbers below 2^64, one per prompt.
+    ``prompt_ids`` are unique non-negative numbers below 2^64, one per prompt. Raises UserError for other ids, and for a
+    step, an attempt or a count of samples that is no whole number below 2^32; tracers pass.
     """
     try:
-        ids = np.asarray(prompt_ids, np.uint64)
-    except (OverflowError, TypeError, ValueError) as error:
+        ids = np.asarray([operator.index(number) for number in prompt_ids], np.uint64)
+    except (OverflowError, TypeError) as error:
         raise UserError(f"prompt_ids: expected whole numbers from 0 to below 2^64: {error}") from error
+    _check_whole("global_step", global_step, 0)
+    _check_whole("attempt", attempt, 0)
+    _check_whole("samples", samples, 1)
     low, high = (ids & np.uint64(0xFFFFFFFF)).astype(np.uint32), (ids >> np.uint64(32)).astype(np.uint32)
     return _fold(key, jnp.uint32(global_step), low, high, jnp.uint32(attempt), samples)
+
+
+def _check_whole(name: str, value: Any, least: int) -> None:
+    """Raises UserError unless ``value`` is a whole number from ``least`` to below 2^32; tracers pass."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    expected = f"a whole number from {least} to below 2^32"
+    try:
+        check_range(name, operator.index(value), (least, 2**32 - 1, expected))
+    except TypeError:
+        raise UserError(f"{name} = {value!r}: expected {expected}") from None
 
 
 @partial(jax.jit, static_argnames="samples")
