@@ -53,7 +53,8 @@ def start(options: DistributedOptions, command: str = "rlstab") -> bool:
     same holds until `agree_on` has returned.
 
     Raises:
-      UserError: flags that contradict each other, an address that is none, or a cluster that JAX cannot make out.
+      UserError: flags that contradict each other, an address that is none, a launcher's variable that is no number, or
+        a cluster that JAX cannot make out.
     """
     asked = bool(options.coordinator or options.processes or options.process >= 0)
     _check(options)
@@ -285,7 +286,7 @@ def _one_last_line(command: str) -> None:
 
 def _check(options: DistributedOptions) -> None:
     host, _, port = options.coordinator.rpartition(":")
-    if options.coordinator and not (host and port.isdigit() and 0 < int(port) < 2**16):
+    if options.coordinator and not (host and port.isdecimal() and 0 < int(port) < 2**16):
         raise UserError(f"--distributed.coordinator {options.coordinator}: expected HOST:PORT, such as 10.0.0.1:8476")
     if options.processes < 0 or options.timeout < 1:
         raise UserError(
@@ -300,12 +301,26 @@ def _check(options: DistributedOptions) -> None:
 
 
 def _alone(environment: Mapping[str, str]) -> bool:
-    """Whether a launcher says that there is one process. JAX would wait for a name service, or take one GPU of many."""
-    sizes = [environment[name] for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE") if name in environment]
+    """Whether a launcher says that there is one process. JAX would wait for a name service, or take one GPU of many.
+
+    Raises UserError for a launcher's number that is none.
+    """
+    sizes = [_number(environment, name) for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE") if name in environment]
     hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
-    if hosts is not None and int(environment.get("MEGASCALE_NUM_SLICES") or 1) == 1:
-        sizes.append(str(hosts.count(",") + 1))
-    return bool(sizes) and max(map(int, sizes)) == 1
+    slices = "MEGASCALE_NUM_SLICES"
+    if hosts is not None and (not environment.get(slices) or _number(environment, slices) == 1):
+        sizes.append(hosts.count(",") + 1)
+    return bool(sizes) and max(sizes) == 1
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    text = environment[name].strip()
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(
+            f"environment variable {name} = {environment[name]!r}: expected a whole number, at least 1: set it as the "
+            "launcher does, or unset it, or give --distributed.processes 1 to stay alone"
+        )
+    return int(text)
 
 
 def _launched(environment: Mapping[str, str]) -> bool:

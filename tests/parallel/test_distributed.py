@@ -83,6 +83,7 @@ def test_a_mistake_that_all_make_is_one_line_on_each(tmp_path: Path) -> None:
     [
         ({"coordinator": "10.0.0.1"}, "--distributed.coordinator 10.0.0.1: expected HOST:PORT"),
         ({"coordinator": "10.0.0.1:99999"}, "expected HOST:PORT"),
+        ({"coordinator": "10.0.0.1:8²"}, "expected HOST:PORT"),
         ({"processes": 2, "process": 2}, "processes are numbered from 0 to 1"),
         ({"timeout": 0}, "at least 1 second"),
         ({"processes": -1}, "at least 1 process"),
@@ -108,6 +109,20 @@ def test_flags_that_cannot_be(options: dict, message: str) -> None:
 )
 def test_one_machine_stays_alone(environment: dict, alone: bool) -> None:
     assert _alone(environment) is alone
+
+
+@pytest.mark.parametrize("name", ["SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES"])
+@pytest.mark.parametrize("value", [" ", "two", "0", "2²"])
+def test_a_launcher_that_names_no_number(name: str, value: str) -> None:
+    with pytest.raises(UserError, match=f"environment variable {name} = '{value}': expected a whole number"):
+        _alone({"TPU_WORKER_HOSTNAMES": "t1v-0", name: value})
+
+
+def test_an_empty_number_of_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "")
+    with pytest.raises(UserError, match="SLURM_NTASKS = '': expected a whole number, at least 1"):
+        start(DistributedOptions())
+    assert start(DistributedOptions(processes=1)) is False
 
 
 def test_alone_by_flag() -> None:
