@@ -104,6 +104,8 @@ def _depth_order(moe_layers: Sequence[int | str] | None, config: ModelConfig) ->
     depths = [depth for depth, moe in enumerate(config.kinds) if moe]
     if moe_layers is None:
         return list(range(len(depths)))
+    if isinstance(moe_layers, str) or not hasattr(moe_layers, "__len__"):
+        raise UserError(f"routes: moe_layers = {moe_layers!r}, expected a list of the layers' numbers or names")
     given = [_number(layer) for layer in moe_layers]
     if sorted(given) != depths:
         raise UserError(f"routes: layers {given}, expected each of the model's MoE layers {depths} once")
@@ -114,7 +116,7 @@ def _number(layer: int | str) -> int:
     """The layer's number: names sort otherwise, with layer_10 before layer_2."""
     if isinstance(layer, int | np.integer):
         return int(layer)
-    numbers = "".join(c if c.isdigit() else " " for c in layer).split() if isinstance(layer, str) else []
+    numbers = "".join(c if c.isdecimal() else " " for c in layer).split() if isinstance(layer, str) else []
     if len(numbers) != 1:
         raise UserError(f"routes: layer {layer!r}: expected its depth, or a name that holds this one number")
     return int(numbers[0])

@@ -42,8 +42,13 @@ class StopStrings:
 def stop_strings(
     texts: Sequence[str], encode: Callable[[str], list[int]], decode: Callable[[Sequence[int]], str]
 ) -> StopStrings:
-    """Stop strings of a tokeniser's text. Raises UserError for an empty one, or one that no response could contain."""
+    """Stop strings of a tokeniser's text. Raises UserError for what is no list of texts, for an empty text, and for one
+    that no response could contain."""
+    if isinstance(texts, str) or not hasattr(texts, "__len__"):  # of one text, each character would be a stop string
+        raise UserError(f"stop strings {texts!r}: expected a list or tuple of texts")
     for text in texts:
+        if not isinstance(text, str):
+            raise UserError(f"stop string {text!r}: expected text, not {type(text).__name__}")
         try:
             back = decode(encode(text)) if text else ""
         except (ValueError, KeyError) as error:

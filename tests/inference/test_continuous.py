@@ -104,9 +104,16 @@ def test_a_stop_string_ends_a_response_where_it_is_complete() -> None:
 
 @pytest.mark.parametrize(
     ("texts", "message"),
-    [(("z",), "'z' cannot be tokenised: text 'z'"), (("",), "'' cannot be tokenised")],
+    [
+        (("z",), "'z' cannot be tokenised: text 'z'"),
+        (("",), "'' cannot be tokenised"),
+        ((b"a",), "stop string b'a': expected text, not bytes"),
+        (("a", None), "stop string None: expected text, not NoneType"),
+        ("ab", "stop strings 'ab': expected a list or tuple of texts"),
+        (3, "stop strings 3: expected a list"),
+    ],
 )
-def test_a_stop_string_that_no_response_can_contain_is_refused(texts: tuple[str, ...], message: str) -> None:
+def test_a_stop_string_that_no_response_can_contain_is_refused(texts: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         stop_strings(texts, ALPHABET.encode, ALPHABET.decode)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,8 +38,8 @@ def test_not_recorded_becomes_the_sentinel() -> None:
     assert (routes != np.asarray(tiny.rollout().routes)).sum() == CONFIG.experts_per_token
 
 
-@pytest.mark.parametrize("names", [[2, 0], ["model.layers.2.mlp", "model.layers.0.mlp"]])
-def test_layers_are_put_into_depth_order_by_their_number(names: list) -> None:
+@pytest.mark.parametrize("names", [[2, 0], np.array([2, 0]), ["model.layers.2.mlp", "model.layers.0.mlp"]])
+def test_layers_are_put_into_depth_order_by_their_number(names: Any) -> None:
     swapped = [row[:, ::-1] for row in recorded()]
     np.testing.assert_array_equal(import_routes(swapped, tiny.rollout(), CONFIG, names), tiny.rollout().routes)
 
@@ -94,11 +95,15 @@ def test_malformed_routes_are_refused(change: Callable, message: str) -> None:
         ([0, 1], r"layers \[0, 1\]"),
         ([0], r"layers \[0\]"),
         (["first", "layer_2"], "layer 'first': expected its depth, or a name that holds this one number"),
+        (["layer²", "layer_2"], "layer 'layer²': expected its depth, or a name"),
+        (["layer_0", b"layer_2"], "layer b'layer_2': expected its depth"),
+        (3, "moe_layers = 3, expected a list of the layers' numbers or names"),
+        ("02", "moe_layers = '02', expected a list"),
         ([None, 2], "layer None: expected its depth"),
         ([0.0, 2], "layer 0.0: expected its depth"),
     ],
 )
-def test_layers_that_are_not_the_models_are_refused(layers: list, message: str) -> None:
+def test_layers_that_are_not_the_models_are_refused(layers: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         import_routes(recorded(), tiny.rollout(), CONFIG, layers)
 
