@@ -10,6 +10,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from rlstab_jax.parallel.process import round_as_written
+
 MAPS = Path("/proc/self/maps")
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
 _QUICK = "jax_disable_most_optimizations"
@@ -23,6 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
     and tests that are marked ``optimised`` do without that economy; JAX_DISABLE_MOST_OPTIMIZATIONS=0 is for all to do
     without.
     """
+    round_as_written()  # as all commands do
     config.addinivalue_line("markers", "optimised: a module or test whose programs are compiled as a user's are")
     os.environ.setdefault(_QUICK.upper(), "1")
     _compile_as_told()

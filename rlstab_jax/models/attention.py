@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rlstab_jax.models.attention_tpu import Segments, decode_flash, decode_splash, splash, widened
+from rlstab_jax.models.precision import saturate
 from rlstab_jax.types import UserError
 
 Query = Float[Array, "batch head time c"]
@@ -101,7 +102,7 @@ def _masked_attention_forward(q, k, v, mask):
     weights = jnp.exp(scores - highest)
     total = weights.sum(-1, keepdims=True)
     y = _product("bkgts,bksc->bkgtc", weights.astype(q.dtype), v, jnp.float32)
-    y = (y / total).astype(q.dtype)
+    y = saturate(y / total, q.dtype)
     return y, (q, k, v, mask, y, highest + jnp.log(total))
 
 
@@ -201,6 +202,9 @@ def decode_reference(
 ) -> Float[Array, "rows head 1 c"]:
     """One softmax over both parts. The rows of a prompt are one product with its keys, which are read once for all.
 
+    It rounds what `reference` rounds, the weights before they are normalised and the result: so that in bfloat16 as in
+    float32 what is drawn from is what is scored.
+
     It is what GPUs use too: `jax.nn.dot_product_attention` takes keys as [time, c], so that it would transpose the
     cache, which holds [c, time], at each step.
     """
@@ -220,10 +224,13 @@ def decode_reference(
     to_response = _product("rkgc,rkct->rkgt", grouped, response_k, jnp.float32)
     mask = jnp.concatenate([jnp.repeat(prompt_mask, samples, axis=0), response_mask], axis=1)
     scores = jnp.concatenate([to_prompt, to_response], axis=-1) * c**-0.5
-    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, -1e30), axis=-1).astype(q.dtype)
-    y = by_row(_product("pksgt,pktc->pksgc", by_prompt(weights[..., :prompt_length]), prompt_v, q.dtype))
-    y = y + _product("rkgt,rktc->rkgc", weights[..., prompt_length:], response_v, q.dtype)
-    return y.reshape(rows, heads, 1, c)
+    scores = jnp.where(mask[:, None, None], scores, -1e30)
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    total = weights.sum(-1, keepdims=True)
+    weights = weights.astype(q.dtype)
+    y = by_row(_product("pksgt,pktc->pksgc", by_prompt(weights[..., :prompt_length]), prompt_v, jnp.float32))
+    y = y + _product("rkgt,rktc->rkgc", weights[..., prompt_length:], response_v, jnp.float32)
+    return saturate(y / total, q.dtype).reshape(rows, heads, 1, c)
 
 
 def _exact(x: Array) -> jax.lax.Precision | None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rlstab_jax.models.pallas import exact
-from rlstab_jax.models.precision import Format, Stored, from_bytes
+from rlstab_jax.models.precision import Format, Stored, from_bytes, saturate
 
 LANES, SUBLANES = 128, 8
 """A TPU register's columns and rows: what lengths of keys, and numbers of queries, are padded to multiples of."""
@@ -147,7 +147,7 @@ def _over_two_parts(
     # The softmax over two parts is a sigmoid.
     share = jax.nn.sigmoid(prompt_sum - response_sum)[..., None]
     y = share * of_prompt.astype(jnp.float32) + (1 - share) * of_response.astype(jnp.float32)
-    return y.astype(q.dtype).reshape(rows, heads, 1, c)
+    return saturate(y, q.dtype).reshape(rows, heads, 1, c)
 
 
 def _splash_part(
@@ -229,7 +229,7 @@ def _flash_part(
     column = (kv_heads, many, 1)
     y, total = pl.pallas_call(
         functools.partial(_flash_kernel, dtype=q.dtype if format == "none" else jnp.dtype(format)),
-        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((batch, *column), jnp.float32)],
+        out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (q.shape, (batch, *column))],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(batch, keys // block),
@@ -290,7 +290,7 @@ def _flash_kernel(first: Any, last: Any, q: Any, mask: Any, k: Any, v: Any, *res
     @pl.when(step == pl.num_programs(1) - 1)
     def _() -> None:
         some = jnp.maximum(normaliser[...], TINY)  # without any key the result is 0
-        y[0] = (sums[...] / some).astype(y.dtype)
+        y[0] = sums[...] / some
         total[0] = highest[...] + jnp.log(some)
 
 

@@ -119,7 +119,7 @@ class RMSNorm(nn.Module):
         gain = self.param("gain", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return (x32 * gain).astype(x.dtype)
+        return saturate(x32 * gain, x.dtype)
 
 
 @struct.dataclass
@@ -148,7 +148,7 @@ def rotate(x: Float[Array, "batch head time c"], by: Rotations) -> Float[Array, 
     """Rotary position embedding, halves paired as in Hugging Face's Qwen3."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = [first * by.cos - second * by.sin, second * by.cos + first * by.sin]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    return saturate(jnp.concatenate(turned, axis=-1), x.dtype)
 
 
 class Attention(nn.Module):

@@ -14,13 +14,16 @@ from rlstab_jax.types import UserError, one_line
 
 # Numbers of the options of glibc's mallopt, from its malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
+EXCESS = "xla_allow_excess_precision"
 
 
 def prepare_jax(compilation_cache: Path | None = None) -> None:
-    """Keeps compiled programs in ``compilation_cache`` between runs, and on CPU memory between programs.
+    """Keeps compiled programs in ``compilation_cache`` between runs, and on CPU memory between programs; rounds to
+    bfloat16 wherever a model does (`round_as_written`).
 
     Call it before the first array is made: later it has less effect, or none.
     """
+    round_as_written()
     # Virtual CPU devices: programs in flight together can starve each other's collectives of threads, for ever.
     virtual = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if virtual or on_cpu():
@@ -33,6 +36,19 @@ def prepare_jax(compilation_cache: Path | None = None) -> None:
         compilation_cache.mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # the many small ones take seconds as well
+
+
+def round_as_written() -> None:
+    """Tells XLA to round to bfloat16 wherever a program does, unless XLA_FLAGS says otherwise.
+
+    By default it keeps float32 between operations that it fuses, and fuses others in each program: then what a sampler
+    drew from is not what the training engine scores, at equal weights and precision. To be called before JAX's backends
+    start, which read the flags.
+    """
+    flags = os.environ.get("XLA_FLAGS", "").strip()
+    a_file = bool(flags) and not flags.startswith("-")
+    if EXCESS not in flags and not a_file:
+        os.environ["XLA_FLAGS"] = f"{flags} --{EXCESS}=false".strip()
 
 
 def check_devices() -> None:

@@ -57,25 +57,26 @@ def test_equal_engines_have_no_discrepancy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "median", "largest", "flips"),
+    ("precision", "largest", "flips"),
     [
-        (fp8(), 1e-5, 0.5, 0.05),
-        (fp8("float8_e5m2", quantise_router=False, quantise_lm_head=False), 1e-5, 1.0, 0.05),
-        (Precision("bfloat16"), 0.01, 0.1, 0.05),
+        (fp8(), 0.5, 0.05),
+        (fp8("float8_e5m2", quantise_router=False, quantise_lm_head=False), 1.0, 0.05),
+        (Precision("bfloat16"), 0.1, 0.05),
+        (fp8(dtype="bfloat16"), 0.5, 0.05),
     ],
-    ids=["e4m3", "e5m2 with exemptions", "bfloat16"],
+    ids=["e4m3", "e5m2 with exemptions", "bfloat16", "e4m3 and bfloat16"],
 )
-def test_narrow_formats_decode_as_they_score(precision: Precision, median: float, largest: float, flips: float) -> None:
-    """Decoding and scoring sum in different orders: float32 noise of 1e-6, or an ulp of bfloat16 (2^-8), and a value on
-    the border between two stored ones then moves by a whole step. So most tokens agree to the noise, and few to a step.
-    An engine that ignored its precision would agree as well, so it must differ from float32 by far more.
+def test_narrow_formats_decode_as_they_score(precision: Precision, largest: float, flips: float) -> None:
+    """Decoding and scoring sum in different orders: float32 noise of 1e-6, and a value on the border between two stored
+    ones then moves by a whole step. So most tokens agree to the noise, and few to a step. An engine that ignored its
+    precision would agree as well, so it must differ from float32 by far more.
     """
     difference, differ = teacher_forced(tiny.rollout(precision), precision)
-    assert np.median(difference) < median, np.sort(difference)
+    assert np.median(difference) < 1e-5, np.sort(difference)
     assert difference.max() < largest
     assert differ.mean() <= flips
     other, _ = teacher_forced(tiny.rollout(precision), tiny.FLOAT32)
-    assert np.median(other) > max(1e-3, 2 * np.median(difference))
+    assert np.median(other) > 1e-3
 
 
 def test_routes_are_recorded_for_fed_tokens_alone() -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlstab_jax.models.attention import BLOCK, chunked, reference
+from rlstab_jax.models.attention import BLOCK, chunked, decode_reference, reference
 
 
 def oracle(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -53,6 +53,23 @@ def test_what_is_not_fed_is_not_read_and_a_row_without_keys_is_finite() -> None:
     second = reference(q, k.at[:, :, 0].set(1e4), v.at[:, :, 0].set(-1e9), fed)
     assert np.isfinite(first).all()
     np.testing.assert_array_equal(first[:, :, 1:], second[:, :, 1:])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_decode_step_rounds_as_the_whole_sequence_does(dtype: str) -> None:
+    """The last query, over a prompt's and a response's part of its keys; values so large that in float16 a weight that
+    is rounded up, or a sum that is, would be infinite."""
+    generator = np.random.default_rng(3)
+    rows, prompt, time = 64, 4, 9
+    q, k = (jnp.asarray(3 * generator.standard_normal((rows, h, time, 8)), dtype) for h in (4, 2))
+    v = jnp.asarray(generator.choice([65504, -65504, 1.0], (rows, 2, time, 8), p=[0.8, 0.1, 0.1]), dtype)
+    whole = jax.jit(reference)(q, k, v, jnp.ones((rows, time), bool))[:, :, -1:]
+    parts = [(k[:, :, at].swapaxes(2, 3), v[:, :, at]) for at in (slice(prompt), slice(prompt, time))]
+    masks = jnp.ones((rows, prompt), bool), jnp.ones((rows, time - prompt), bool)
+    step = jax.jit(decode_reference)(q[:, :, -1:], *parts, *masks)
+    assert np.isfinite(np.float32(step)).all()
+    assert np.mean(np.asarray(step) != np.asarray(whole)) < 0.01  # sums in another order, at the border of two numbers
+    np.testing.assert_allclose(np.float32(step), np.float32(whole), rtol=2**-6, atol=1)
 
 
 def test_softmax_is_float32_in_bfloat16() -> None:

@@ -149,6 +149,14 @@ def test_angles_and_norms_of_bfloat16_numbers_are_float32() -> None:
     np.testing.assert_allclose(np.float64(normed), norm(np.float64(x), gain, 1e-6), rtol=1.01 * 2**-8)  # one rounding
 
 
+def test_angles_and_norms_of_float16_numbers_saturate() -> None:
+    large = jnp.full((1, 1, 1, 2), 60_000, jnp.float16)
+    turns = rotations(2, ModelConfig(**SIZES | {"head_dim": 2}, rope_theta=1e4))
+    assert rotate(large, turns.at(jnp.array([[1]])))[0, 0, 0, 1] == 65504  # 60,000 (sin 1 + cos 1) is 82,906
+    normed = RMSNorm(1e-6).apply({"params": {"gain": np.full(2, 70_000, np.float32)}}, large)
+    assert (normed == 65504).all()
+
+
 def test_sequences_packed_into_a_row_are_what_each_is_alone() -> None:
     cfg = ModelConfig(**SIZES)
     random = np.random.default_rng(1)

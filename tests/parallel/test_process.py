@@ -114,3 +114,21 @@ def test_a_platform_without_a_device_is_said_in_a_line(monkeypatch):
         UserError, match=r"JAX finds no device for JAX_PLATFORMS = .*no such device and more\): unset it"
     ):
         process.check_devices()
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (None, "--xla_allow_excess_precision=false"),
+        ("--xla_cpu_enable_fast_math=true", "--xla_cpu_enable_fast_math=true --xla_allow_excess_precision=false"),
+        ("--xla_allow_excess_precision=true", "--xla_allow_excess_precision=true"),
+        ("flags.txt", "flags.txt"),
+    ],
+)
+def test_what_a_program_rounds_is_rounded(monkeypatch, flags, expected):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    if flags is not None:
+        monkeypatch.setenv("XLA_FLAGS", flags)
+    process.round_as_written()
+    process.round_as_written()
+    assert process.os.environ["XLA_FLAGS"] == expected
