@@ -338,7 +338,7 @@ BENCHMARK = Benchmark(
     quick=QUICK,
     settings={"kernels": dataclasses.asdict(KERNELS)},
     page=decode_report.PAGE,
-    threads=lambda table, asked: asked if table in ("peers", "groups") else asked[:1],
+    threads=lambda table, asked: asked if table in ("peers", "groups", "recording", "continuous") else asked[:1],
     devices=lambda table, threads: threads if table in ("peers", "groups") else 1,
     gpu=("bandwidth", lambda quick: bandwidth.study(bandwidth.TINY if quick else bandwidth.FULL)),
 )

@@ -320,7 +320,7 @@ TABLES: dict[str, Callable[[Scale, int], list[Cell]]] = {
 
 def threads_of(table: str, asked: list[int]) -> list[int]:
     """All that were asked for only where threads matter most: virtual devices need cores, the others need less time."""
-    if table in ("peers", "replay"):
+    if table in ("peers", "replay", "packing"):
         return asked
     return asked[-1:] if table == "devices" else asked[:1]
 

@@ -1,7 +1,8 @@
 """Continuous batching: a finished response gives its slot to a waiting prompt between bounded rounds of decoding.
 
 The host decides who gets a slot, from two small arrays a round; tokens, log-probs and routes stay on the device. Draws
-are those of `sample`: their keys know nothing of slots.
+are those of `sample`: their keys know nothing of slots. On a mesh, slots and results lie over the devices as the
+rows of `sample` do; the process must hold all of them, since its host looks at each slot.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,6 +34,7 @@ from rlstab_jax.inference.slots import (
 from rlstab_jax.inference.stop_strings import StopStrings
 from rlstab_jax.models.config import ModelConfig
 from rlstab_jax.models.transformer import Transformer
+from rlstab_jax.parallel.sharding import Layout
 from rlstab_jax.types import Rollout, UserError, route_dtype
 
 
@@ -79,6 +81,7 @@ def sample_continuously(
         prompts, prompt_mask, keys, sampling, samples_per_prompt, response_length, vocab_size, support
     )
     slots = min(slots, total)
+    layout = model.layout
     spare = spare_columns(prompt_mask)
     queue = _Queue(model, variables, prompts[:, spare:], prompt_mask[:, spare:], samples_per_prompt, slots)
     sampling = sampling.per_row(total)
@@ -92,7 +95,7 @@ def sample_continuously(
     while True:
         for filled, mask, source, into, given in queue.admissions(np.flatnonzero(rows == total)):
             state, results = _admit(
-                state, results, filled, mask, source, into, given, keys, sampling, response_length, support
+                layout, state, results, filled, mask, source, into, given, keys, sampling, response_length, support
             )
             rows[into[given < total]] = given[given < total]
         if (rows == total).all():
@@ -109,7 +112,7 @@ def sample_continuously(
                 end = stop.end(tokens[slot, : after[slot]].tolist(), int(before[slot]))
                 if end is not None:
                     ends[rows[slot]], active[slot] = end, False
-            state = replace(state, active=jnp.asarray(active))
+            state = replace(state, active=_like(state.active, active, layout))
         rows[~active] = total
     results = results if stop is None else _cut(results, ends, sampling.pad_id, model.config)
     return put_back(results, prompts, spare, model.config.num_experts)
@@ -122,7 +125,8 @@ class _Queue:
         self.tokens, self.mask = np.asarray(prompts), np.asarray(prompt_mask, bool)
         self._model, self._variables, self._samples = model, variables, samples
         self._total, self._next = len(self.tokens) * samples, 0
-        self._chunk_prompts = -(-slots // samples)
+        parts = model.layout.row_parts
+        self._chunk_prompts = -(-slots // (samples * parts)) * parts
         self._admitted_at_once = -(-slots // 4)
         self._chunk: tuple[int, Prefill | None, np.ndarray] = (-1, None, self.mask[:0])
 
@@ -199,11 +203,29 @@ def _begin(
         support=empty.support,
         minimum=sampling.minimum,
     )
-    return state, results
+    return _laid_out(model.layout, state, results)
 
 
-@partial(jax.jit, static_argnames=("response_length", "support"), donate_argnames=("state", "results"))
+def _laid_out(layout: Layout, state: Slots, results: Rollout) -> tuple[Slots, Rollout]:
+    """Slots and results over the devices, as the rows of a batch are."""
+
+    def cache(a: Array) -> Array:
+        return layout.constrain(a, "batch", "kv_heads", None, None)
+
+    prompt, response = jax.tree.map(cache, (state.prompt, state.response))
+    others = layout.constrain_rows(replace(state, prompt=[], response=[]))
+    everywhere = {"column": layout.constrain(state.column), "before": layout.constrain(jnp.asarray(state.before))}
+    return replace(others, prompt=prompt, response=response, **everywhere), layout.constrain_rows(results)
+
+
+def _like(old: Array, new: np.ndarray, layout: Layout) -> Array:
+    """``new`` where ``old`` lies, so that what takes it is not compiled again."""
+    return jax.device_put(new, old.sharding) if layout.splits else jnp.asarray(new)
+
+
+@partial(jax.jit, static_argnames=("layout", "response_length", "support"), donate_argnames=("state", "results"))
 def _admit(
+    layout: Layout,
     state: Slots,
     results: Rollout,
     filled: Prefill,
@@ -245,7 +267,7 @@ def _admit(
     if results.routes is not None and filled.routes is not None:
         routes = results.routes.at[:, given, : mask.shape[1]].set(filled.routes[:, source], mode="drop")
         results = replace(results, routes=routes)
-    return replace(put, response=state.response), results
+    return _laid_out(layout, replace(put, response=state.response), results)
 
 
 @partial(
@@ -267,7 +289,7 @@ def _round(
     start = state.count
     records = empty_records(model, state.sampling, len(rows), round_length, support, record_routes)
     state, records, _ = decode(model, variables, state, records, jnp.int32(0), jnp.int32(round_length), support)
-    return state, _collect(results, rows, start, records, state.sampling.stop_ids)
+    return _laid_out(model.layout, state, _collect(results, rows, start, records, state.sampling.stop_ids))
 
 
 def _collect(

@@ -49,8 +49,8 @@ class RolloutConfig:
     mesh: MeshConfig = MeshConfig()
     """How the devices set aside are split; ``mesh`` of the run splits the others."""
     slots: int = 0
-    """Responses in flight under continuous batching, on one device; 0 samples the whole batch at once. Evaluations have
-    no more in flight either; where they have several devices, these take whole prompts, one each at least, in turns."""
+    """Responses in flight under continuous batching, in one process, in rollouts and evaluations; 0 samples the whole
+    batch at once."""
     waves: int = 1
     """Equal parts that a batch's prompts are sampled in, one after another: less memory, the same draws. Above 1,
     evaluations sample no more responses at once either."""
@@ -63,7 +63,7 @@ class RolloutConfig:
     there. Evaluations do likewise. A stop string ends a response at any length."""
     stop: tuple[str, ...] = ()
     """Texts that end a response, as a stop token does, in rollouts and evaluations; what is judged is the text before.
-    The host looks for them between rounds of 16 tokens, on one device; with or without ``slots``."""
+    The host looks for them between rounds of 16 tokens, in one process; with or without ``slots``."""
     attempts: int = 1
     """Batches sampled at most for one global step. Above 1, groups whose rewards are all equal are replaced by those of
     further prompts (DAPO's dynamic sampling), while attempts last."""

@@ -243,7 +243,7 @@ def _responses(engines: Engines, sampler: Transformer, params: dict, asked: list
     """What an inference engine answers, with log-probs and routes; draws depend on the seed alone."""
     config = engines.config
     tokens, mask = encode_prompts(asked, engines.task.tokenizer, config.rollout.prompt_length)
-    return sampler_for(engines.stop)(
+    return sampler_for(engines.stop, config.rollout.slots)(
         sampler,
         prepare(params, sampler.precision, engines.mesh),
         engines.place_rows(tokens),

@@ -250,20 +250,18 @@ def build_pair(
     rollout, model = config.rollout, config.model
     kernels = resolve_kernels(config.kernels, platform, rollout.prompt_length + rollout.response_length)
     sampling_mesh = rollout_mesh or mesh
-    if rollout.slots and sampling_mesh.size > 1:
+    processes = len({device.process_index for device in mesh.devices.flat})
+    if processes > 1 and (rollout.slots or rollout.stop):
         raise UserError(
-            f"rollout.slots = {rollout.slots} on {sampling_mesh.size} devices: continuous batching runs on one device; "
-            "use 0"
-        )
-    if rollout.stop and max(mesh.size, sampling_mesh.size) > 1:  # evaluations sample where updates run
-        raise UserError(
-            f"rollout.stop = {rollout.stop} on {max(mesh.size, sampling_mesh.size)} devices: strings are looked for "
-            "between rounds of continuous batching, which runs on one device; use (), and stop tokens"
+            f"rollout.slots = {rollout.slots} and rollout.stop = {rollout.stop} in {processes} processes: the host "
+            "looks at every slot between rounds of continuous batching, and so in one process; use 0 and (), and stop "
+            "tokens"
         )
     rows, rollout_rows = Layout(mesh).row_parts, Layout(sampling_mesh).row_parts
     batches = {"prompts_per_minibatch": (config.prompts_per_minibatch, rows, "mesh")}
     at_once = config.prompts_per_step // rollout.waves
     batches["prompts_per_minibatch x minibatches / rollout.waves"] = (at_once, rollout_rows, "rollout.mesh")
+    batches["rollout.slots"] = (rollout.slots, rollout_rows, "rollout.mesh")
     if config.cold_start.max_steps:
         batches["cold_start.batch_size"] = (config.cold_start.batch_size, rows, "mesh")
     for name, (size, parts, on) in batches.items():

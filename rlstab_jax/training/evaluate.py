@@ -42,7 +42,6 @@ def accuracy(
     Each call with equal ``key`` draws with equal keys, so that evaluations along a run are paired.
     """
     rollout_config = engines.config.rollout
-    slots = rollout_config.slots if engines.mesh.size == 1 else 0  # continuous batching runs on one device
     source = engines.task.split("heldout")
     asked = [source[i] for i in range(prompts)]
     at_once = _prompts_at_once(engines, prompts, samples)
@@ -52,7 +51,7 @@ def accuracy(
 
     def wave(fed: list[Prompt]) -> Rollout:
         tokens, mask = encode_prompts(fed, engines.task.tokenizer, rollout_config.prompt_length)
-        rollout = sampler_for(stop, slots)(
+        rollout = sampler_for(stop, rollout_config.slots)(
             model,
             variables,
             engines.place_rows(tokens),
@@ -74,16 +73,10 @@ def accuracy(
 
 
 def _prompts_at_once(engines: Engines, prompts: int, samples: int) -> int:
-    """All, or no more responses than a wave of rollouts has: more may not fit the devices. A multiple of these.
-
-    Nor more than rollouts have slots, where the sampler does not see to it: on several devices.
-    """
+    """All, or no more responses than a wave of rollouts has: more may not fit the devices. A multiple of these."""
     config, shards = engines.config, engines.row_shards
-    most = config.rollout.slots if engines.mesh.size > 1 else 0
     if config.rollout.waves > 1:
-        most = config.responses_per_step // config.rollout.waves
-    if most:
-        prompts = min(prompts, most // samples // shards * shards)
+        prompts = min(prompts, config.responses_per_step // config.rollout.waves // samples // shards * shards)
     return max(-(-prompts // shards) * shards, shards)
 
 

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny
 
-from rlstab_jax.inference import sample
+from rlstab_jax.inference import sample, sample_continuously
 from rlstab_jax.learner import Minibatch, PolicyScores, TrainState, init_state, score, state_shardings, update
 from rlstab_jax.learner.score import policy_scores
 from rlstab_jax.models import ModelConfig, Precision, Transformer, fp8
@@ -45,10 +45,11 @@ MODEL = tiny.model(CONFIG, remat="full")
 MESHES = {MeshConfig(8, 1, 1, 1): 0, MeshConfig(2, 2, 2, 1): 20, MeshConfig(1, 2, 2, 2): 0, MeshConfig(1, 1, 8, 1): 32}
 
 
-def draw_rollout(model: Transformer, params: dict, place: callable) -> Rollout:
+def draw_rollout(model: Transformer, params: dict, place: callable, slots: int = 0) -> Rollout:
     tokens, mask = tiny.prompts(8)
     tokens, mask, keys = place((tokens % CONFIG.vocab_size, mask, tiny.keys(8, 1)))
-    return sample(model, {"params": params}, tokens, mask, keys, tiny.sampling(), response_length=4)
+    draw = partial(sample_continuously, slots=slots, round_length=2) if slots else sample
+    return draw(model, {"params": params}, tokens, mask, keys, tiny.sampling(), response_length=4)
 
 
 @partial(jax.jit, static_argnames="model")
@@ -69,8 +70,12 @@ def check(config: MeshConfig, chunk: int, rollout: Rollout, log_probs: jax.Array
     check_divides(mesh, params, axes, TRAINING)
 
     place_rows = Layout(mesh).constrain_rows
+    by_slots = config == MeshConfig(1, 2, 2, 2)
     sampled = draw_rollout(
-        MODEL.clone(mesh=mesh, rules=INFERENCE), jax.device_put(params, shardings(mesh, axes, INFERENCE)), place_rows
+        MODEL.clone(mesh=mesh, rules=INFERENCE),
+        jax.device_put(params, shardings(mesh, axes, INFERENCE)),
+        place_rows,
+        slots=4 if by_slots else 0,
     )
     rows = Layout(mesh).rows
     assert sampled.tokens.sharding.is_equivalent_to(NamedSharding(mesh, P(rows)), 2)

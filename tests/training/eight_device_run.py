@@ -17,7 +17,8 @@ MESHES = {"three axes": MeshConfig(data=2, fsdp=2, expert=2)}
 
 
 def config(gradient_steps: int, mesh: MeshConfig):
-    """Mini-batches that divide over 8 devices, no remat: it compiles faster."""
+    """Mini-batches that divide over 8 devices, no remat: it compiles faster. On several devices by slots, which change
+    no draw."""
     default = tiny_run.config()
     return dataclasses.replace(
         default,
@@ -25,6 +26,7 @@ def config(gradient_steps: int, mesh: MeshConfig):
         prompts_per_minibatch=8,
         samples_per_prompt=2,
         mesh=mesh,
+        rollout=dataclasses.replace(default.rollout, slots=0 if mesh == MeshConfig() else 16),
         learner=dataclasses.replace(default.learner, remat="none"),
         evaluation=dataclasses.replace(default.evaluation, every=4),
     )
@@ -33,7 +35,8 @@ def config(gradient_steps: int, mesh: MeshConfig):
 def matched():
     """One global step whose engines are equal to the bit, though the mesh splits the parameters."""
     default = config(2, MESHES["three axes"])
-    rollout = dataclasses.replace(default.rollout, precision=Precision(), log_probs="matched", response_length=4)
+    changes = {"precision": Precision(), "log_probs": "matched", "response_length": 4, "slots": 0}
+    rollout = dataclasses.replace(default.rollout, **changes)
     return dataclasses.replace(default, rollout=rollout, evaluation=dataclasses.replace(default.evaluation, every=0))
 
 

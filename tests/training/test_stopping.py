@@ -3,9 +3,9 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -90,10 +90,9 @@ def test_ends_that_cannot_be_are_refused(rollout: dict[str, Any], message: str) 
         build(config(**rollout))
 
 
-def test_strings_are_for_one_device() -> None:
-    """Evaluations sample on the devices that train, so that one set aside for rollouts is not enough."""
-    settings = config()
-    one, two = (jax.sharding.AbstractMesh((size,), ("data",)) for size in (1, 2))
-    for meshes in ((two, None), (two, one), (one, two)):
-        with pytest.raises(UserError, match=r"rollout.stop = .* on 2 devices: strings are looked for between rounds"):
-            build_pair(resolved(settings, settings.task.build()), *meshes, "cpu", (1,), 0)
+@pytest.mark.parametrize("rollout", [{}, {"slots": 4, "stop": ()}])
+def test_rounds_are_for_one_process(rollout: dict[str, Any]) -> None:
+    settings = config(**rollout)
+    two = SimpleNamespace(devices=np.array([SimpleNamespace(process_index=i) for i in range(2)]))
+    with pytest.raises(UserError, match=r"rollout.slots = .* in 2 processes: the host looks at every slot between"):
+        build_pair(resolved(settings, settings.task.build()), two, None, "cpu", (1,), 0)

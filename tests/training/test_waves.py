@@ -9,7 +9,6 @@ import pytest
 
 from rlstab_jax.inference import continuous
 from rlstab_jax.models import Precision
-from rlstab_jax.parallel.mesh import AXES
 from rlstab_jax.training import evaluate
 from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.engines import Engines, build, initial_params
@@ -75,14 +74,6 @@ def test_evaluations_sample_no_more_at_once_than_rollouts(monkeypatch: pytest.Mo
     assert set(sizes[5:]) == {5}
     assert at_once == waves == slots
     assert at_once.mean > 0
-
-
-def test_slots_bound_evaluations_on_many_devices_too() -> None:
-    """There is no continuous batching there, where one device is set aside for rollouts: whole prompts, in turns."""
-    engines = build(config(slots=13))
-    many = dataclasses.replace(engines, mesh=jax.sharding.AbstractMesh((2, 1, 1, 1), AXES))
-    assert [evaluate._prompts_at_once(on, 7, 3) for on in (engines, many)] == [7, 4]
-    assert evaluate._prompts_at_once(many, 7, 16) == 2  # a prompt for each device is the least
 
 
 def test_waves_that_do_not_divide() -> None:
