@@ -26,12 +26,12 @@ Kind = Literal["higher", "equivalent", "collapses", "best", "trend", "amplifies"
 RULES: dict[Kind, str] = {
     "higher": "mean difference A - B. Reproduced: at least the smallest effect, and adjusted p < 0.05; refuted: the "
     "95% interval is below the smallest effect",
-    "equivalent": "mean difference A - B. Reproduced: the 90% interval lies within +- the smallest effect; refuted: "
-    "beyond it in either direction, and adjusted p < 0.05",
+    "equivalent": "mean difference A - B. Reproduced: the 90% interval lies within +- the smallest effect, and the "
+    "adjusted p of two one-sided tests is below 0.05; refuted: the 95% interval lies beyond it, in either direction",
     "collapses": "runs of A that collapse. Reproduced: at least half of them, more than of B with adjusted p < 0.05 "
     "(McNemar, exact); refuted: the upper bound (Clopper-Pearson) of A's share is below a half",
     "best": "A less each of B. Reproduced: each 90% interval is above minus the smallest effect; refuted: one of B is "
-    "better by the smallest effect, its 95% interval above 0 (Bonferroni over B)",
+    "better, its 95% interval beyond the smallest effect, and p < 0.05 (Bonferroni over B)",
     "trend": "slope of A - B over log2 N. Verdicts as of a mean difference",
     "amplifies": "log2 of KL (k3) with live routes over KL with the sampler's routes replayed, in the runs of A. "
     "Verdicts as of a mean difference",
@@ -293,8 +293,6 @@ class Verdict:
     reproduced: bool
     """But for the adjusted p."""
     refuted: bool
-    refuted_by_p: bool = False
-    """Whether the refutation needs the adjusted p as well."""
 
     def text(self, adjusted: float) -> str:
         if self.pairs < ENOUGH:
@@ -305,11 +303,9 @@ class Verdict:
 
     def _word(self, adjusted: float) -> str:
         significant = math.isnan(adjusted) or adjusted < 0.05
-        if self.reproduced and (significant or self.contrast.kind == "equivalent"):
+        if self.reproduced and significant:
             return REPRODUCED
-        if self.refuted and (significant or not self.refuted_by_p):
-            return REFUTED
-        return UNDECIDED
+        return REFUTED if self.refuted else UNDECIDED
 
 
 _UNITS = {"final": "", "peak": " of the peaks", "speed": " of the mean over the horizon"}
@@ -342,9 +338,9 @@ def judge(contrast: Contrast, runs: Runs) -> Verdict:
     unit = {"amplifies": " log2", "trend": " per doubling of N"}.get(contrast.kind, _UNITS[contrast.endpoint])
     figures = f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]{unit}"
     if contrast.kind == "equivalent":
-        beyond = abs(found.mean) >= smallest and not found.low <= 0 <= found.high
+        beyond = found.low >= smallest or found.high <= -smallest
         figures += f", 90% [{found.low90:+.3f}, {found.high90:+.3f}]"
-        return Verdict(contrast, pairs, figures, found.p, found.equivalent(smallest), beyond, refuted_by_p=True)
+        return Verdict(contrast, pairs, figures, found.p_beyond(smallest), found.equivalent(smallest), beyond)
     return Verdict(contrast, pairs, figures, found.p, found.mean >= smallest, found.high < smallest)
 
 
@@ -369,7 +365,7 @@ def _judge_best(contrast: Contrast, a: Sequence[Run], others: Sequence[Sequence[
     found = [statistics.estimate(_differences(contrast, a, b), _cold_starts(a)) for b in others]
     worst = int(np.argmin([e.low90 for e in found]))
     figures = f"least: {found[worst].mean:+.3f}, 90% from {found[worst].low90:+.3f}, against {contrast.b[worst]}"
-    refuted = any(e.mean <= -contrast.smallest and e.high < 0 and e.p * len(found) < 0.05 for e in found)
+    refuted = any(e.high <= -contrast.smallest and e.p * len(found) < 0.05 for e in found)
     reproduced = all(e.low90 > -contrast.smallest for e in found)
     return Verdict(contrast, len(a), figures, math.nan, reproduced, refuted)
 

@@ -23,7 +23,7 @@ import tyro
 
 from experiments import drawing, on_policy, statistics
 from experiments.discrepancy import PRECISIONS, TRAINING
-from experiments.gradients import Surrogate, compared, mean_gradients, run_of, states, unclipped
+from experiments.gradients import Surrogate, compared, mean_gradients, projected, run_of, states, unclipped
 from experiments.study import RESULTS, add, command, read, replaced
 from experiments.workers import prepare
 from rlstab_jax.stability.reduce import Statistics, merge
@@ -113,18 +113,19 @@ def _short(value: Any) -> float:
     return float(f"{float(value):.5g}")
 
 
-def distances(row: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-    """Cosine with the exact gradient and distance from it, relative to its length, of each gradient of a row."""
+def distances(row: Mapping[str, Any]) -> dict[str, tuple[float, float, float]]:
+    """Of each gradient of a row, beside the exact one and relative to its length: cosine, distance, projection."""
     found = {}
     for name, product in row["products"].items():
-        cosines, apart = compared(np.array([[row["exact"], product], [product, row["squares"][name]]]))
-        found[name] = float(cosines[1]), float(apart[1])
+        products = np.array([[row["exact"], product], [product, row["squares"][name]]])
+        cosines, apart = compared(products)
+        found[name] = float(cosines[1]), float(apart[1]), float(projected(products)[1])
     return found
 
 
 def table(pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """For each point and choice of engines the gaps, and each gradient's cosine with the exact one and distance from
-    it, as means over pairs with 95% intervals; NaN where a length is lost in the noise of a pair."""
+    """For each point and choice of engines the gaps, and how each gradient lies beside the exact one (`distances`), as
+    means over pairs with 95% intervals; NaN where a length is lost in the noise of a pair."""
     rows = [{"cold_start": pair["cold_start"], **row} for pair in pairs for row in pair["measured"]]
     out = []
     for point, engines in dict.fromkeys((row["point"], row["engines"]) for row in rows):
@@ -137,7 +138,7 @@ def table(pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         line |= {share: _mean(here, share) for share in ("disagreement", "tokens_differ")}
         found = [distances(row) for row in here]
         for name in GRADIENTS:
-            for i, quantity in enumerate(("cosine", "distance")):
+            for i, quantity in enumerate(("cosine", "distance", "projection")):
                 estimate = statistics.estimate(np.array([each[name][i] for each in found]), cold_starts)
                 line |= {f"{name}: {quantity}": estimate.mean}
                 line |= {f"{name}: {quantity} low": estimate.low, f"{name}: {quantity} high": estimate.high}

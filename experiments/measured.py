@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from experiments import engine_gaps, gradients, persistence
+from experiments import engine_gaps, gradients, persistence, scale
 from experiments.benchmarks.common import markdown
+from experiments.claims import ENOUGH
+from experiments.pairing import common
 from experiments.setting import HORIZON
 from experiments.study import Run, read
 
 AT = (0, 32, 64, HORIZON)
+LAST_STEPS = 48
 
 
 def of_gradients(results: Path) -> str:
@@ -47,6 +50,50 @@ def lengths(runs: Mapping[str, Sequence[Run]]) -> str:
         f"{but}; (c) has a line of cold starts that have seen answers which skip steps. These are unlearnt soon: "
         f"held-out answers have {of('minirl-skips')} tokens after {', '.join(map(str, AT))} updates, with 1/|y| "
         f"{of('length_norm-skips')}."
+    )
+
+
+def climbing(runs: Sequence[Run]) -> str:
+    """How much runs still learn when they end."""
+    if not runs:
+        return "No run has ended."
+    last = [run.steps >= run.steps[-1] - LAST_STEPS for run in runs]
+    windows = [np.convolve(run.accuracy, [0.5, 0.5], "valid") for run in runs]
+    at_the_end = np.mean([end[1 + np.argmax(mean)] for end, mean in zip(last, windows, strict=True)])
+    rise = np.mean([run.accuracy[-1] - run.accuracy[end][0] for end, run in zip(last, runs, strict=True)])
+    return (
+        f"**Runs still climb when they end**: of the {len(runs)} of `off_policy` at the common rate {at_the_end:.0%} "
+        f"have their peak in the last {LAST_STEPS} updates, in which accuracy rises by {rise:.3f} on average. So a "
+        "final accuracy is also how fast a run learnt, a peak is near its end, and what (a), (c), (d), (f), (g) and "
+        "(i) would be after more updates is not known."
+    )
+
+
+def collapses_without_clipping(off_policy: Mapping[str, Sequence[Run]], scales: Mapping[str, Sequence[Run]]) -> str:
+    """Of the runs at the common rate."""
+    counts = {
+        "answers of up to 17 tokens": [run for cells in (off_policy, scales) for name, done in cells.items()
+                                       if "noclip" in name and "-lr" not in name and not name.startswith("len")
+                                       for run in done],
+        **{f"answers of up to {name[3:]} tokens": scales[f"{name}-n8-noclip-live"] for name in scale.LENGTHS},
+    }  # fmt: skip
+    told = [f"{sum(run.collapsed for run in done)} of {len(done)} with {what}" for what, done in counts.items()]
+    return f"At the common rate, of the runs without clipping there collapse {', '.join(told)}."
+
+
+def by_quarters(runs: Mapping[str, Sequence[Run]]) -> str:
+    """How the cold starts under a ceiling approach each other."""
+    told = []
+    for name in ("strong", "slips"):
+        a, b = common(runs, (f"ceiling-{name}", "ceiling-plain"))
+        if len(a) < ENOUGH:
+            continue
+        apart = np.array([x.accuracy - y.accuracy for x, y in zip(a, b, strict=True)]).mean(0)
+        quarter = np.minimum(4 * a[0].steps // (a[0].horizon + 1), 3)
+        told.append(f"{name} less plain {', '.join(f'{apart[quarter == i].mean():+.3f}' for i in range(4))}")
+    return (
+        f"(k) under the ceiling, by quarters of the updates: {'; '.join(told)}. Their answers have one length, which "
+        "the prompts ask for, so that length cannot tell cold starts apart."
     )
 
 
@@ -97,7 +144,7 @@ def of_engines(results: Path) -> str:
     rows = engine_gaps.table(read(results / "engine_gaps" / engine_gaps.FILE))
 
     def shown(row: Mapping[str, Any], gradient: str) -> str:
-        mean, low, high = (row[f"{gradient}: cosine{end}"] for end in ("", " low", " high"))
+        mean, low, high = (row[f"{gradient}: projection{end}"] for end in ("", " low", " high"))
         return "lost in noise" if math.isnan(mean) else f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
     lines = [

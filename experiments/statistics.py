@@ -134,10 +134,19 @@ class Estimate:
     """Of the 90% interval, that of two one-sided tests at 5%."""
     high90: float
     pairs: int
+    error: float = math.nan
+    """Standard error of the mean, of a Student's t of so many ``degrees`` of freedom."""
+    degrees: int = 0
 
     def equivalent(self, margin: float) -> bool:
         """Whether two one-sided tests at 5% say that the mean lies within +-margin."""
         return -margin < self.low90 and self.high90 < margin
+
+    def p_beyond(self, margin: float) -> float:
+        """Of two one-sided t tests together: that the mean lies at +-margin or beyond."""
+        if self.error == 0:
+            return float(abs(self.mean) >= margin)
+        return float(stats.t.sf((margin - abs(self.mean)) / self.error, self.degrees))
 
 
 def estimate(
@@ -163,7 +172,7 @@ def estimate(
         tails = stats.norm.sf(widened * critical)
         low, low90, high90, high = np.quantile(means, [tails[0], tails[1], 1 - tails[1], 1 - tails[0]])
     p = float(mean == 0) if error == 0 else 2 * stats.t.sf(abs(mean) / error, units - 1)
-    return Estimate(mean, float(low), float(high), float(p), float(low90), float(high90), pairs)
+    return Estimate(mean, float(low), float(high), float(p), float(low90), float(high90), pairs, error, units - 1)
 
 
 def slope(values: Float[np.ndarray, "pair level"], levels: Float[np.ndarray, "level"]) -> Float[np.ndarray, "pair"]:

@@ -105,6 +105,9 @@ def test_estimate_and_equivalence():
     assert near.low < near.low90 < 0.01 < near.high90 < near.high
     assert near.equivalent(0.03)
     assert not near.equivalent(0.012)
+    assert near.p_beyond(0.03) < 0.01
+    assert near.p_beyond(0.01) == pytest.approx(0.5)
+    assert far.p_beyond(0.03) > 0.99
     assert far.p < 1e-6
     assert not far.equivalent(0.03)
     assert s.estimate(noise, cold_starts).p > 0.5
@@ -120,6 +123,7 @@ def test_with_one_pair_to_a_cold_start_it_is_the_t_test():
     assert alone.mean == values[0]
     assert math.isnan(alone.low)
     assert not alone.equivalent(10.0)
+    assert math.isnan(alone.p_beyond(10.0))
     assert s.estimate(np.zeros(4), np.arange(4)).p == 1.0
     assert np.isnan(s.estimate(np.array([0.1, np.nan, 0.2]), np.arange(3)).p)
 
