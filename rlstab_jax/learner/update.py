@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
@@ -95,7 +96,7 @@ class LearnerConfig:
     def numbers(self) -> "LearnerNumbers":
         """The traced part: changing one of these recompiles nothing."""
         names = [field.name for field in dataclasses.fields(LearnerNumbers)]
-        return LearnerNumbers(**{name: jnp.float32(getattr(self, name)) for name in names})
+        return LearnerNumbers(**{name: np.float32(getattr(self, name)) for name in names})
 
 
 @struct.dataclass

@@ -89,9 +89,12 @@ def _layer_slots(config: ModelConfig, architecture: Architecture, moe: bool) -> 
 
 def parameter_shapes(config: ModelConfig) -> dict:
     """The tree of parameters of `Transformer` as float32 ``ShapeDtypeStruct``."""
-    tokens, mask = jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool)
     model = Transformer(config, kernels=Kernels("reference", "dense"))
-    return jax.eval_shape(model.init, jax.random.key(0), tokens, mask)["params"]
+
+    def make() -> Any:
+        return model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))["params"]
+
+    return jax.eval_shape(make)
 
 
 def leaf_of(tree: dict, path: Sequence[str]) -> jax.Array:

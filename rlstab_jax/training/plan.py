@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from rlstab_jax.learner import LearnerConfig
 from rlstab_jax.parallel.mesh import make_mesh
 from rlstab_jax.parallel.topology import Topology, topology_devices
@@ -128,6 +130,18 @@ def make_plan(config: RunConfig, topology: Topology, say: Callable[[str], None] 
             "for devices that sample and learn in turns, whole responses; use 0 of both"
         )
     devices = topology_devices(topology)
+    with jax.default_device(devices[0]):  # kernels may ask which one they are made for; nothing is computed on it
+        return _planned(config, topology, devices, stop_ids, say)
+
+
+def _planned(
+    config: RunConfig,
+    topology: Topology,
+    devices: Sequence[Any],
+    stop_ids: Sequence[int],
+    say: Callable[[str], None],
+) -> Plan:
+    """`make_plan` of a config with its vocabulary and lengths."""
 
     def engines(config: RunConfig) -> EnginePair:
         validate(config)

@@ -6,6 +6,7 @@ kind compute.
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -42,6 +43,8 @@ def products(jaxpr: Any, silent: bool = True, used: float = 1.0) -> Rates:
             found = {_rate(eqn): _ragged_dot(eqn) * used}
         elif name == "pallas_call":
             found = _kernel(eqn, silent, used)
+        elif (count := _of_a_library(eqn, used)) is not None:
+            found = {"bfloat16": count} if silent else {}
         elif name == "cond":
             branches = [products(branch, silent, used) for branch in eqn.params["branches"]]
             found = branches[0] if known else max(branches, key=lambda branch: sum(branch.values()))
@@ -133,6 +136,19 @@ def _kernel(eqn: Any, silent: bool, used: float) -> Rates:
         return {}
     grid = math.prod(size for size in eqn.params["grid_mapping"].grid if isinstance(size, int))
     return scaled(products(eqn.params["jaxpr"]), grid * _unmasked(eqn))
+
+
+def _of_a_library(eqn: Any, used: float) -> float | None:
+    """Operations of a kernel of tokamax or cuDNN, which has no product that could be seen; None of anything else."""
+    shapes = [var.aval.shape for var in eqn.invars if var.aval.dtype in (jnp.bfloat16, jnp.float16)]
+    if re.fullmatch(r"ragged_(contracting_dim_)?dot_sm\d+", str(eqn.params.get("name"))):
+        # Each row meets one expert's columns; in the gradient of the weights, rows are summed into one expert's.
+        return 2.0 * math.prod(shapes[0]) * shapes[1][-1] * used
+    if eqn.primitive.name.startswith("dot_product_attention"):
+        # Scores and values, or in the backward pass scores once more and four gradients, up to the diagonal.
+        rows, time, heads, width = shapes[0]
+        return (5 if "bwd" in eqn.primitive.name else 2) * rows * heads * width * time * (time + 1.0)
+    return None
 
 
 def _unmasked(eqn: Any) -> float:

@@ -153,12 +153,12 @@ def test_a_head_that_does_not_fit() -> None:
 def test_a_host_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     """A config that keeps its optimiser there cannot be planned where no device reads it."""
 
-    class Chip:
+    class Device:
         device_kind = "islet"
 
         def addressable_memories(self) -> list[Any]:
             return []
 
-    monkeypatch.setattr(plan, "topology_devices", lambda topology: [Chip()])
+    monkeypatch.setattr(plan, "topology_devices", lambda topology: [Device()])
     with pytest.raises(UserError, match=r"learner.offload_optimizer = True: .* out of reach of islet"):
         plan.make_plan(small(offload_optimizer=True), CHIP)
