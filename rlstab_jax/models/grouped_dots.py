@@ -21,6 +21,8 @@ Stack = Float[Array, "E in out"]
 Sizes = Int[Array, "E"]
 LANES, SUBLANES = 128, 32
 """A TPU register's columns, and its rows of one-byte numbers."""
+TOKAMAX_TILE = 64
+"""What tokamax's Hopper kernels copy at once of rows, where they sum over these for a gradient, and of columns."""
 
 
 def megablox(
@@ -173,24 +175,37 @@ def tokamax(
 
     Its version 0.0.17 has kernels from Ampere (A100) on, but that of the weights' gradient for Hopper (H100, H200)
     only; where it lacks one, it raises NotImplementedError. ``implementation`` "xla" runs anywhere; for tests. Raises
-    UserError on other operands.
+    UserError on other operands, and on sides of matrices that the Hopper kernels do not copy.
     """
     _check_operands("tokamax", x, jnp.bfloat16)
+    _check_widths(weight)
     import tokamax
 
+    rows = x.shape[0]
     return tokamax.ragged_dot(
-        x,
+        jnp.pad(x, ((0, -rows % TOKAMAX_TILE), (0, 0))),
         weight,
         sizes,
         precision=precision,
         preferred_element_type=preferred_element_type,
         implementation=implementation,
-    )
+    )[:rows]
 
 
 def _share(rows: int, weight: Stack) -> int:
     """An expert's mean share of the rows, rounded down to a power of two."""
     return 2 ** math.floor(math.log2(max(rows / weight.shape[0], 1)))
+
+
+def _check_widths(weight: Stack) -> None:
+    for width in weight.shape[1:]:
+        if width % (8 if width < TOKAMAX_TILE else TOKAMAX_TILE):
+            raise UserError(
+                f"the expert kernel 'tokamax' multiplies matrices whose sides are multiples of {TOKAMAX_TILE}, or of 8 "
+                f"below {TOKAMAX_TILE}, but on one device an expert's are {weight.shape[1]} and {weight.shape[2]} "
+                "(model.embed_dim, and model.expert_dim over mesh.tensor): change these, or use 'ragged_dot' in "
+                "kernels.experts and 'grouped' in kernels.decode_experts"
+            )
 
 
 def _check_operands(kernel: str, x: Array, *supported: Any) -> None:

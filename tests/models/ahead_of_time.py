@@ -1,4 +1,4 @@
-"""Run by test_accelerator_kernels.py: compiles for TPUs that are not there, and prints each program's memory.
+"""Run by test_ahead_of_time.py: compiles for TPUs that are not there, and prints each program's memory.
 
 The output is one JSON object: {topology: {program: [bytes of temporaries, bytes of the largest argument]}}. The first
 topology named compiles all programs, the others one of each kernel.
@@ -7,7 +7,7 @@ topology named compiles all programs, the others one of each kernel.
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from rlstab_jax.models import Kernels, ModelConfig, Precision, Transformer
 from rlstab_jax.models.attention_tpu import decode_flash, decode_splash, splash
 from rlstab_jax.models.decode import decode_step
 from rlstab_jax.models.grouped_dots import megablox, narrow
+from rlstab_jax.models.huggingface import parameter_shapes
 from rlstab_jax.models.layers import KeyValues, Past, rotations
 from rlstab_jax.models.precision import Stored
 from rlstab_jax.models.sharding import logical_axes
@@ -83,9 +84,16 @@ def a_decode_step(dtype: Any, make: Callable = cache, of_cache: Any = None) -> l
     return [q, make(32, 4, 512, 128, of_cache), make(128, 4, 4096, 128, of_cache), *masks]
 
 
-def model_gradient(variables: dict, tokens: jax.Array, mask: jax.Array, mesh: Mesh | None = None) -> Any:
-    """Scanned and recomputed layers, as the training engine has them, with products in float32."""
-    model = Transformer(MODEL, Precision(), KERNELS, remat="full", mesh=mesh)
+def model_gradient(
+    variables: dict,
+    tokens: jax.Array,
+    mask: jax.Array,
+    mesh: Mesh | None = None,
+    kernels: Kernels = KERNELS,
+    dtype: str = "float32",
+) -> Any:
+    """Scanned and recomputed layers, as the training engine has them, with products in ``dtype``."""
+    model = Transformer(MODEL, Precision(dtype), kernels, remat="full", mesh=mesh)
     return jax.grad(lambda v: jnp.sum(jnp.square(forward(model, v, tokens, mask).hidden.astype(jnp.float32))))(
         variables
     )
@@ -110,9 +118,8 @@ def model_decode(
 
 def model_arguments(kv_cache: str = "none") -> tuple[list, list]:
     """Of `model_gradient` and of `model_decode`: 128 rows of 32 prompts of 256 tokens, a window of 4096."""
-    model = Transformer(MODEL, Precision("bfloat16"), Kernels("reference", "dense", "reference", "dense"))
     tokens = jax.ShapeDtypeStruct((2, 100), jnp.int32), jax.ShapeDtypeStruct((2, 100), bool)
-    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))
+    variables = {"params": parameter_shapes(MODEL)}
     ((kinds, _),) = MODEL.segments
     assert len(kinds) == 1
     block = variables["params"]["segment_0"]["block_0"]
@@ -159,29 +166,37 @@ def memory(f: Callable, arguments: list, sharding: Any, donated: tuple[int, ...]
     return [compiled.memory_analysis().temp_size_in_bytes, largest]
 
 
-def over_a_mesh(devices: list) -> dict[str, list[int]]:
-    """The model's kernels on four chips, each with its rows, heads, experts and part of their hidden units."""
-    mesh = make_mesh(MeshConfig(expert=2, tensor=2), devices[:4])
-    (variables, *tokens), _ = model_arguments()
+def four(devices: Sequence) -> Mesh:
+    """Four chips, each with its rows, heads, experts and part of their hidden units."""
+    return make_mesh(MeshConfig(expert=2, tensor=2), devices[:4])
 
-    def at(names: dict, rules: Rules) -> dict:
-        return {"params": shardings(mesh, names, rules)}
 
-    def rows(a: jax.ShapeDtypeStruct) -> NamedSharding:
+def parameters(mesh: Mesh, names: dict, rules: Rules) -> dict:
+    return {"params": shardings(mesh, names, rules)}
+
+
+def of_rows(mesh: Mesh, tree: Any) -> Any:
+    def of(a: jax.ShapeDtypeStruct) -> NamedSharding:
         names = ("batch", "kv_heads", None, None) if a.ndim == 4 else ("batch", None)[: a.ndim]
         return NamedSharding(mesh, partition_spec(names, INFERENCE))
 
-    axes = logical_axes(variables["params"])
-    of_layer = jax.tree.map(lambda names: names[1:], axes["segment_0"]["block_0"], is_leaf=lambda n: type(n) is tuple)
-    of_gradient = [at(axes, TRAINING), *jax.tree.map(rows, tokens)]
-    gradient = partial(model_gradient, mesh=mesh)
-    found = {"model, gradient over a mesh": memory(gradient, [variables, *tokens], of_gradient)}
-    for kv_cache in CACHES:
-        _, (layers, *others) = model_arguments(kv_cache)
-        of_decode = [[at(of_layer, INFERENCE)] * len(layers), *jax.tree.map(rows, others)]
-        decode = partial(model_decode, kv_cache=kv_cache, mesh=mesh)
-        found[f"model, decode over a mesh, {kv_cache}"] = memory(decode, [layers, *others], of_decode, (1,))
-    return found
+    return jax.tree.map(of, tree)
+
+
+def gradient_over(mesh: Mesh, **how: Any) -> list[int]:
+    """`memory` of `model_gradient` on a mesh."""
+    (variables, *tokens), _ = model_arguments()
+    places = [parameters(mesh, logical_axes(variables["params"]), TRAINING), *of_rows(mesh, tokens)]
+    return memory(partial(model_gradient, mesh=mesh, **how), [variables, *tokens], places)
+
+
+def decode_over(mesh: Mesh, kv_cache: str) -> list[int]:
+    """`memory` of `model_decode` on a mesh."""
+    (variables, *_), (layers, *others) = model_arguments(kv_cache)
+    axes = logical_axes(variables["params"])["segment_0"]["block_0"]
+    of_layer = jax.tree.map(lambda names: names[1:], axes, is_leaf=lambda n: type(n) is tuple)
+    places = [[parameters(mesh, of_layer, INFERENCE)] * len(layers), *of_rows(mesh, others)]
+    return memory(partial(model_decode, kv_cache=kv_cache, mesh=mesh), [layers, *others], places, (1,))
 
 
 if __name__ == "__main__":
@@ -193,5 +208,7 @@ if __name__ == "__main__":
         donated = {"model, decode": (1,), "model, decode, fp8": (1,)}
         report[name] = {label: memory(*programs()[label], one, donated.get(label, ())) for label in chosen}
         if len(report) == 1:
-            report[name] |= over_a_mesh(devices)
+            mesh = four(devices)
+            report[name]["model, gradient over a mesh"] = gradient_over(mesh)
+            report[name] |= {f"model, decode over a mesh, {cached}": decode_over(mesh, cached) for cached in CACHES}
     print(json.dumps(report))
