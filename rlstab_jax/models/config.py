@@ -27,8 +27,10 @@ class Kernels:
     """reference anywhere; chunked too, with memory in proportion to the length; cudnn needs an NVIDIA GPU and
     bfloat16 or float16; splash needs TPUs."""
     experts: Literal["auto", "dense", "tiles", "grouped", "ragged_dot", "megablox", "tokamax"] = "auto"
-    """dense is the slow reference; tiles is fast on CPU; ragged_dot runs anywhere and is fast on TPU; megablox needs
-    TPUs; tokamax needs an NVIDIA GPU, bfloat16 and the package of that name."""
+    """dense is the slow reference; tiles is fast on CPU; ragged_dot runs anywhere and is fast on TPU, but on NVIDIA
+    GPUs it multiplies every token with every expert; megablox needs TPUs; tokamax needs an NVIDIA GPU, for the gradient
+    a Hopper (H100, H200), bfloat16 and the package of that name. auto is ragged_dot on GPUs too: a run that begins
+    there says what it costs."""
     decode_attention: Literal["auto", "reference", "splash", "flash"] = "auto"
     """reference anywhere; splash and flash need TPUs. flash reads int8 and fp8 caches as they are, which the others
     widen."""
@@ -100,6 +102,23 @@ def resolve_kernels(kernels: Kernels, platform: str, length: int = 0) -> Kernels
                 f"pip install 'rlstab_jax[tokamax]', or use 'auto' or {instead!r}"
             )
     return dataclasses.replace(kernels, **{name: k for name, k in best.items() if getattr(kernels, name) == "auto"})
+
+
+def dense_remark(kernels: Kernels, platform: str, model: "ModelConfig") -> str | None:
+    """One line where `ragged_dot` computes what it need not, and what to do about it.
+
+    Args:
+      kernels: as resolved.
+      platform: as of `resolve_kernels`.
+      model: whose experts they compute.
+    """
+    if platform != "gpu" or kernels.experts != "ragged_dot" or not model.num_moe_layers:
+        return None
+    return (
+        f"kernels.experts = 'ragged_dot' multiplies every token with all {model.num_experts} experts on NVIDIA GPUs, "
+        f"{model.num_experts / model.experts_per_token:.3g} times the work of the {model.experts_per_token} that it "
+        "chooses: on H100 and H200 'tokamax' (bfloat16, pip install 'rlstab_jax[tokamax]') does not"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

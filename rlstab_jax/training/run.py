@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rlstab_jax.models.config import dense_remark
 from rlstab_jax.own_code import code_of
 from rlstab_jax.parallel.distributed import agree_on, by_first, first, of_first, together
 from rlstab_jax.report import draw_run
@@ -126,6 +127,8 @@ def _work(
         say(line)
     aside = f", and {dict(engines.rollout_mesh.shape)} makes batches" if engines.rollout_mesh else ""
     say(f"kernels: attention {kernels.attention}, experts {kernels.experts}; mesh {dict(engines.mesh.shape)}{aside}")
+    if remark := dense_remark(kernels, jax.default_backend(), config.model):
+        say(remark)
     with (
         stop_on_signal() as stop,
         Checkpoints(home.checkpoints, keep_last=config.keep_checkpoints, notify=say) as checkpoints,

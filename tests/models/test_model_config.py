@@ -6,6 +6,7 @@ import importlib.metadata
 import pytest
 
 from rlstab_jax.models import Kernels, ModelConfig, resolve_kernels
+from rlstab_jax.models.config import dense_remark
 from rlstab_jax.types import UserError
 
 
@@ -47,6 +48,15 @@ def test_kernels_by_hardware() -> None:
     assert resolve_kernels(Kernels("cudnn", "dense"), "gpu") == Kernels("cudnn", "dense", "reference", "grouped")
     explicit = Kernels("splash", "megablox", "splash", "narrow")
     assert resolve_kernels(explicit, "tpu") == explicit
+
+
+def test_dense_products_are_remarked_on() -> None:
+    """Where XLA has no grouped product, with what that costs."""
+    model, kernels = ModelConfig(num_experts=64, experts_per_token=8), resolve_kernels(Kernels(), "gpu")
+    assert "all 64 experts on NVIDIA GPUs, 8 times the work of the 8" in str(dense_remark(kernels, "gpu", model))
+    assert dense_remark(kernels, "gpu", ModelConfig(num_experts=0)) is None
+    assert dense_remark(resolve_kernels(Kernels(), "tpu"), "tpu", model) is None
+    assert dense_remark(Kernels(experts="tokamax"), "gpu", model) is None
 
 
 @pytest.mark.parametrize(
