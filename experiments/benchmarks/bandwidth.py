@@ -162,4 +162,5 @@ def study(load: Load) -> dict[str, Any]:
     decode = whole | {"name": "decode", "seconds": list(np.subtract(whole["seconds"], prefill["seconds"]))}
     tokens = load.batch * (load.response - 1)
     cell = {"batch": load.batch, "tokens": tokens, "contenders": [decode, copied]}
-    return {"environment": environment(), "settings": dataclasses.asdict(load), "cells": [cell]}
+    settings = dataclasses.asdict(load) | {"kernels": dataclasses.asdict(kernels)}
+    return {"environment": environment(), "settings": settings, "cells": [cell]}

@@ -29,7 +29,7 @@ import numpy as np
 from experiments.provenance import commit, processor
 from rlstab_jax.types import UserError
 
-LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers", "google-tunix")
+LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "tokamax", "torch", "transformers", "google-tunix")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ are not counted.
 """
 
 import dataclasses
+import sys
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ import numpy as np
 from experiments.benchmarks.common import Contender, environment, measure
 from rlstab_jax.learner import LearnerConfig, Minibatch, PolicyScores, init_state, update
 from rlstab_jax.models import Kernels, ModelConfig, Precision, Transformer, resolve_kernels
-from rlstab_jax.models.config import has_tokamax
+from rlstab_jax.models.config import dense_remark, has_tokamax
 from rlstab_jax.objectives import minirl
 from rlstab_jax.types import Rollout, RoutingReplay
 
@@ -141,9 +142,13 @@ def products(load: Load) -> Contender:
 
 def study(load: Load) -> dict[str, Any]:
     """Updates and products, interleaved; one model after the other, since both may not fit at once."""
-    cells = []
+    cells, platform = [], jax.default_backend()
+    kernels = kernels_of(platform)
     for name, model in load.models.items():
+        if remark := dense_remark(kernels, platform, model):  # where no grouped product is installed
+            print(f"{name}: {remark}", file=sys.stderr, flush=True)
         tokens = load.rows * load.tokens
         results = measure([contender(name, load, model), products(load)], load.repetitions)
         cells.append({"model": name, "tokens": tokens, "contenders": results})
-    return {"environment": environment(), "settings": dataclasses.asdict(load), "cells": cells}
+    settings = dataclasses.asdict(load) | {"kernels": dataclasses.asdict(kernels)}
+    return {"environment": environment(), "settings": settings, "cells": cells}

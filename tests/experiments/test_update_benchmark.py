@@ -124,7 +124,9 @@ def test_quick_run_writes_numbers_table_and_picture(tmp_path: Path) -> None:
 
 def test_utilisation_runs_on_any_platform(tmp_path: Path) -> None:
     update.main(["--gpu", "--quick", "--out", str(tmp_path)])
-    cells = json.loads((tmp_path / "utilisation.json").read_text())["cells"]
+    found = json.loads((tmp_path / "utilisation.json").read_text())
+    assert found["settings"]["kernels"]["experts"] == "tiles"  # as on CPU
+    cells = found["cells"]
     assert [c["model"] for c in cells] == ["dense", "MoE"]
     load = utilisation.TINY
     for cell in cells:
