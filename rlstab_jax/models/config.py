@@ -28,9 +28,9 @@ class Kernels:
     bfloat16 or float16; splash needs TPUs."""
     experts: Literal["auto", "dense", "tiles", "grouped", "ragged_dot", "megablox", "tokamax"] = "auto"
     """dense is the slow reference; tiles is fast on CPU; ragged_dot runs anywhere and is fast on TPU, but on NVIDIA
-    GPUs it multiplies every token with every expert; megablox needs TPUs; tokamax needs an NVIDIA GPU, for the gradient
-    a Hopper (H100, H200), bfloat16 and the package of that name. auto is ragged_dot on GPUs too: a run that begins
-    there says what it costs."""
+    GPUs it multiplies each of a token's k rows with every expert; grouped pads the experts' shares; megablox needs
+    TPUs; tokamax needs an NVIDIA GPU, for the gradient a Hopper (H100, H200), bfloat16 and the package of that name.
+    auto is ragged_dot on GPUs too: a run that begins there says what it costs."""
     decode_attention: Literal["auto", "reference", "splash", "flash"] = "auto"
     """reference anywhere; splash and flash need TPUs. flash reads int8 and fp8 caches as they are, which the others
     widen."""
@@ -115,9 +115,9 @@ def dense_remark(kernels: Kernels, platform: str, model: "ModelConfig") -> str |
     if platform != "gpu" or kernels.experts != "ragged_dot" or not model.num_moe_layers:
         return None
     return (
-        f"kernels.experts = 'ragged_dot' multiplies every token with all {model.num_experts} experts on NVIDIA GPUs, "
-        f"{model.num_experts / model.experts_per_token:.3g} times the work of the {model.experts_per_token} that it "
-        "chooses: on H100 and H200 'tokamax' (bfloat16, pip install 'rlstab_jax[tokamax]') does not"
+        f"kernels.experts = 'ragged_dot' does {model.num_experts} times the experts' work on NVIDIA GPUs, where a row "
+        "meets all of them: 'grouped' does not, nor, on H100 and H200 in bfloat16, does 'tokamax' (pip install "
+        "'rlstab_jax[tokamax]')"
     )
 
 
