@@ -27,7 +27,7 @@ ENVIRONMENT = os.environ | {
 
 
 class TwoProcesses:
-    """``rlstab train`` in two processes of 4 devices each."""
+    """``rlstab train`` in two processes of 4 devices each, neither of which holds a whole layer."""
 
     def __init__(self, out: Path):
         with socket.socket() as free:
@@ -35,6 +35,7 @@ class TwoProcesses:
             address = f"127.0.0.1:{free.getsockname()[1]}"
         command = [sys.executable, "-m", "rlstab_jax.cli", "train", "tests/training/two_process_run.py"]
         command += ["--out", str(out), "--compilation-cache", str(out.parent / "cache")]
+        command += ["--mesh.data", "1", "--mesh.fsdp", "4", "--mesh.expert", "2"]  # fsdp spans the processes
         command += ["--distributed.coordinator", address, "--distributed.processes", "2"]
         command += ["--distributed.timeout", "60", "--distributed.process"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": ENVIRONMENT}
