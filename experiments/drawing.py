@@ -1,6 +1,7 @@
 """Tables and pictures of a study, from its finished runs. Pictures are for print: labelled, in colours that all see."""
 
 import csv
+import dataclasses
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 STYLES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)), (0, (3, 1)), (0, (8, 2)), "-")
 MARKERS = "os^Dv<P"
 COLUMNS = 4  # of panels, at most
-SHOWN = 5  # runs from which on a page has an interval: that of fewer reaches beyond 0 and 1
+COLD_STARTS = 5  # from which on a mean has an interval: that of fewer is Student's, and reaches beyond 0 and 1
 MEASURED = ("discrepancy/k3", "routing/rollout_vs_old", "staleness/k3", "trust/masked", "weight/ess", "policy/entropy")
 
 Runs = Mapping[str, list[Run]]
@@ -71,15 +72,17 @@ def page(study: Study, runs: Runs, pictures: Sequence[str]) -> str:
     lines = ["| cell | final accuracy | 95% interval | collapsed | degraded | of runs | pairs |", "|" + " --- |" * 7]
     for row in cell_table(study, runs):
         final, low, high, *counts = (row[part] for part in parts)
-        interval_ = f"[{low:.2f}, {high:.2f}]" if row["runs"] >= SHOWN else ""
+        interval_ = f"[{low:.2f}, {high:.2f}]" if math.isfinite(low) else ""
         lines.append(f"| {row['cell']} | {final:.2f} | {interval_} | " + " | ".join(map(str, counts)) + " |")
     none = [name for name, done in runs.items() if not done]
+    few = any(not enough(ten) for done in runs.values() for ten in tens(done))
     return (
         f"# {study.question}\n\nDrawn by `python -m experiments.{study.name} --draw` from [`runs.jsonl`](runs.jsonl) "
         "and from runs of other studies that are of the same config; [`cells.csv`](cells.csv) has more. Lines of one "
         "cell are of other cold starts; only lines of the same pairs, from the same cold starts, compare. Verdicts are "
         "on [the page of all studies](../README.md).\n\n"
         + "\n".join(lines)
+        + (f"\n\nAn interval takes runs from {COLD_STARTS} cold starts." if few else "")
         + (f"\n\nNot yet run: {', '.join(none)}." if none else "")
         + "".join(f"\n\n![{Path(name).stem.replace('_', ' ')}]({name})" for name in pictures)
         + "\n"
@@ -100,9 +103,15 @@ def interval(runs: Sequence[Run], endpoint: str) -> dict[str, Any]:
 
 
 def mean_of(runs: Sequence[Run], endpoint: str) -> statistics.Estimate:
-    """The mean of an endpoint of runs with its hierarchical bootstrap interval."""
+    """The mean of an endpoint of runs with its hierarchical bootstrap interval; NaN from too few cold starts."""
     values = np.array([getattr(run, endpoint) for run in runs])
-    return statistics.estimate(values, np.array([run.cold_start for run in runs]))
+    found = statistics.estimate(values, np.array([run.cold_start for run in runs]))
+    return found if enough(runs) else dataclasses.replace(found, low=math.nan, high=math.nan)
+
+
+def enough(runs: Sequence[Run]) -> bool:
+    """Whether runs are of enough cold starts for an interval."""
+    return len({run.cold_start for run in runs}) >= COLD_STARTS
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -228,7 +237,7 @@ def by_level(lines: Mapping[str, Mapping[float, str]], runs: Runs, label: str, p
             style |= {"markersize": 4, "linewidth": 1.1, "capsize": 2, "label": name}
             for ax, measured in ((left, _final), (right, collapsed)):
                 mean, low, high = np.array([measured(at) if at else (math.nan,) * 3 for at in done]).T
-                low, high = (np.where([len(at) >= SHOWN for at in done], end, mean) for end in (low, high))
+                low, high = (np.where([enough(at) for at in done], end, mean) for end in (low, high))
                 ax.errorbar(place, mean, np.maximum(0, [mean - low, high - mean]), **style)
         left.set_ylabel("final held-out accuracy", fontsize=8)
         right.set_ylabel("share of runs that collapsed", fontsize=8)
