@@ -51,7 +51,7 @@ STUDY = Study(
         Cell("ceiling-slips", _style(0.05, False, 0.23) | PATIENCE | CEILING, "slips"),
     ),
     panels=(
-        Panel("held-out accuracy by cold start", ("plain", "strong", "noisy")),
+        Panel("where all prompts have an answer", ("plain", "strong", "noisy")),
         Panel("where a fifth has no answer", ("ceiling-plain", "ceiling-strong", "ceiling-slips")),
     ),
     picture=picture,

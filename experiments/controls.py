@@ -40,7 +40,6 @@ CONTROLS: dict[str, tuple[str, dict[str, Any]]] = {
     "frozen_router": ("live, router frozen", replay("live") | {"learner.freeze": ("router",)}),
     "dense": ("dense", replay("live") | _DENSE),
 }
-FORETOLD = ("r2", "pr2")
 cell = functools.partial(off_policy.cell, modes=CONTROLS)
 MEASURED = (
     "trust/masked", "weight/ess", "weight/truncated", "staleness/k3", "discrepancy/k3", "discrepancy_live/k3",
@@ -71,8 +70,8 @@ STUDY = Study(
         cell(1, True, "dense"),
     ),
     panels=(
-        Panel("N = 8, clip", tuple(name(8, True, control) for control in CONTROLS if control not in FORETOLD)),
-        Panel("N = 8, clip, routes foretold", tuple(name(8, True, control) for control in ("live", *FORETOLD, "r3"))),
+        Panel("N = 8, clip", tuple(name(8, True, control) for control in CONTROLS if control != "pr2")),
+        Panel("N = 8, clip, routes foretold", tuple(name(8, True, control) for control in ("live", "r2", "pr2", "r3"))),
         Panel("N = 8, no clip", tuple(name(8, False, control) for control in ("live", "r3"))),
         Panel("dense", tuple(name(number, True, "dense") for number in (8, 1))),
     ),

@@ -19,11 +19,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-# Okabe and Ito's colours without the yellow, which paper swallows; the style of the line tells the same.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-STYLES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)), (0, (3, 1)), (0, (8, 2)), "-")
-MARKERS = "os^Dv<P"
-COLUMNS = 4  # of panels, at most
+# Okabe and Ito's colours, with a grey for the yellow, which paper swallows; the style of the line tells the same.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8C8C8C")
+STYLES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)), (0, (3, 1)), (0, (8, 2)), "-", (0, (2, 1)))
+MARKERS = "os^Dv<PX"
+COLUMNS = 3  # of panels, at most: a picture as wide as a page, whose letters are printed in their size
+PANEL = (2.55, 5.0)  # inches: both halves with their legend
+TITLE, ENTRY = 34, 38  # letters in a line of a panel's title, and of its legend's entries
 COLD_STARTS = 5  # from which on a mean has an interval: that of fewer is Student's, and reaches beyond 0 and 1
 MEASURED = ("discrepancy/k3", "routing/rollout_vs_old", "staleness/k3", "trust/masked", "weight/ess", "policy/entropy")
 
@@ -133,12 +135,12 @@ def panels(study: Study, runs: Runs, path: Path) -> None:
 
     What stands in one panel is of the same pairs; a panel that would mix them is drawn as several.
     """
-    shown = [(panel, block) for panel in study.panels for block in blocks({name: runs[name] for name in panel.cells})]
+    shown = shown_panels(study, study.panels, runs)
     if not shown:
         return
     columns = min(len(shown), COLUMNS)
     bands = math.ceil(len(shown) / columns)
-    size = (3.4 * columns + 0.6, 6.3 * bands + 0.3)
+    size = (PANEL[0] * columns + 0.3, PANEL[1] * bands + 0.4)
     figure, grid = plt.subplots(2 * bands, columns, figsize=size, dpi=150, layout="constrained", squeeze=False)
     places = [(grid[2 * band, i], grid[2 * band + 1, i]) for band in range(bands) for i in range(columns)]
     for ax in (ax for place in places[len(shown) :] for ax in place):
@@ -151,22 +153,35 @@ def panels(study: Study, runs: Runs, path: Path) -> None:
         below.set_ylim(-0.03, 1.03)
         below.set_xlabel("gradient steps", fontsize=8)
         handles, names = above.get_legend_handles_labels()
-        below.legend(handles, names, fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(-0.05, -0.18))
+        below.legend(handles, names, fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(-0.1, -0.25))
     for above, below in places[::columns]:
-        above.set_ylabel("held-out accuracy (training engine)", fontsize=8)
-        below.set_ylabel("share of runs not collapsed", fontsize=8)
+        above.set_ylabel("held-out accuracy (training engine)", fontsize=7)
+        below.set_ylabel("share of runs not collapsed", fontsize=7)
     title = (
         f"{study.question}. Bands: above, the 10th to 90th percentile of the runs, whose number is in brackets; below, "
         "95% intervals, once a run has collapsed and while one has not"
     )
-    figure.suptitle(textwrap.fill(title, int(14 * size[0])), fontsize=9)  # characters of an inch
+    figure.suptitle(textwrap.fill(title, int(15 * size[0])), fontsize=8)  # characters of an inch
     figure.savefig(path)
     plt.close(figure)
 
 
+def shown_panels(study: Study, panels: Sequence[Panel], runs: Runs) -> list[tuple[Panel, Block]]:
+    """Panels with each of their blocks, but for blocks in which no cell is the panel's own.
+
+    A cell is the first panel's that names it. In others it is there for comparison: alone it is not what they are of.
+    """
+    shown = []
+    for panel in panels:
+        before = {name for other in study.panels[: study.panels.index(panel)] for name in other.cells}
+        found = blocks({name: runs[name] for name in panel.cells})
+        shown += [(panel, block) for block in found if block.runs.keys() - before]
+    return shown
+
+
 def over_steps(study: Study, panels: Sequence[Panel], runs: Runs, metric: str, label: str, path: Path) -> None:
     """A metric of evaluations over gradient steps, one of the study's panels beside the other, as the accuracy."""
-    shown = [(panel, block) for panel in panels for block in blocks({name: runs[name] for name in panel.cells})]
+    shown = shown_panels(study, panels, runs)
     if not shown:
         return
     size = (3.6 * len(shown) + 0.6, 3.4)
@@ -180,19 +195,22 @@ def over_steps(study: Study, panels: Sequence[Panel], runs: Runs, metric: str, l
     plt.close(figure)
 
 
+def look(i: int) -> dict[str, Any]:
+    """Colour and style of a panel's line ``i``; those of a colour that has been used have a marker besides."""
+    n = len(COLOURS)
+    style = {"color": COLOURS[i % n], "linestyle": STYLES[i % n]}
+    return style | ({"marker": MARKERS[i // n - 1], "markersize": 3, "markevery": 3} if i >= n else {})
+
+
 def _lines(ax: Axes, study: Study, panel: Panel, block: Block, metric: str) -> list[tuple[list[Run], dict[str, Any]]]:
     """Draws a curve for each cell of a block; returns its runs and its style."""
     plain(ax)
-    ax.set_title(f"{panel.title}\n(pairs {block.pairs})", fontsize=9, loc="left")
+    ax.set_title(f"{textwrap.fill(panel.title, TITLE)}\n(pairs {block.pairs})", fontsize=8, loc="left")
     drawn = []
     for name, done in block.runs.items():
-        i = panel.cells.index(name)
-        style = {
-            "color": COLOURS[i % len(COLOURS)],
-            "linestyle": STYLES[(i + i // len(COLOURS)) % len(STYLES)],
-            "linewidth": 1.4,
-        }
-        _curve(ax, done, metric, f"{study.cell(name).label or name} ({len(done)})", style)
+        style = look(panel.cells.index(name)) | {"linewidth": 1.2}
+        label = textwrap.fill(f"{study.cell(name).label or name} ({len(done)})", ENTRY)
+        _curve(ax, done, metric, label, style)
         drawn.append((done, style))
     return drawn
 

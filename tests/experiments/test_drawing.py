@@ -1,0 +1,43 @@
+"""What is drawn of runs, and what is left out."""
+
+import dataclasses
+import math
+
+from experiments import drawing
+from experiments.study import Cell, Panel, Study
+from tests.experiments.test_studies import SMALL, cell_of
+
+
+def study_of(*panels: Panel) -> Study:
+    return dataclasses.replace(SMALL, cells=tuple(map(Cell, "abc")), panels=panels, picture=None)
+
+
+def test_a_mean_of_few_cold_starts_has_no_interval() -> None:
+    """Five pairs of four cold starts are few; of five the interval stays between 0 and 1."""
+    finals = [0.3, 0.9, 0.3, 0.9, 0.3]
+    few = [dataclasses.replace(run, cold_start=run.pair % 4) for run in cell_of(finals)]
+    assert math.isnan(drawing.mean_of(few, "final").low)
+    assert math.isnan(drawing.interval(few, "final")["final_high"])
+    found = drawing.mean_of(cell_of(finals), "final")
+    assert 0 <= found.low < found.mean < found.high <= 1
+    page = drawing.page(study_of(), {"a": few, "b": cell_of(finals), "c": []}, [])
+    assert "| a | 0.54 |  | 0 | 0 | 5 | 0–4 |" in page
+    assert "| b | 0.54 | [" in page
+
+
+def test_a_panel_without_a_cell_of_its_own_is_left_out() -> None:
+    """In the second panel b stands for comparison with c, which has run the first ten pairs alone."""
+    study = study_of(Panel("first", ("a", "b")), Panel("second", ("b", "c")))
+    runs = {"a": cell_of([0.7] * 20), "b": cell_of([0.7] * 20), "c": cell_of([0.7] * 10)}
+    found = [
+        (panel.title, block.pairs, [*block.runs]) for panel, block in drawing.shown_panels(study, study.panels, runs)
+    ]
+    assert found == [("first", "0–19", ["a", "b"]), ("second", "0–9", ["b", "c"])]
+
+
+def test_no_two_lines_look_alike() -> None:
+    looks = [drawing.look(i) for i in range(2 * len(drawing.COLOURS))]
+    assert len(set(map(str, looks))) == len(looks)
+    first, again = looks[0], looks[len(drawing.COLOURS)]
+    assert first["color"] == again["color"]
+    assert "marker" in again.keys() - first.keys()
