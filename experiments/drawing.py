@@ -233,30 +233,36 @@ def _survival(ax: Axes, runs: Sequence[Run], style: Mapping[str, Any]) -> None:
     ax.fill_between(times, low, high, step="post", color=style["color"], alpha=0.12, linewidth=0)
 
 
-def by_level(lines: Mapping[str, Mapping[float, str]], runs: Runs, label: str, path: Path) -> None:
+def by_level(lines: Mapping[str, Mapping[float, str]], runs: Runs, label: str, path: Path, fewest: int = 1) -> None:
     """Final accuracy and share of collapses of several lines of cells, each cell at a level, with 95% intervals.
 
-    A row of the picture is of the same pairs. A line has a gap at a level that has not been run.
+    A row of the picture is of the same pairs, ``fewest`` of them at least. A line has a gap at a level that has not
+    been run. A cell of several lines is drawn once, in black: there they meet.
     """
     levels = sorted({level for cells in lines.values() for level in cells})
-    drawn = dict.fromkeys(name for cells in lines.values() for name in cells.values())
-    shown = blocks({name: runs.get(name, []) for name in drawn})
+    of: dict[str, list[int]] = {}  # the lines of each cell, and where it stands
+    place: dict[str, float] = {}
+    for i, cells in enumerate(lines.values()):
+        for level, name in cells.items():
+            of.setdefault(name, []).append(i)
+            place[name] = levels.index(level) + 0.09 * (float(np.mean(of[name])) - (len(lines) - 1) / 2)
+    shown = blocks({name: runs.get(name, []) for name in of})
+    shown = [block for block in shown if any(len(done) >= fewest for done in block.runs.values())]
     if not shown:
         return
     size = (8, 2.9 * len(shown) + 0.7)
     figure, grid = plt.subplots(len(shown), 2, sharey="col", figsize=size, dpi=150, layout="constrained", squeeze=False)
     for (left, right), block in zip(grid, shown, strict=True):
-        for i, (name, cells) in enumerate(lines.items()):
-            if not any(cell in block.runs for cell in cells.values()):
-                continue
-            done = [block.runs.get(cells.get(level, ""), []) for level in levels]
-            place = np.arange(len(levels)) + 0.09 * (i - (len(lines) - 1) / 2)
-            style: dict[str, Any] = {"color": COLOURS[i % 7], "linestyle": STYLES[i % 7], "marker": MARKERS[i % 7]}
-            style |= {"markersize": 4, "linewidth": 1.1, "capsize": 2, "label": name}
-            for ax, measured in ((left, _final), (right, collapsed)):
-                mean, low, high = np.array([measured(at) if at else (math.nan,) * 3 for at in done]).T
-                low, high = (np.where([enough(at) for at in done], end, mean) for end in (low, high))
-                ax.errorbar(place, mean, np.maximum(0, [mean - low, high - mean]), **style)
+        for i, (line, cells) in enumerate(lines.items()):
+            names = [cells.get(level, "") for level in levels]
+            points = [(place.get(name, math.nan), block.runs.get(name, [])) for name in names]
+            own = [j for j, name in enumerate(names) if name in block.runs and len(of[name]) == 1]
+            if own:
+                _points((left, right), points, own, look(i) | {"marker": MARKERS[i % len(MARKERS)], "label": line})
+        for name, done in block.runs.items():
+            if len(of[name]) > 1:
+                style = {"color": "black", "marker": MARKERS[of[name][0] % len(MARKERS)]}
+                _points((left, right), [(place[name], done)], [0], style)
         left.set_ylabel("final held-out accuracy", fontsize=8)
         right.set_ylabel("share of runs that collapsed", fontsize=8)
         left.set_title(f"pairs {block.pairs}", fontsize=9, loc="left")
@@ -273,6 +279,21 @@ def by_level(lines: Mapping[str, Mapping[float, str]], runs: Runs, label: str, p
     figure.legend(handles, order, loc="outside lower center", ncols=3, fontsize=7, frameon=False)
     figure.savefig(path)
     plt.close(figure)
+
+
+def _points(
+    axes: tuple[Axes, Axes],
+    points: Sequence[tuple[float, Sequence[Run]]],
+    marked: Sequence[int],
+    style: Mapping[str, Any],
+) -> None:
+    """A line through runs at places, with their intervals; it has a marker at the points that are ``marked``."""
+    place = [at for at, _ in points]
+    barred = [i in marked and enough(done) for i, (_, done) in enumerate(points)]
+    style = {**style, "markevery": marked, "markersize": 4, "linewidth": 1.1, "capsize": 2}
+    for ax, measured in zip(axes, (_final, collapsed), strict=True):
+        mean, low, high = np.array([measured(done) if done else (math.nan,) * 3 for _, done in points]).T
+        ax.errorbar(place, mean, np.where(barred, np.maximum(0, [mean - low, high - mean]), math.nan), **style)
 
 
 def _final(runs: Sequence[Run]) -> tuple[float, float, float]:

@@ -75,7 +75,7 @@ def picture(runs: Mapping[str, list[Run]], out: Path) -> None:
     drawing.by_level(
         lines,
         runs,
-        "N, updates per rollout batch\n(at 1 clipping changes nothing, and R2 is live routing)",
+        "N, updates per rollout batch\n(at 1, in black, clipping changes nothing; R2 is live there)",
         out / "by_updates.png",
     )
 

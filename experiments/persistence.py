@@ -125,7 +125,7 @@ def picture(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Autocorrelation by lag: one line a run."""
     figure, ax = plt.subplots(figsize=(5, 3.4), dpi=150, layout="constrained")
     for i, cell in enumerate(dict.fromkeys(row["cell"] for row in rows)):
-        style: dict[str, Any] = {"color": drawing.COLOURS[i % 7], "linestyle": drawing.STYLES[i % 7], "linewidth": 1.2}
+        style = drawing.look(i) | {"linewidth": 1.2}
         for j, row in enumerate(row for row in rows if row["cell"] == cell):
             lags = EVERY * np.arange(len(row["autocorrelation"]))
             ax.plot(

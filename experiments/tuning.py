@@ -19,6 +19,7 @@ from experiments.pairing import common
 from experiments.setting import RATES, at_rate, base, clipping, replay, updates
 from experiments.study import TUNING, Cell, Panel, Run, Study, main
 
+FEWEST = 3  # pairs of a row of the picture: means of fewer say nothing
 METHODS = {"n1" if n == 1 else cell_name(n, clip, mode): (n, clip, mode) for n, clip, mode in off_policy.METHODS}
 
 
@@ -35,7 +36,7 @@ def _cell(method: str, rate: float) -> Cell:
 def picture(runs: Mapping[str, list[Run]], out: Path) -> None:
     """Final accuracy and share of collapses by learning rate."""
     lines = {method: {rate: name(method, rate) for rate in RATES} for method in METHODS}
-    drawing.by_level(lines, runs, "learning rate", out / "by_rate.png")
+    drawing.by_level(lines, runs, "learning rate", out / "by_rate.png", FEWEST)
 
 
 def power(runs: Mapping[str, list[Run]]) -> list[dict[str, Any]]:
