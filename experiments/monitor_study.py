@@ -40,8 +40,9 @@ INSIDE, ANY = "any but the reward's", "any check"
 FACTORS = (1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0)
 GAPS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
 KINDS = {"collapsed": "#D55E00", "degraded": "#E69F00", "learnt": "#0072B2"}
-COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00", "#D55E00", "#F0E442", "0.5", "#000000")
+COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#E69F00", "#D55E00", "#882255", "0.5", "#000000")
 MARKERS = "osD^vPXd*"
+LEGEND: dict[str, Any] = {"fontsize": 7, "frameon": False, "columnspacing": 1.0}
 
 RESULTS = Path(__file__).parent / "results" / "monitor"
 SEEDS = {"choosing": (0, 1), "testing": (100, 101)}  # of a run and of its cold start
@@ -226,40 +227,41 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def _picture(studies: dict[str, dict[Cell, Metrics]], config: MonitorConfig, path: Path) -> None:
     """Above: held-out accuracy of each run. Below: when each check first spoke, against the onset of the collapse."""
-    figure, axes = plt.subplots(2, 2, figsize=(12, 8), dpi=130, layout="constrained", height_ratios=(1, 1.25))
+    figure, axes = plt.subplots(2, 2, figsize=(8, 10), dpi=150, layout="constrained", height_ratios=(1, 3.4))
     for column, (study, runs) in enumerate(studies.items()):
         curves, times = axes[0, column], axes[1, column]
-        curves.set_title(f"{study} study: held-out accuracy", fontsize=10, loc="left")
-        times.set_title("when each check first spoke", fontsize=10, loc="left")
+        curves.set_title(f"{study} study", fontsize=9, loc="left")
+        times.set_title("when each check first spoke", fontsize=9, loc="left")
         cells = sorted(runs, key=lambda cell: (cell.clip, -cell.learning_rate, cell.replay))
         for i, cell in enumerate(cells):
             metrics, end = runs[cell], outcome(runs[cell])
             seen = np.isfinite(metrics[ACCURACY])
             style = {"color": KINDS[end.kind], "linestyle": "-" if cell.clip else (0, (4, 1.5)), "linewidth": 1.3}
             curves.plot(metrics[X][seen], metrics[ACCURACY][seen], **style)
-            times.plot([end.onset], [i], "|", color="black", markersize=18, markeredgewidth=2.5)
-            times.axhline(i, color=KINDS[end.kind], linewidth=5, alpha=0.2)
+            times.plot([end.onset], [i], "|", color="black", markersize=28, markeredgewidth=2)
+            times.axhspan(i - 0.42, i + 0.42, color=KINDS[end.kind], linewidth=0, alpha=0.15)
             spoke = first_remarks(metrics, config)
             for place, name in enumerate(CHECKS):
-                look = {"marker": MARKERS[place], "color": COLOURS[place], "markersize": 6.5, "linestyle": ""}
-                times.plot([spoke[name]], [i + 0.08 * (place - 4)], label=name if i == 0 else None, **look)
-        times.plot([], [], "|", color="black", markersize=12, markeredgewidth=2.5, label="collapse")
-        labels = [f"{'clip' if c.clip else 'no clip'}, {c.replay}, {c.learning_rate:g}, seed {c.seed}" for c in cells]
-        times.set_yticks(np.arange(len(cells)), labels, fontsize=8)
+                look = {"marker": MARKERS[place], "color": COLOURS[place], "markersize": 4.5, "linestyle": ""}
+                times.plot([spoke[name]], [i + 0.09 * (place - 4)], label=name if i == 0 else None, **look)
+        times.plot([], [], "|", color="black", markersize=12, markeredgewidth=2, label="collapse")
+        labels = [f"{'clip' if c.clip else 'no clip'}, {c.replay}\n{c.learning_rate:g}, seed {c.seed}" for c in cells]
+        times.set_yticks(np.arange(len(cells)), labels, fontsize=7)
         times.set_ylim(len(cells) - 0.4, -0.6)
         for ax in (curves, times):
             ax.set_xlim(0, 262)
             ax.grid(axis="x", color="0.9", linewidth=0.6)
             ax.spines[["top", "right"]].set_visible(False)
-            ax.tick_params(labelsize=8)
-        times.set_xlabel("gradient steps", fontsize=9)
+            ax.tick_params(labelsize=7)
+        times.set_xlabel("gradient steps", fontsize=8)
         curves.set_ylim(0, 1)
     for kind, colour in KINDS.items():
         axes[0, 0].plot([], [], color=colour, label=f"{kind}, clipping")
         axes[0, 0].plot([], [], color=colour, linestyle=(0, (4, 1.5)), label=f"{kind}, no clipping")
-    axes[0, 0].legend(fontsize=7, ncols=3, frameon=False, loc="upper left")
+    axes[0, 0].set_ylabel("held-out accuracy", fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, **LEGEND)
     handles, names = axes[1, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=10, fontsize=8, frameon=False, columnspacing=1.0)
+    figure.legend(handles, names, loc="outside lower center", ncols=5, **LEGEND)
     figure.savefig(path)
     plt.close(figure)
 
