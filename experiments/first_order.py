@@ -145,14 +145,13 @@ PANELS = {
 
 def draw(path: Path, gaps: dict[str, np.ndarray], replayed: dict[str, np.ndarray], fits: list[dict[str, Any]]) -> None:
     """Six panels: the error against each gap, against length, and under replay against the number of updates."""
-    figure, axes = plt.subplots(2, 3, figsize=(14, 8.4), layout="constrained")
+    figure, axes = plt.subplots(2, 3, figsize=(9, 7), layout="constrained")
     for i, (gap, title) in enumerate(PANELS.items()):
         part = slice(i * POINTS, (i + 1) * POINTS)
         slope = {row["quantity"]: row for row in fits if row["gap"] == gap}
         against_gap(axes[0, i], {name: values[:, part] for name, values in gaps.items()}, slope)
         axes[0, i].set_title(f"({'abc'[i]}) {gap}: {title}")
     axes[0, 0].set_ylabel("relative error of the gradient (or value)")
-    axes[0, 0].legend(loc="lower right", fontsize=8)
 
     length = gaps["gap"].shape[1] - 3 * POINTS
     for name in ("weight_error", "no_weight_error"):
@@ -160,7 +159,6 @@ def draw(path: Path, gaps: dict[str, np.ndarray], replayed: dict[str, np.ndarray
         line(axes[1, 0], np.arange(1, length + 1), gaps[name][:, 3 * POINTS :], colour, marker, label)
     axes[1, 0].set(xlabel="largest length (tokens)", ylabel="relative error of the gradient", ylim=(0, None))
     axes[1, 0].set(title=f"(d) length, precision gap (rounding step {LENGTH_STUDY_STEP})", xticks=range(1, length + 1))
-    axes[1, 0].legend(fontsize=8)
 
     middle = len(PRECISIONS) // 2
     part = slice(middle * len(UPDATES), (middle + 1) * len(UPDATES))
@@ -178,12 +176,19 @@ def draw(path: Path, gaps: dict[str, np.ndarray], replayed: dict[str, np.ndarray
         axis.legend(fontsize=8)
     axes[1, 1].set_ylabel("relative to $|g_{seq}|$, naturally routed")
     seeds = gaps["gap"].shape[0]
-    figure.suptitle(
-        f"Token-level against sequence-level gradient, all sequences enumerated, {seeds} policies. "
-        "Dots: single policies; lines with bars: median and 95% bootstrap interval.",
-        fontsize=10,
+    words = (
+        f"Token-level against sequence-level gradient, all sequences enumerated, {seeds} policies.\n"
+        "Dots: single policies; lines with bars: median and 95% bootstrap interval. In (a) to (d):"
     )
-    figure.savefig(path, dpi=110)
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    style: dict[str, Any] = {"fontsize": 8, "title_fontsize": 9, "frameon": False}
+    figure.legend(handles, names, loc="outside upper center", ncols=4, title=words, **style)
+    for axis in axes.flat:
+        axis.title.set_fontsize(9)
+        axis.xaxis.label.set_fontsize(8)
+        axis.yaxis.label.set_fontsize(8)
+        axis.tick_params(labelsize=8)
+    figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
