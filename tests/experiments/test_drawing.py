@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+from pathlib import Path
+
+import pytest
 
 from experiments import drawing
 from experiments.study import Cell, Panel, Study
@@ -41,3 +44,18 @@ def test_no_two_lines_look_alike() -> None:
     first, again = looks[0], looks[len(drawing.COLOURS)]
     assert first["color"] == again["color"]
     assert "marker" in again.keys() - first.keys()
+
+
+def test_runs_of_several_lines_are_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two lines begin in a; c has run nothing, so its line would be no more than that."""
+    drawn = []
+    monkeypatch.setattr(drawing, "_points", lambda _, points, marked, style: drawn.append((points, marked, style)))
+    runs = {"a": cell_of([0.7] * 2), "b": cell_of([0.7] * 2), "c": []}
+    lines = {"first": {1.0: "a", 2.0: "b"}, "second": {1.0: "a", 2.0: "c"}}
+    drawing.by_level(lines, runs, "level", tmp_path / "a.png")
+    assert [(marked, style.get("label")) for _, marked, style in drawn] == [([1], "first"), ([0], None)]
+    assert [at for at, _ in drawn[0][0]] == [0, 0.955]
+    assert [at for at, _ in drawn[1][0]] == [0]
+    drawing.by_level(lines, runs, "level", tmp_path / "b.png", fewest=3)
+    assert len(drawn) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
