@@ -246,7 +246,7 @@ def _not_yet(runs: Mapping[str, Mapping[str, Sequence[Run]]]) -> str:
         short = [f"{name} ({len(done)})" for name, done in cells.items() if len(done) < ENOUGH]
         lines += [f"- `{study}`: {', '.join(short)}"] if short else []
     if not lines:
-        return "No cell lacks runs."
+        return "No cell lacks runs, but for those that [the protocol](../PROTOCOL.md) says were dropped."
     return (
         f"**Not yet run**, or with fewer than {ENOUGH} pairs (their number), besides what "
         "[the protocol](../PROTOCOL.md) says was dropped:\n\n" + "\n".join(lines)
