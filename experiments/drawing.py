@@ -236,8 +236,8 @@ def _survival(ax: Axes, runs: Sequence[Run], style: Mapping[str, Any]) -> None:
 def by_level(lines: Mapping[str, Mapping[float, str]], runs: Runs, label: str, path: Path, fewest: int = 1) -> None:
     """Final accuracy and share of collapses of several lines of cells, each cell at a level, with 95% intervals.
 
-    A row of the picture is of the same pairs, ``fewest`` of them at least. A line has a gap at a level that has not
-    been run. A cell of several lines is drawn once, in black: there they meet.
+    A row of the picture is of the same pairs, ``fewest`` of them at least where there are such. A line has a gap at a
+    level that has not been run. A cell of several lines is drawn once, in black: there they meet.
     """
     levels = sorted({level for cells in lines.values() for level in cells})
     of: dict[str, list[int]] = {}  # the lines of each cell, and where it stands
@@ -247,7 +247,7 @@ def by_level(lines: Mapping[str, Mapping[float, str]], runs: Runs, label: str, p
             of.setdefault(name, []).append(i)
             place[name] = levels.index(level) + 0.09 * (float(np.mean(of[name])) - (len(lines) - 1) / 2)
     shown = blocks({name: runs.get(name, []) for name in of})
-    shown = [block for block in shown if any(len(done) >= fewest for done in block.runs.values())]
+    shown = [block for block in shown if any(len(done) >= fewest for done in block.runs.values())] or shown
     if not shown:
         return
     size = (8, 2.9 * len(shown) + 0.7)

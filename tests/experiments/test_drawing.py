@@ -57,5 +57,15 @@ def test_runs_of_several_lines_are_drawn_once(tmp_path: Path, monkeypatch: pytes
     assert [at for at, _ in drawn[0][0]] == [0, 0.955]
     assert [at for at, _ in drawn[1][0]] == [0]
     drawing.by_level(lines, runs, "level", tmp_path / "b.png", fewest=3)
-    assert len(drawn) == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    assert drawn[2:] == drawn[:2]  # no row has three pairs: all are there
+
+
+def test_a_row_of_few_pairs_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(drawing, "_points", lambda _, points, *more: drawn.append([len(done) for _, done in points]))
+    later = [dataclasses.replace(run, pair=run.pair + 20) for run in cell_of([0.7] * 3)]
+    runs = {"a": cell_of([0.7] * 2), "b": later}
+    drawing.by_level({"line": {1.0: "a", 2.0: "b"}}, runs, "level", tmp_path / "a.png")
+    assert drawn == [[2, 0], [0, 3]]
+    drawing.by_level({"line": {1.0: "a", 2.0: "b"}}, runs, "level", tmp_path / "a.png", fewest=3)
+    assert drawn[2:] == [[0, 3]]
