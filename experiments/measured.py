@@ -1,5 +1,5 @@
 """The page's tables and sentences beside its verdicts: of what was measured at fixed weights (gradients, gaps and their
-memory), and of how long answers are."""
+memory), of how long answers are, and of how runs end."""
 
 import csv
 import math
