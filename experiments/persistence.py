@@ -27,7 +27,7 @@ from rlstab_jax.training.checkpoint import Checkpoints
 from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.engines import Engines, build, initial_params
 from rlstab_jax.training.loop import RunState, first_train_state
-from rlstab_jax.training.passes import rescore, sample_responses, score_old
+from rlstab_jax.training.passes import inference_weights, rescore, sample_responses, score_old
 from rlstab_jax.training.run import train
 from rlstab_jax.types import Rollout, RoutingReplay, UserError
 
@@ -56,13 +56,13 @@ def autocorrelation(
     return np.array([np.mean(c[np.isfinite(c)]) if np.isfinite(c).any() else np.nan for c in by_lag])
 
 
-def log_mu(engines: Engines, params: dict[str, Any], probe: Rollout) -> Float[np.ndarray, "batch R"]:
+def log_mu(engines: Engines, weights: dict[str, Any], probe: Rollout) -> Float[np.ndarray, "batch R"]:
     """log mu of the probe's tokens, at temperature 1 and without truncation: the inference engine's softmax, mixed with
-    the uniform distribution over the vocabulary where the run mixes it in."""
+    the uniform distribution over the vocabulary where the run mixes it in. ``weights`` are from `inference_weights`."""
     rollout = engines.config.rollout
     if (rollout.temperature, rollout.top_k, rollout.top_p, rollout.min_p) != (1.0, 0, 1.0, 0.0):
         raise UserError(f"persistence is measured at temperature 1 and without truncation, not with {rollout}")
-    softmax = np.asarray(rescore(engines, params, probe).log_probs)
+    softmax = np.asarray(rescore(engines, weights, probe))
     if rollout.uniform == 0.0:
         return softmax
     of_uniform = np.log(rollout.uniform / engines.training.config.vocab_size)
@@ -88,10 +88,11 @@ def measure(config: RunConfig, run: Path, prompts: int = PROMPTS) -> dict[str, A
             if restored is None:
                 raise UserError(f"{run} has no checkpoint of step {step}")
             params = engines.place(restored[1]).train.params
+            weights = inference_weights(engines, params)
             if probe is None:
-                probe = sample_responses(engines, params, [heldout[i] for i in range(prompts)], 10**6)
+                probe = sample_responses(engines, weights, [heldout[i] for i in range(prompts)], 10**6)
             old, _ = score_old(engines, params, probe, RoutingReplay.LIVE)
-            deltas.append(log_mu(engines, params, probe) - np.asarray(old.log_probs))
+            deltas.append(log_mu(engines, weights, probe) - np.asarray(old.log_probs))
     if probe is None:
         raise UserError(f"{run} has no checkpoint")
     mask, delta = np.asarray(probe.response_mask), np.stack(deltas)

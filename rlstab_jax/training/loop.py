@@ -26,7 +26,15 @@ from rlstab_jax.training.collect import Batch, Responses, collect, judge, length
 from rlstab_jax.training.engines import EnginePair, Engines, row_sharding
 from rlstab_jax.training.measure import decode_statistics, rollout_metrics, rollout_statistics, timed, update_metrics
 from rlstab_jax.training.partial import Unfinished, begin, go_on, lag_statistics
-from rlstab_jax.training.passes import packed, rescore, routes_to_replay, sample_responses, score_live, score_old
+from rlstab_jax.training.passes import (
+    inference_weights,
+    packed,
+    rescore,
+    routes_to_replay,
+    sample_responses,
+    score_live,
+    score_old,
+)
 from rlstab_jax.training.queue import Experience, Queue, laid_out, start
 from rlstab_jax.types import Rollout, RoutingReplay, Scores, join_rows, take_rows
 
@@ -112,15 +120,19 @@ def produce(
     """
     config, drops = engines.config, engines.config.rollout.overlong == "drop"
 
+    with timed("sample") as preparing_time:  # once, for all attempts and for `rescore`
+        weights = inference_weights(engines, params)
+
     # y ~ mu_old, with the log-probs and routes of the inference engine, and R(x, y).
     def respond(asked: list[Prompt], attempt: int) -> Responses:
         with timed("sample") as sampling_time:
-            rollout = jax.block_until_ready(sample_responses(engines, params, asked, step, attempt))
+            rollout = jax.block_until_ready(sample_responses(engines, weights, asked, step, attempt))
         with timed("judge") as judging_time:
             texts, rewards = judge(engines.task, asked, rollout, config.rollout.stop)
         return Responses(asked, rollout, texts, rewards, sampling_time | judging_time, drops)
 
     batch = collect(respond, prompts, further, config.rollout.attempts)
+    batch.metrics["time/sample"] += preparing_time["time/sample"]
     rollout = batch.rollout
     if config.rollout.attempts > 1:  # rows of several rollouts lie where the compiler chose
         rollout = engines.settle(engines.place_rows(rollout))
@@ -128,12 +140,14 @@ def produce(
     # pi_old, by the training engine at the same weights; under R3 it replays the sampler's routes, under PR2 those that
     # it foretells itself.
     with timed("score") as scoring_time:
+        rescored = rescore(engines, weights, rollout) if config.rollout.log_probs == "rescore" else None
+        del weights  # the passes that follow need the room
         sampled, rollout = rollout, routes_to_replay(engines, reference, rollout, step)
         old, statistics = score_old(engines, params, rollout, engines.replay, predictor)
         live = score_live(engines, params, rollout) if engines.replay.alters_old else old
-        if config.rollout.log_probs == "rescore":
-            rollout = replace(rollout, log_probs=rescore(engines, params, sampled).log_probs)
-            statistics = statistics | decode_statistics(sampled, rollout.log_probs)
+        if rescored is not None:
+            rollout = replace(rollout, log_probs=rescored)
+            statistics = statistics | decode_statistics(sampled, rescored)
         chosen = replace(rollout, routes=sampled.routes)
         statistics = statistics | rollout_statistics(chosen, old, live, config.model.num_experts)
         batch.metrics.update(rollout_metrics(statistics))

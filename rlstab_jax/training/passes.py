@@ -32,12 +32,20 @@ from rlstab_jax.training.engines import Engines
 from rlstab_jax.types import Rollout, RoutingReplay, row_axis
 
 
+def inference_weights(engines: Engines, params: dict) -> dict:
+    """The stored weights of the inference engine at ``params``."""
+    return engines.settle(prepare(params, engines.config.rollout.precision, engines.mesh))
+
+
 def sample_responses(
-    engines: Engines, params: dict, prompts: list[Prompt], step: int, attempt: int = 0, length: int | None = None
+    engines: Engines, weights: dict, prompts: list[Prompt], step: int, attempt: int = 0, length: int | None = None
 ) -> Rollout:
     """Responses of the inference engine to train on: ``samples_per_prompt`` adjacent rows for each prompt.
 
-    ``length`` is that of the responses; by default the config's.
+    Args:
+      weights: from `inference_weights`.
+      prompts, step, attempt: keys of draws depend on them.
+      length: that of the responses; by default the config's.
     """
     config, ids = engines.config, key_ids(prompts)
     rollout = config.rollout
@@ -45,7 +53,6 @@ def sample_responses(
     keys = sample_keys(jax.random.key(config.seed), step, ids, config.samples_per_prompt, attempt)
     matched = rollout.log_probs == "matched"
     sampler: Callable[..., Rollout] = sample_matched if matched else sampler_for(engines.stop, rollout.slots)
-    variables = engines.settle(prepare(params, rollout.precision, engines.mesh))
 
     def wave(number: int) -> Rollout:
         size = len(prompts) // rollout.waves
@@ -53,7 +60,7 @@ def sample_responses(
         return engines.settle(
             sampler(
                 engines.inference,
-                variables,
+                weights,
                 engines.place_rows(tokens[part]),
                 engines.place_rows(mask[part]),
                 keys[number * size * config.samples_per_prompt :][: size * config.samples_per_prompt],
@@ -75,13 +82,13 @@ def _joined(rollouts: list[Rollout]) -> Rollout:
 
 
 def go_on_sampling(
-    engines: Engines, params: dict, rollout: Rollout, prompts: list[Prompt], step: int, begun: int, length: int
+    engines: Engines, weights: dict, rollout: Rollout, prompts: list[Prompt], step: int, begun: int, length: int
 ) -> Rollout:
-    """``length`` more tokens of responses that have ``begun`` tokens, by newer parameters than began them."""
+    """``length`` more tokens of responses that have ``begun`` tokens, by newer weights than began them."""
     config = engines.config
     return sample_on(
         engines.inference,
-        engines.settle(prepare(params, config.rollout.precision, engines.mesh)),
+        weights,
         rollout,
         sample_keys(jax.random.key(config.seed), step, key_ids(prompts), config.samples_per_prompt),
         engines.sampling.per_row(config.responses_per_step),
@@ -122,9 +129,9 @@ def score_old(
     if engines.config.rollout.log_probs == "matched":
         routes = replayed_routes(replay, rollout, None) if replay is RoutingReplay.R3 else None
         # Model and weights as they sampled, laid out alike: on a mesh another layout is another order of sums.
-        variables = engines.settle(prepare(params, engines.config.rollout.precision, engines.mesh))
+        weights = inference_weights(engines, params)
         scores, statistics = matched_scores(
-            score_matched(engines.inference, variables, rollout, engines.sampling, routes),
+            score_matched(engines.inference, weights, rollout, engines.sampling, routes),
             engines.config.model.num_experts,
         )
         return scores if engines.needs_router else replace(scores, router=None), statistics
@@ -141,16 +148,14 @@ def score_live(engines: Engines, params: dict, rollout: Rollout) -> PolicyScores
     return score_old(engines, params, rollout, RoutingReplay.LIVE)[0]
 
 
-def rescore(engines: Engines, params: dict, rollout: Rollout) -> Rollout:
-    """The rollout with log-probs of a scoring pass by the inference engine's weights in the place of the sampler's.
+def rescore(engines: Engines, weights: dict, rollout: Rollout) -> Array:
+    """Log-probs [batch, response_length] of a scoring pass by the inference engine's weights.
 
-    Those are other numbers than the ones that drove the draw: sums run in another order, and a rounding can flip. The
+    They are other numbers than the ones that drove the draw: sums run in another order, and a rounding can flip. The
     routes are those of the draw.
     """
-    variables = engines.settle(prepare(params, engines.config.rollout.precision, engines.mesh))
     replay = RoutingReplay.LIVE if rollout.routes is None else RoutingReplay.R3
-    scores, _ = _score(engines, engines.inference, variables, rollout, replay)
-    return replace(rollout, log_probs=scores.log_probs)
+    return _score(engines, engines.inference, weights, rollout, replay)[0].log_probs
 
 
 @partial(jax.jit, static_argnames="num_experts")

@@ -216,16 +216,15 @@ def measure(programs: Programs, program: Program, topology: Topology) -> Phase:
 def _runs(programs: Programs, name: str) -> float:
     """How often a phase runs in a global step."""
     config = programs.engines.config
-    attempts, waves = config.rollout.attempts, config.rollout.attempts * config.rollout.waves
+    waves = config.rollout.attempts * config.rollout.waves
     if name == "decode":  # a wave ends when the longest of its responses does
         return waves * (config.rollout.response_length - 1)
     # Where replay alters the old pass it runs once more, with live routes, to measure what that changes.
     passes = 2 if programs.engines.replay.alters_old and config.learner.live_gap else 1
-    rescores = config.rollout.log_probs == "rescore"
-    passes += rescores
+    passes += config.rollout.log_probs == "rescore"
     passes += config.learner.replay_of == "initial"
     passes += config.objective.needs_reference
-    each = {"prepare": attempts + rescores, "prefill": waves, "resize": waves * (len(programs.windows) - 1)}
+    each = {"prefill": waves, "resize": waves * (len(programs.windows) - 1)}
     return {**each, "score": passes, "split": config.minibatches, "update": config.minibatches}.get(name, 1)
 
 

@@ -148,7 +148,7 @@ class Programs:
     def prepare(self) -> Program:
         precision = self.engines.config.rollout.precision
         traced = prepare.trace(self.params, precision=precision, mesh=self.engines.mesh)
-        kept = {"optimiser": self._optimiser, **self._throughout, **self._attempts}
+        kept = {"optimiser": self._optimiser, **self._throughout}
         return Program("prepare", traced, {"parameters": self.params}, kept)
 
     @cached_property
@@ -314,7 +314,7 @@ class Programs:
             observed_tokens=learner.predictor_tokens if predictor else 0,
         )
         kept = {"optimiser": self._optimiser, **self._throughout}
-        if config.rollout.log_probs == "rescore":  # by these, after the pass that is compiled here
+        if config.rollout.log_probs == "rescore":  # by these, before the pass that is compiled here
             kept["weights"] = self.variables
         return Program("score", traced, {"parameters": variables, "rollout": self.rollout}, kept)
 

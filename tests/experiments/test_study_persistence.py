@@ -9,7 +9,7 @@ import pytest
 from experiments import persistence
 from rlstab_jax.models import Precision
 from rlstab_jax.training.engines import build, initial_params
-from rlstab_jax.training.passes import sample_responses
+from rlstab_jax.training.passes import inference_weights, sample_responses
 from rlstab_jax.types import UserError
 from tests.training import tiny_run
 
@@ -60,11 +60,11 @@ def test_log_mu_is_that_of_the_mixture() -> None:
         tiny_run.config(), rollout=dataclasses.replace(tiny_run.config().rollout, precision=Precision(), uniform=0.3)
     )
     engines = build(config)
-    params = initial_params(engines.training, 0)
-    probe = sample_responses(engines, params, [engines.task.split("heldout")[i] for i in range(4)], 0)
+    weights = inference_weights(engines, initial_params(engines.training, 0))
+    probe = sample_responses(engines, weights, [engines.task.split("heldout")[i] for i in range(4)], 0)
     mask = np.asarray(probe.response_mask)
-    found = persistence.log_mu(engines, params, probe)
+    found = persistence.log_mu(engines, weights, probe)
     np.testing.assert_allclose(found[mask], np.asarray(probe.log_probs)[mask], atol=2e-5)
     warm = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, temperature=0.5))
     with pytest.raises(UserError, match="temperature 1"):
-        persistence.log_mu(dataclasses.replace(engines, config=warm), params, probe)
+        persistence.log_mu(dataclasses.replace(engines, config=warm), weights, probe)

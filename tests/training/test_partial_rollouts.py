@@ -93,6 +93,7 @@ def test_three_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
         same = np.full(mask.shape, -float(len(asked)), np.float32)
         return PolicyScores(same, same, rollout.routes, rollout.routes, None), {}
 
+    monkeypatch.setattr(partial, "inference_weights", lambda *_: {})
     monkeypatch.setattr(partial, "sample_responses", first)
     monkeypatch.setattr(partial, "go_on_sampling", another)
     monkeypatch.setattr(partial, "score_old", scored)

@@ -1,8 +1,9 @@
 """What a global step passes on, part by part: keys, routes, the reference, and how each update is called."""
 
 import dataclasses
+import weakref
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +85,7 @@ def test_the_kl_is_to_the_parameters_that_rl_began_with(
             log_probs -= replayed(rollout.routes)
         return PolicyScores(log_probs, log_probs, foretold, foretold, None), {}
 
+    monkeypatch.setattr(loop, "inference_weights", lambda *_: {})
     monkeypatch.setattr(loop, "sample_responses", lambda *_: sampled)
     monkeypatch.setattr(loop, "judge", lambda *_: ([""] * 16, Rewards(np.arange(16.0))))
     monkeypatch.setattr(loop, "score_old", scored)
@@ -119,13 +121,43 @@ def test_partial_rollouts_have_the_same_reference(monkeypatch: pytest.MonkeyPatc
     assert given[0] is first
 
 
+def test_weights_are_quantised_once_a_step_and_freed_before_pi_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamic sampling attempts three times in vain, and the log-probs are rescored: by the same weights."""
+    engines = build(configured(rollout={"attempts": 3, "log_probs": "rescore"}, learner={"live_gap": False}))
+    waiting = blank(build(configured(rollout={"lag": 1})))[0]
+    assert isinstance(waiting, Experience)
+    rows, used = waiting.rows, []
+
+    class Weights:
+        made: ClassVar[list[weakref.ref]] = []
+
+        def __init__(self, *_: Any):
+            self.made.append(weakref.ref(self))
+
+    def by_weights(result: Any) -> Any:
+        return lambda _, weights, *__: used.append(weakref.ref(weights)) or result
+
+    def scored(*_: Any) -> tuple[PolicyScores, dict]:
+        assert Weights.made[0]() is None
+        return rows.old, {}
+
+    monkeypatch.setattr(loop, "inference_weights", Weights)
+    monkeypatch.setattr(loop, "sample_responses", by_weights(rows.rollout))
+    monkeypatch.setattr(loop, "rescore", by_weights(rows.rollout.log_probs))
+    monkeypatch.setattr(loop, "judge", lambda *_: ([""] * 16, Rewards(np.zeros(16))))
+    monkeypatch.setattr(loop, "score_old", scored)
+    prompts = prompt_iterator(engines.task.split("train"), engines.config.prompts_per_step, seed=5)
+    loop.produce(engines, {}, None, next(prompts), 1, prompts)
+    assert len(Weights.made) == 1
+    assert used == 4 * Weights.made
+
+
 def test_keys_of_draws_differ_by_group_step_attempt_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[np.ndarray] = []
 
     def sampler(*arguments: Any, **_: Any) -> None:
         drawn.append(np.asarray(jax.random.key_data(arguments[4])))
 
-    monkeypatch.setattr(passes, "prepare", lambda params, *_: params)
     monkeypatch.setattr(passes, "sampler_for", lambda *_: sampler)
 
     def keys(step: int = 1, attempt: int = 0, seed: int = 0) -> np.ndarray:

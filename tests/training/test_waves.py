@@ -12,7 +12,7 @@ from rlstab_jax.models import Precision
 from rlstab_jax.training import evaluate
 from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.engines import Engines, build, initial_params
-from rlstab_jax.training.passes import sample_responses
+from rlstab_jax.training.passes import inference_weights, sample_responses
 from rlstab_jax.types import UserError
 from tests.training import tiny_run
 
@@ -31,7 +31,7 @@ def test_waves() -> None:
     prompts = [at_once.task.split("train")[number] for number in range(4)]
 
     def sampled(engines: Engines) -> Any:
-        return sample_responses(engines, params, prompts, step=3)
+        return sample_responses(engines, inference_weights(engines, params), prompts, step=3)
 
     one, two = sampled(at_once), sampled(waves)
     np.testing.assert_array_equal(one.tokens, two.tokens)
