@@ -26,6 +26,8 @@ MAIN = {
     "n8-noclip-live": updates(8) | replay("live") | clipping(False),
     "n1-live": updates(1) | replay("live"),
 }
+# Asked after the runs of 73 tokens had been seen.
+MORE = {"len73": {"n8-noclip-r3": updates(8) | replay("r3") | clipping(False)}}
 
 STUDY = Study(
     name="scale",
@@ -34,9 +36,11 @@ STUDY = Study(
     cells=tuple(
         Cell(f"{scale}-{name}", changes | change, f"{name}")
         for scale, change in (SIZES | LENGTHS).items()
-        for name, changes in MAIN.items()
+        for name, changes in (MAIN | MORE.get(scale, {})).items()
     ),
-    panels=tuple(Panel(scale, tuple(f"{scale}-{name}" for name in MAIN)) for scale in SIZES | LENGTHS),
+    panels=tuple(
+        Panel(scale, tuple(f"{scale}-{name}" for name in MAIN | MORE.get(scale, {}))) for scale in SIZES | LENGTHS
+    ),
 )
 
 if __name__ == "__main__":

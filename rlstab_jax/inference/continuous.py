@@ -2,7 +2,8 @@
 
 The host decides who gets a slot, from two small arrays a round; tokens, log-probs and routes stay on the device. Draws
 are those of `sample`: their keys know nothing of slots. On a mesh, slots and results lie over the devices as the
-rows of `sample` do; the process must hold all of them, since its host looks at each slot.
+rows of `sample` do, and what the host looks at lies on each device: of several processes every host sees the same, and
+decides the same.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,22 +35,27 @@ from rlstab_jax.inference.slots import (
 from rlstab_jax.inference.stop_strings import StopStrings
 from rlstab_jax.models.config import ModelConfig
 from rlstab_jax.models.transformer import Transformer
+from rlstab_jax.parallel.distributed import on_host, put
 from rlstab_jax.parallel.sharding import Layout
 from rlstab_jax.types import Rollout, UserError, route_dtype
 
+ROUND = 16  # steps of decoding between two looks of the host
 
-def sampler_for(stop: StopStrings | None, slots: int = 0) -> Callable[..., Rollout]:
+
+def sampler_for(
+    stop: StopStrings | None, slots: int = 0, poll: Callable[[], None] = lambda: None
+) -> Callable[..., Rollout]:
     """`sample`, or `sample_continuously` where strings end responses or ``slots`` are limited; 0: all are in flight."""
     if stop is None and not slots:
         return sample
-    return partial(sample_continuously, slots=slots or INT32_MAX, stop=stop)
+    return partial(sample_continuously, slots=slots or INT32_MAX, stop=stop, poll=poll)
 
 
 def sample_continuously(
     model: Transformer,
     variables: dict,
-    prompts: Int[np.ndarray, "prompts prompt_length"],
-    prompt_mask: Bool[np.ndarray, "prompts prompt_length"],
+    prompts: Int[Array | np.ndarray, "prompts prompt_length"],
+    prompt_mask: Bool[Array | np.ndarray, "prompts prompt_length"],
     keys: Array,
     sampling: Sampling,
     *,
@@ -58,8 +64,9 @@ def sample_continuously(
     samples_per_prompt: int = 1,
     support: int = 0,
     record_routes: bool = True,
-    round_length: int = 16,
+    round_length: int = ROUND,
     stop: StopStrings | None = None,
+    poll: Callable[[], None] = lambda: None,
 ) -> Rollout:
     """Samples as `sample` does, with at most ``slots`` responses in flight, which are begun in their order.
 
@@ -67,6 +74,7 @@ def sample_continuously(
       slots: rows of a decode step.
       round_length: steps between two looks at which slots have finished.
       stop: strings that end a response, besides the stop tokens.
+      poll: called between rounds; what it raises ends the sampling.
 
     Returns:
       The rollout, [prompts * samples_per_prompt] rows in the order of the prompts.
@@ -82,34 +90,37 @@ def sample_continuously(
     )
     slots = min(slots, total)
     layout = model.layout
-    spare = spare_columns(prompt_mask)
-    queue = _Queue(model, variables, prompts[:, spare:], prompt_mask[:, spare:], samples_per_prompt, slots)
+    tokens, mask = on_host((prompts, prompt_mask))
+    spare = spare_columns(mask)
+    queue = _Queue(model, variables, tokens[:, spare:], mask[:, spare:], samples_per_prompt, slots)
     sampling = sampling.per_row(total)
-    lengths = windows(response_length - 1 + max(round_length, response_length // 4))
-    state, results = _begin(
+    lengths = round_windows(response_length, round_length)
+    state, results = begin_slots(
         model, variables, queue.tokens, queue.mask, sampling, keys, samples_per_prompt, response_length, slots,
         lengths[0], support, record_routes,
     )  # fmt: skip
     rows = np.full(slots, total)  # of the response in each slot; `total` is none
     ends = np.full(total, response_length + 1, np.int32)
     while True:
-        for filled, mask, source, into, given in queue.admissions(np.flatnonzero(rows == total)):
-            state, results = _admit(
-                layout, state, results, filled, mask, source, into, given, keys, sampling, response_length, support
+        for filled, fed, source, into, given in queue.admissions(np.flatnonzero(rows == total)):
+            state, results = admit(
+                layout, state, results, filled, fed, source, into, given, keys, sampling, response_length, support
             )
             rows[into[given < total]] = given[given < total]
         if (rows == total).all():
             break
+        poll()
         before, column = np.asarray(state.count), int(state.column)
         if column + round_length > state.window:
             kept = max(int(before[rows < total].max()) - 1, 0)
-            state = _resize(state, column - kept, _roomy(lengths, kept, round_length))
-        state, results = _round(model, variables, state, results, rows, support, record_routes, round_length)
+            moved = _resize(replace(state, prompt=[]), column - kept, _roomy(lengths, kept, round_length))
+            state = replace(moved, prompt=state.prompt)
+        state, results = decode_round(model, variables, state, results, rows, support, record_routes, round_length)
         active = np.array(state.active)
         if stop is not None:
-            after, tokens = np.asarray(state.count), np.asarray(_responses(results, rows))
+            after, drawn = np.asarray(state.count), np.asarray(_responses(layout, results, rows))
             for slot in np.flatnonzero(rows < total):
-                end = stop.end(tokens[slot, : after[slot]].tolist(), int(before[slot]))
+                end = stop.end(drawn[slot, : after[slot]].tolist(), int(before[slot]))
                 if end is not None:
                     ends[rows[slot]], active[slot] = end, False
             state = replace(state, active=_like(state.active, active, layout))
@@ -121,13 +132,20 @@ def sample_continuously(
 class _Queue:
     """The host's view of what waits. Prompts are prefilled in chunks, when the first of their rows gets a slot."""
 
-    def __init__(self, model: Transformer, variables: dict, prompts, prompt_mask, samples: int, slots: int):
-        self.tokens, self.mask = np.asarray(prompts), np.asarray(prompt_mask, bool)
+    def __init__(
+        self,
+        model: Transformer,
+        variables: dict,
+        prompts: Int[np.ndarray, "prompts prompt_length"],
+        prompt_mask: Bool[np.ndarray, "prompts prompt_length"],
+        samples: int,
+        slots: int,
+    ):
+        self.tokens, self.mask = prompts, prompt_mask
         self._model, self._variables, self._samples = model, variables, samples
         self._total, self._next = len(self.tokens) * samples, 0
-        parts = model.layout.row_parts
-        self._chunk_prompts = -(-slots // (samples * parts)) * parts
-        self._admitted_at_once = -(-slots // 4)
+        self._chunk_prompts = chunk_prompts(slots, samples, model.layout.row_parts)
+        self._admitted_at_once = admitted_at_once(slots)
         self._chunk: tuple[int, Prefill | None, np.ndarray] = (-1, None, self.mask[:0])
 
     def admissions(self, free: np.ndarray):
@@ -161,12 +179,27 @@ class _Queue:
         return filled, mask
 
 
+def round_windows(response_length: int, round_length: int = ROUND) -> list[int]:
+    """Lengths of the window of columns that all slots share: with room for the youngest beside the oldest."""
+    return windows(response_length - 1 + max(round_length, response_length // 4))
+
+
+def chunk_prompts(slots: int, samples: int, row_parts: int) -> int:
+    """Prompts that are prefilled at once: those of as many responses as there are slots, on every device as many."""
+    return -(-slots // (samples * row_parts)) * row_parts
+
+
+def admitted_at_once(slots: int) -> int:
+    """Slots that are filled at once, at most."""
+    return -(-slots // 4)
+
+
 _prefill = jax.jit(prefill, static_argnums=0)
 _resize = jax.jit(resize, static_argnames="window")
 
 
 @partial(jax.jit, static_argnums=(0, *range(6, 12)))
-def _begin(
+def begin_slots(
     model, variables, tokens, mask, sampling, keys, samples, response_length, slots, window, support, record_routes
 ) -> tuple[Slots, Rollout]:
     """Idle slots, and the buffers of the results, which hold the prompts already."""
@@ -207,24 +240,25 @@ def _begin(
 
 
 def _laid_out(layout: Layout, state: Slots, results: Rollout) -> tuple[Slots, Rollout]:
-    """Slots and results over the devices, as the rows of a batch are."""
+    """Slots and results over the devices, as the rows of a batch are; on each of them what the host looks at."""
 
     def cache(a: Array) -> Array:
         return layout.constrain(a, "batch", "kv_heads", None, None)
 
     prompt, response = jax.tree.map(cache, (state.prompt, state.response))
     others = layout.constrain_rows(replace(state, prompt=[], response=[]))
-    everywhere = {"column": layout.constrain(state.column), "before": layout.constrain(jnp.asarray(state.before))}
+    scalars = {"column": layout.constrain(state.column), "before": layout.constrain(jnp.asarray(state.before))}
+    everywhere = scalars | {name: layout.constrain(getattr(state, name), None) for name in ("count", "active")}
     return replace(others, prompt=prompt, response=response, **everywhere), layout.constrain_rows(results)
 
 
 def _like(old: Array, new: np.ndarray, layout: Layout) -> Array:
     """``new`` where ``old`` lies, so that what takes it is not compiled again."""
-    return jax.device_put(new, old.sharding) if layout.splits else jnp.asarray(new)
+    return put(new, old.sharding) if layout.splits else jnp.asarray(new)
 
 
 @partial(jax.jit, static_argnames=("layout", "response_length", "support"), donate_argnames=("state", "results"))
-def _admit(
+def admit(
     layout: Layout,
     state: Slots,
     results: Rollout,
@@ -275,7 +309,7 @@ def _admit(
     static_argnames=("model", "support", "record_routes", "round_length"),
     donate_argnames=("state", "results"),
 )
-def _round(
+def decode_round(
     model: Transformer,
     variables: dict,
     state: Slots,
@@ -326,9 +360,10 @@ def _roomy(lengths: Sequence[int], kept: int, round_length: int) -> int:
     return fits[0] if fits else lengths[-1]
 
 
-@jax.jit
-def _responses(results: Rollout, rows: Int[Array, "slots"]) -> Int[Array, "slots response_length"]:
-    return results.tokens.at[rows].get(mode="clip")[:, results.prompt_length :]
+@partial(jax.jit, static_argnums=0)
+def _responses(layout: Layout, results: Rollout, rows: Int[Array, "slots"]) -> Int[Array, "slots response_length"]:
+    """For the host: on each device."""
+    return layout.constrain(results.tokens.at[rows].get(mode="clip")[:, results.prompt_length :], None, None)
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="results")

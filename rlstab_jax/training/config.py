@@ -49,8 +49,7 @@ class RolloutConfig:
     mesh: MeshConfig = MeshConfig()
     """How the devices set aside are split; ``mesh`` of the run splits the others."""
     slots: int = 0
-    """Responses in flight under continuous batching, in one process, in rollouts and evaluations; 0 samples the whole
-    batch at once."""
+    """Responses in flight under continuous batching, in rollouts and evaluations; 0 samples the whole batch at once."""
     waves: int = 1
     """Equal parts that a batch's prompts are sampled in, one after another: less memory, the same draws. Above 1,
     evaluations sample no more responses at once either."""
@@ -63,7 +62,7 @@ class RolloutConfig:
     there. Evaluations do likewise. A stop string ends a response at any length."""
     stop: tuple[str, ...] = ()
     """Texts that end a response, as a stop token does, in rollouts and evaluations; what is judged is the text before.
-    The host looks for them between rounds of 16 tokens, in one process; with or without ``slots``."""
+    The host looks for them between rounds of 16 tokens; with or without ``slots``."""
     attempts: int = 1
     """Batches sampled at most for one global step. Above 1, groups whose rewards are all equal are replaced by those of
     further prompts (DAPO's dynamic sampling), while attempts last."""
@@ -167,6 +166,12 @@ class RunConfig:
     @property
     def responses_per_step(self) -> int:
         return self.prompts_per_step * self.samples_per_prompt
+
+    @property
+    def in_flight(self) -> int:
+        """Responses that are sampled at once."""
+        whole = self.responses_per_step
+        return min(self.rollout.slots or whole, whole) // self.rollout.waves
 
     @property
     def needs_reference(self) -> bool:

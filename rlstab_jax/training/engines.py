@@ -250,13 +250,6 @@ def build_pair(
     rollout, model = config.rollout, config.model
     kernels = resolve_kernels(config.kernels, platform, rollout.prompt_length + rollout.response_length)
     sampling_mesh = rollout_mesh or mesh
-    processes = len({device.process_index for device in mesh.devices.flat})
-    if processes > 1 and (rollout.slots or rollout.stop):
-        raise UserError(
-            f"rollout.slots = {rollout.slots} and rollout.stop = {rollout.stop} in {processes} processes: the host "
-            "looks at every slot between rounds of continuous batching, and so in one process; use 0 and (), and stop "
-            "tokens"
-        )
     rows, rollout_rows = Layout(mesh).row_parts, Layout(sampling_mesh).row_parts
     batches = {"prompts_per_minibatch": (config.prompts_per_minibatch, rows, "mesh")}
     at_once = config.prompts_per_step // rollout.waves

@@ -13,6 +13,10 @@ from typing import Any
 from rlstab_jax.parallel.distributed import exchange
 
 
+class StepGivenUp(Exception):
+    """A global step ends before its first update, since the run is to stop; resumed, it is made again, the same."""
+
+
 @dataclasses.dataclass
 class Stop:
     """Whether someone asked the loop to stop, and how.
@@ -33,6 +37,11 @@ class Stop:
         reason = next((reason for reason in exchange(self.reason) if reason is not None), None)
         self.reason = reason or self.reason
         return reason is not None
+
+    def give_up(self) -> None:
+        """Raises `StepGivenUp` where any process was asked to stop. All processes call it."""
+        if self.agreed():
+            raise StepGivenUp
 
 
 @contextlib.contextmanager
@@ -65,7 +74,7 @@ def stop_on_signal() -> Iterator[Stop]:
         signalled, name = True, signal.Signals(number).name
         stop.reason = stop.reason or name
         # By the system alone: a signal may come within a print, which does not take another.
-        os.write(2, f"\n{name}: stopping after the step at work; Ctrl-C stops at once\n".encode())
+        os.write(2, f"\n{name}: stopping at the next safe moment; Ctrl-C stops at once\n".encode())
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

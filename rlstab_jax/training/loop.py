@@ -6,7 +6,7 @@ prompts -> inference engine (mu_old) -> rollout with log-probs and routes -> rew
 What `queue` and `partial` say concerns asynchronous rollouts alone: by default a step learns from what it has made.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -62,8 +62,16 @@ def first_train_state(engines: EnginePair, params: dict) -> TrainState:
     return init_state(params, engines.numbers, learner.moments_dtype, predictor, learner.precision)
 
 
+def undisturbed() -> None:
+    """A step that is never given up."""
+
+
 def global_step(
-    engines: Engines, state: RunState, prompts: Iterator[list[Prompt]], step: int
+    engines: Engines,
+    state: RunState,
+    prompts: Iterator[list[Prompt]],
+    step: int,
+    poll: Callable[[], None] = undisturbed,
 ) -> tuple[RunState, Metrics, list[dict[str, Any]]]:
     """One rollout batch and its N updates. Under ``rollout.lag`` it is not the batch that is made in this step.
 
@@ -73,6 +81,8 @@ def global_step(
       prompts: batches of N mini-batches of them, each for one step; groups without signal are replaced from further
         ones, where the config says so.
       step: number of this global step, from 1; keys of draws and the order of mini-batches depend on it.
+      poll: called now and then until the first update, on all processes alike. What it raises ends the step, and
+        ``state`` is as it was.
 
     Returns:
       The new state, the metrics of the step, and some responses with their rewards.
@@ -81,18 +91,19 @@ def global_step(
     foretelling = state.train.predictor and state.train.predictor.weights
     params, reference, predictor = making.place((state.train.params, state.reference, foretelling))
 
-    def make(queue: Queue) -> Queue:
+    def make(queue: Queue, poll: Callable[[], None] = undisturbed) -> Queue:
         if engines.config.rollout.partial:
             return another_round(engines, params, reference, prompts, step, queue)
-        made = produce(making, params, reference, next(prompts), step + len(queue), prompts, predictor)
+        made = produce(making, params, reference, next(prompts), step + len(queue), prompts, predictor, poll=poll)
         made.metrics["staleness/lag"] = float(len(queue))
         return (*queue, laid_out(engines, made))
 
     with timed("step") as step_time:
         queue = state.queue
         while len(queue) < engines.config.rollout.lag:  # as the run begins
-            queue = make(queue)
-        made = start(partial(make, queue), in_thread=engines.overlaps)
+            queue = make(queue, poll)
+        # A batch for a later step is made once this one's updates have begun, or beside them.
+        made = start(partial(make, queue, undisturbed if queue else poll), in_thread=engines.overlaps)
         experience = (queue or made())[0]
         assert isinstance(experience, Experience)
         train, metrics = learn(engines, state.train, experience.rows, step)
@@ -108,6 +119,7 @@ def produce(
     step: int,
     further: Iterable[list[Prompt]] = (),
     predictor: dict | None = None,
+    poll: Callable[[], None] = undisturbed,
 ) -> Experience:
     """Both engines at the same weights ``params``: responses, rewards, pi_old and advantages for global step ``step``.
 
@@ -117,6 +129,7 @@ def produce(
       step: the global step that will learn from the batch; keys of draws depend on it.
       further: more batches of prompts, from which groups without signal are replaced, where the config says so.
       predictor: the weights of the routers' predictors, under PR2.
+      poll: as of `global_step`.
     """
     config, drops = engines.config, engines.config.rollout.overlong == "drop"
 
@@ -126,12 +139,14 @@ def produce(
     # y ~ mu_old, with the log-probs and routes of the inference engine, and R(x, y).
     def respond(asked: list[Prompt], attempt: int) -> Responses:
         with timed("sample") as sampling_time:
-            rollout = jax.block_until_ready(sample_responses(engines, weights, asked, step, attempt))
+            rollout = jax.block_until_ready(sample_responses(engines, weights, asked, step, attempt, poll=poll))
+        poll()
         with timed("judge") as judging_time:
             texts, rewards = judge(engines.task, asked, rollout, config.rollout.stop)
         return Responses(asked, rollout, texts, rewards, sampling_time | judging_time, drops)
 
     batch = collect(respond, prompts, further, config.rollout.attempts)
+    poll()
     batch.metrics["time/sample"] += preparing_time["time/sample"]
     rollout = batch.rollout
     if config.rollout.attempts > 1:  # rows of several rollouts lie where the compiler chose
@@ -152,6 +167,7 @@ def produce(
         statistics = statistics | rollout_statistics(chosen, old, live, config.model.num_experts)
         batch.metrics.update(rollout_metrics(statistics))
     batch.metrics.update(scoring_time)
+    poll()
     return conclude(engines, reference, replace(batch, rollout=rollout), old)
 
 

@@ -38,7 +38,13 @@ def inference_weights(engines: Engines, params: dict) -> dict:
 
 
 def sample_responses(
-    engines: Engines, weights: dict, prompts: list[Prompt], step: int, attempt: int = 0, length: int | None = None
+    engines: Engines,
+    weights: dict,
+    prompts: list[Prompt],
+    step: int,
+    attempt: int = 0,
+    length: int | None = None,
+    poll: Callable[[], None] = lambda: None,
 ) -> Rollout:
     """Responses of the inference engine to train on: ``samples_per_prompt`` adjacent rows for each prompt.
 
@@ -46,15 +52,18 @@ def sample_responses(
       weights: from `inference_weights`.
       prompts, step, attempt: keys of draws depend on them.
       length: that of the responses; by default the config's.
+      poll: called between waves, and between rounds of slots; it may raise.
     """
     config, ids = engines.config, key_ids(prompts)
     rollout = config.rollout
     tokens, mask = encode_prompts(prompts, engines.task.tokenizer, rollout.prompt_length)
     keys = sample_keys(jax.random.key(config.seed), step, ids, config.samples_per_prompt, attempt)
     matched = rollout.log_probs == "matched"
-    sampler: Callable[..., Rollout] = sample_matched if matched else sampler_for(engines.stop, rollout.slots)
+    sampler: Callable[..., Rollout] = sample_matched if matched else sampler_for(engines.stop, rollout.slots, poll)
 
     def wave(number: int) -> Rollout:
+        if number:
+            poll()
         size = len(prompts) // rollout.waves
         part = slice(number * size, (number + 1) * size)
         return engines.settle(

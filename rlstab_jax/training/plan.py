@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from rlstab_jax.inference.continuous import admitted_at_once
 from rlstab_jax.learner import LearnerConfig
 from rlstab_jax.parallel.mesh import make_mesh
 from rlstab_jax.parallel.topology import Topology, topology_devices
@@ -19,12 +20,13 @@ from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.engines import EnginePair, build_pair, check_host_memory, resolved
 from rlstab_jax.training.plan_flops import products, scaled
 from rlstab_jax.training.plan_hlo import Cost, program_cost, round_cost
-from rlstab_jax.training.plan_programs import AFFECTED, Program, Programs, device_bytes
+from rlstab_jax.training.plan_programs import AFFECTED, Programs
+from rlstab_jax.training.plan_sampling import Program, device_bytes
 from rlstab_jax.training.validate import validate
 from rlstab_jax.types import UserError
 
-PHASES = ("prepare", "prefill", "resize", "decode", "score", "split", "update")
-SAMPLING = ("prefill", "resize", "decode")
+SAMPLING = ("prefill", "admit", "resize", "decode")
+PHASES = ("prepare", *SAMPLING, "score", "split", "update")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,12 +120,8 @@ def make_plan(config: RunConfig, topology: Topology, say: Callable[[str], None] 
     if not (model.vocab_size and rollout.prompt_length and rollout.response_length):
         task = config.task.build()
         config, stop_ids = resolved(config, task), task.tokenizer.stop_ids
-    if config.rollout.slots or config.rollout.stop or config.rollout.log_probs == "matched":
-        raise UserError(
-            f"rollout.slots = {config.rollout.slots}, rollout.stop = {config.rollout.stop}, rollout.log_probs = "
-            f"{config.rollout.log_probs!r}: a plan is made for sampling in whole batches; use 0 slots, no stop strings "
-            "and 'decode' or 'rescore'"
-        )
+    if config.rollout.log_probs == "matched":
+        raise UserError("rollout.log_probs = 'matched': a plan is made for two engines; use 'decode' or 'rescore'")
     if config.rollout.devices or config.rollout.partial:
         raise UserError(
             f"rollout.devices = {config.rollout.devices}, rollout.partial = {config.rollout.partial}: a plan is made "
@@ -217,14 +215,20 @@ def _runs(programs: Programs, name: str) -> float:
     """How often a phase runs in a global step."""
     config = programs.engines.config
     waves = config.rollout.attempts * config.rollout.waves
+    in_turn = -(-programs.responses // programs.rows)  # in a slot
     if name == "decode":  # a wave ends when the longest of its responses does
-        return waves * (config.rollout.response_length - 1)
+        return waves * in_turn * (config.rollout.response_length - 1)
     # Where replay alters the old pass it runs once more, with live routes, to measure what that changes.
     passes = 2 if programs.engines.replay.alters_old and config.learner.live_gap else 1
     passes += config.rollout.log_probs == "rescore"
     passes += config.learner.replay_of == "initial"
     passes += config.objective.needs_reference
-    each = {"prefill": waves, "resize": waves * (len(programs.windows) - 1)}
+    prompts = programs.responses // config.samples_per_prompt
+    each = {
+        "prefill": waves * -(-prompts // programs.prompts),
+        "admit": waves * -(-programs.responses // admitted_at_once(programs.rows)),
+        "resize": waves * in_turn * (len(programs.windows) - 1),
+    }
     return {**each, "score": passes, "split": config.minibatches, "update": config.minibatches}.get(name, 1)
 
 
@@ -332,7 +336,10 @@ def _levers(programs: Programs, phase: str) -> list[tuple[str, list[Any]]]:
     head = ("learner.logits_per_chunk", [tile for tile in tiles if tile >= smallest])
     again: dict[str, list[Any]] = {"none": ["dots", "full"], "dots": ["full"]}
     own: list[tuple[str, list[Any]]] = []
-    if phase in SAMPLING:
+    if phase in SAMPLING and programs.by_rounds:
+        halves = [programs.rows // 2**i for i in range(1, 20)]
+        own = [("rollout.slots", [slots for slots in halves if slots and slots % rows == 0])]
+    elif phase in SAMPLING:
         own = [parts("rollout.waves", config.prompts_per_step)]
     elif phase == "score":
         own = [parts("learner.score_micro_batches", config.responses_per_step), head]
@@ -351,8 +358,10 @@ def _at_least(programs: Programs, phase: Phase, field: str, value: Any) -> float
     """
     if phase.needed is None:  # nothing to divide: the compiler is to say
         return 0.0
-    grows = ("temporaries", "KV cache", "records", "prompts")
+    grows = ("temporaries", "KV cache", "records", "prompts", "prefilled", "prefilled before", "prompts' cache")
     fixed = sum(size for name, size in {**phase.memory, **phase.kept}.items() if name not in grows)
+    if field == "rollout.slots":
+        return fixed + max(phase.needed - fixed, 0.0) * value / programs.rows
     if field in PARTS:
         return fixed + max(phase.needed - fixed, 0.0) * _get(programs.engines.config, field) / value
     if field not in STATE:

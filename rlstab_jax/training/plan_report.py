@@ -49,11 +49,10 @@ def _with(plan: Plan, n: int, price: float | None) -> PerN:
     waves = _waves(plan, config.prompts_per_minibatch * n, factor)
     if waves is None:
         return PerN(n, responses, None, math.inf, math.inf, math.nan, math.inf, None if price is None else math.inf)
-    growth = factor * config.rollout.waves / waves
+    growth = _growth(plan, factor, waves)
+    repeats = factor / growth  # as many responses in flight, one after another
     sampled = sum(
-        sampling_seconds(phase, plan, growth) * phase.runs / config.rollout.waves * waves
-        for phase in plan.phases
-        if phase.name in SAMPLING
+        sampling_seconds(phase, plan, growth) * phase.runs * repeats for phase in plan.phases if phase.name in SAMPLING
     )
     sampled += sum(phase.total for phase in plan.phases if phase.name == "prepare")
     learnt = sum(phase.total * factor for phase in plan.phases if phase.name not in (*SAMPLING, "prepare"))
@@ -63,6 +62,12 @@ def _with(plan: Plan, n: int, price: float | None) -> PerN:
     hours = steps * step * plan.topology.chips / 3600
     needed = max(needed_with(plan, phase, growth, factor, waves) for phase in plan.phases)
     return PerN(n, responses, waves, needed, step / n, sampled / step, hours, None if price is None else hours * price)
+
+
+def _growth(plan: Plan, factor: float, waves: int) -> float:
+    """Of the responses in flight, with ``factor`` times the responses of a global step: with slots, to these."""
+    whole, slots = plan.config.responses_per_step * factor, plan.config.rollout.slots
+    return min(slots or whole, whole) / waves / plan.config.in_flight
 
 
 def sampling_seconds(phase: Phase, plan: Plan, growth: float) -> float:
@@ -87,19 +92,21 @@ def needed_with(plan: Plan, phase: Phase, growth: float, factor: float, waves: i
     states = held["training state"] + held.get("previous state", 0.0)
     fixed = held.get("weights", 0.0) + states + held.get("reference", 0.0)
     before = plan.bytes_of("score", "rollout") * factor if waves > 1 else 0.0
-    of_rows = phase.needed - fixed - batch - others
+    written = held.get("responses", 0.0)  # of a wave, whatever the slots
+    of_rows = phase.needed - fixed - batch - others - written
     temporaries = min(held.get("temporaries", 0.0), of_rows)  # with fewer rows, part of these stays
     of_rows = (of_rows - temporaries) * growth + temporaries * max(growth, 1.0)
-    return fixed + of_rows + before + others * factor
+    written *= factor * plan.config.rollout.waves / waves
+    return fixed + of_rows + before + others * factor + written
 
 
 def _waves(plan: Plan, prompts: int, factor: float) -> int | None:
-    """The fewest waves whose rows divide over the devices and fit."""
+    """The fewest waves whose rows divide over the devices and fit; with slots, which go with one, that one."""
     sampling = [phase for phase in plan.phases if phase.name in SAMPLING]
-    for waves in range(1, prompts + 1):
+    for waves in range(1, 2 if plan.config.rollout.slots else prompts + 1):
         if prompts % waves or prompts // waves % plan.row_devices:
             continue
-        growth = factor * plan.config.rollout.waves / waves
+        growth = _growth(plan, factor, waves)
         if all(needed_with(plan, phase, growth, factor, waves) <= plan.topology.memory for phase in sampling):
             return waves
     return None

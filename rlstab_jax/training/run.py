@@ -29,7 +29,7 @@ from rlstab_jax.training.config import RunConfig, defaults, may_change
 from rlstab_jax.training.engines import Engines, build, initial_params
 from rlstab_jax.training.evaluate import evaluate
 from rlstab_jax.training.home import Home, home_of
-from rlstab_jax.training.interrupt import Stop, stop_on_signal
+from rlstab_jax.training.interrupt import StepGivenUp, Stop, stop_on_signal
 from rlstab_jax.training.lock import held
 from rlstab_jax.training.loop import Metrics, RunState, first_train_state, global_step
 from rlstab_jax.training.pretrained import keep_card
@@ -253,7 +253,10 @@ def _train(
         with _profiled(run, step == profile, say):
             previous = jax.tree.map(lambda x: x.copy(), state.train) if monitor.may_discard else None
             lowered = _at_rate(engines, monitor.learning_rate_scale)
-            state, metrics, samples = global_step(lowered, state, data, step)
+            try:
+                state, metrics, samples = global_step(lowered, state, data, step, stop.give_up)
+            except StepGivenUp:
+                break
         metrics = of_first(metrics)
         if previous is not None:
             discards = monitor.discards(metrics)

@@ -45,7 +45,7 @@ def test_two_processes_agree() -> None:
     at = address()
     first, second = ends(*(["tests.parallel.two_processes", str(i), at] for i in range(2)))
     assert first == (0, "")
-    assert second == (0, "\nSIGTERM: stopping after the step at work; Ctrl-C stops at once\n")  # it alone was told to
+    assert second == (0, "\nSIGTERM: stopping at the next safe moment; Ctrl-C stops at once\n")  # it alone was told to
 
 
 @pytest.mark.parametrize("process", [0, 1])

@@ -51,8 +51,8 @@ def overlapping_run(out: Path) -> None:
     made: set[tuple[str, int]] = set()  # in which thread, and on which device
     produce = loop.produce
 
-    def recorded(engines: Engines, *others: Any) -> Any:
-        experience = produce(engines, *others)
+    def recorded(engines: Engines, *others: Any, **polled: Any) -> Any:
+        experience = produce(engines, *others, **polled)
         (device,) = experience.rows.old.log_probs.devices()
         made.add((threading.current_thread().name.split("_")[0], device.id))
         return experience

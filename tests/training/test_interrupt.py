@@ -1,13 +1,21 @@
-"""Signals become a flag; a second Ctrl-C still interrupts; handlers are given back."""
+"""Signals become a flag, which ends a step that has learnt nothing yet; a second Ctrl-C still interrupts; handlers are
+given back."""
 
 import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from rlstab_jax.rundir import read_metrics
+from rlstab_jax.training import loop, passes
 from rlstab_jax.training.interrupt import stop_on_signal
+from rlstab_jax.training.run import train
+from tests.training.test_loop import configured
 
 
 def handlers() -> list[object]:
@@ -24,7 +32,7 @@ def test_first_signal_is_a_request(name: str, capfd: pytest.CaptureFixture[str])
         assert stop.requested
         signal.raise_signal(signal.SIGTERM)
         assert stop.reason == name
-    assert capfd.readouterr().err == f"\n{name}: stopping after the step at work; Ctrl-C stops at once\n"
+    assert capfd.readouterr().err == f"\n{name}: stopping at the next safe moment; Ctrl-C stops at once\n"
     assert handlers() == before
 
 
@@ -58,6 +66,40 @@ def test_harmless_outside_the_main_thread() -> None:
     thread.join()
     assert seen == [False]
     assert handlers() == before
+
+
+@pytest.mark.parametrize(("rollout", "polls"), [({"slots": 4}, 2), ({"waves": 2, "attempts": 2}, 1)])
+def test_a_step_is_given_up_before_its_first_update(
+    rollout: dict[str, Any], polls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between rounds of slots, waves or attempts. What was learnt is saved, and the run that goes on is the one that
+    nobody stopped."""
+    config = configured(gradient_steps=6, rollout={"response_length": 20, **rollout}, evaluation={"every": 0})
+    sample, learn, learnt, polled = passes.sample_responses, loop.learn, [], []
+
+    def told_in_step_2(*arguments: Any, poll: Any) -> Any:
+        step = arguments[3]
+
+        def told() -> None:
+            polled.append(step)
+            if step == 2 and polled.count(2) == polls:
+                signal.raise_signal(signal.SIGTERM)
+            poll()
+
+        return sample(*arguments, poll=told)
+
+    monkeypatch.setattr(loop, "learn", lambda *arguments: learnt.append(arguments[3]) or learn(*arguments))
+    assert train(config, tmp_path / "whole", say=lambda line: None) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "sample_responses", told_in_step_2)
+        assert train(config, tmp_path / "broken", say=lambda line: None) == "SIGTERM"
+    assert polled.count(2) == polls
+    assert learnt == [1, 2, 3, 1]
+    assert train(config, tmp_path / "broken", say=lambda line: None) is None
+    whole, broken = (read_metrics(tmp_path / name) for name in ("whole", "broken"))
+    for name in whole:
+        if not name.startswith(("time/", "throughput/")):
+            np.testing.assert_array_equal(broken[name], whole[name], err_msg=name)
 
 
 LOST = """

@@ -15,15 +15,16 @@ from rlstab_jax.cli import main
 from rlstab_jax.models import Kernels, Precision, fp8
 from rlstab_jax.objectives import ObjectiveConfig
 from rlstab_jax.parallel.mesh import MeshConfig, make_mesh
-from rlstab_jax.parallel.topology import topology
+from rlstab_jax.parallel.topology import Topology, topology
 from rlstab_jax.stability.monitor import Check, MonitorConfig
 from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.engines import build_pair
-from rlstab_jax.training.plan import PHASES, Change, Phase, Plan, _over_windows, _runs, _seconds
+from rlstab_jax.training.plan import PHASES, SAMPLING, Change, Phase, Plan, _over_windows, _runs, _seconds, measure
 from rlstab_jax.training.plan_flops import products
 from rlstab_jax.training.plan_hlo import Cost
-from rlstab_jax.training.plan_programs import Programs, device_bytes
+from rlstab_jax.training.plan_programs import Programs
 from rlstab_jax.training.plan_report import as_json, by_minibatches, needed_with, print_plan
+from rlstab_jax.training.plan_sampling import device_bytes
 from tests.training import plan_config
 
 pytestmark = pytest.mark.optimised
@@ -97,7 +98,10 @@ ROW_DEVICES = 4  # over fsdp and expert
         ("", "topology '' is unknown"),
         ("--topology v5e:2x2 --by 0", "expected a price of 0 or more, and N of 1 or more"),
         ("--topology v5e:2x2 --price -1", "expected a price of 0 or more, and N of 1 or more"),
-        ("--topology v5e:2x2 --rollout.slots 4", "rollout.slots = 4"),
+        (
+            "--topology v5e:2x2 --rollout.lag 1 --rollout.devices 1",
+            "rollout.devices = 1, rollout.partial = 0: a plan is",
+        ),
     ],
 )
 def test_mistakes(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,10 +243,57 @@ def test_what_lies_on_the_devices_besides() -> None:
     predictors = device_bytes(programs.state.predictor)
     assert predictors == 4 + 3 * 4 * model.num_moe_layers * model.embed_dim * model.num_experts
     assert device_bytes(programs.update.parts["optimiser"]) == device_bytes(programs.state.opt_state) + predictors
-    runs = [_runs(programs, name) for name in PHASES]
-    assert dict(zip(PHASES, runs, strict=True)) == {
+    runs = {name: _runs(programs, name) for name in PHASES if getattr(programs, name)}
+    assert runs == {
         "prepare": 1, "prefill": 3, "resize": 3, "decode": 3 * 47, "score": 3, "split": 2, "update": 2,
     }  # fmt: skip
+
+
+def by_slots(slots: int = 8, **rollout: Any) -> Programs:
+    config = plan_config.config()
+    return programs_of(dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, slots=slots, **rollout)))
+
+
+def test_slots() -> None:
+    """A quarter of the 32 responses in flight, four in turn in each slot: the programs that a run calls, compiled, and
+    their bytes by hand."""
+    programs, device = by_slots(), Topology("v5e:2x2", CHIP.chip, 1, "cpu")
+    phases = {name: measure(programs, getattr(programs, name), device) for name in SAMPLING}
+    assert programs.windows == [32, 63]  # room for the youngest response beside the oldest
+    layers, kv_heads, c, prompt, response = 2, 2, 32, 16, 48
+    of_a_token = 2 * layers * kv_heads * (c + 4)  # keys and values in a byte each, with a scale for each head
+    prompts, responses = 8 * prompt * of_a_token, [8 * window * of_a_token for window in programs.windows]
+    for name in ("admit", "decode"):
+        assert phases[name].memory["KV cache"] == prompts + responses[1]
+    assert phases["prefill"].kept["KV cache"] == prompts + responses[0]
+    assert phases["resize"].memory["KV cache"] == responses[0]
+    assert phases["resize"].kept["prompts' cache"] == prompts
+    # Two prompts are prefilled at once: keys and values, logits, and a byte for each route.
+    filled = 2 * (prompt * of_a_token + 4 * 128 + layers * prompt * 2)
+    held = {name: {**phase.memory, **phase.kept} for name, phase in phases.items()}
+    assert {held[name]["prefilled"] for name in SAMPLING[1:]} == {filled}
+    assert phases["prefill"].kept["prefilled before"] == filled
+    # Tokens, log-probs, masks and routes, and a temperature and an end for each: the rollout that is scored.
+    results = 32 * (4 * (prompt + response) + 5 * response + prompt + layers * (prompt + response - 1) * 2 + 4 + 1)
+    assert {held[name]["responses"] for name in SAMPLING} == {results}
+    assert device_bytes(programs.rollout) == results
+    runs = {name: phase.runs for name, phase in phases.items()}
+    assert runs == {"prefill": 4, "admit": 16, "resize": 4, "decode": 4 * 47}
+    # A step costs a quarter of what it costs with all in flight, but for the weights that it reads: none is repeated.
+    whole = measure(programs_of(plan_config.config()), programs_of(plan_config.config()).decode, device)
+    assert sum(phases["decode"].products.values()) < 0.3 * sum(whole.products.values())
+    assert phases["decode"].repeated == whole.repeated == 1.0
+
+
+def test_strings_end_responses_in_rounds() -> None:
+    """With all of a wave in flight."""
+    programs = by_slots(0, stop=("</answer>",), waves=2)
+    assert (programs.rows, programs.responses, programs.prompts) == (16, 16, 4)
+    assert {name: _runs(programs, name) for name in SAMPLING} == {
+        "prefill": 2, "admit": 8, "resize": 2, "decode": 2 * 47,
+    }  # fmt: skip
+    assert "prefilled before" not in programs.prefill.kept
+    assert device_bytes(programs.decode.kept["rollout"]) > device_bytes(programs.decode.parts["responses"]) > 0
 
 
 def test_copies() -> None:
@@ -305,6 +356,21 @@ def test_what_does_not_shrink_and_what_does() -> None:
     # Scores are of the whole batch: beside the rollout of 1 GiB, 3 of results.
     score = dataclasses.replace(plan.phases[2], needed=7 * GIB, memory={**plan.phases[2].memory, "results": 3 * GIB})
     assert needed_with(plan, score, growth=1.0, factor=4.0, waves=4) == (7 + 3 * (1 + 3)) * GIB
+
+
+def test_by_minibatches_with_slots() -> None:
+    """As many rows in flight for each N, and so more of them in turn, in one wave."""
+    plan = by_hand()
+    config = dataclasses.replace(plan.config, rollout=dataclasses.replace(plan.config.rollout, slots=8))
+    decode = dataclasses.replace(plan.phases[1], memory={**plan.phases[1].memory, "responses": 1 * GIB})
+    decode = dataclasses.replace(decode, needed=decode.needed + 1 * GIB)
+    plan = dataclasses.replace(plan, config=config, phases=(plan.phases[0], decode, *plan.phases[2:]))
+    two, eight = by_minibatches(plan, (2, 8), price=None)
+    weights = 2 * GIB / CHIP.chip.memory_bandwidth
+    assert (two.waves, eight.waves) == (1, 1)
+    assert two.seconds == pytest.approx((0.5 + 100 * (weights + 0.02) + 3 + 12) / 2)
+    assert eight.seconds == pytest.approx((0.5 + 4 * 100 * (weights + 0.02) + 12 + 48) / 8)
+    assert needed_with(plan, decode, growth=1.0, factor=4.0, waves=1) == (2 + 3 + 4 + 4 * 1) * GIB
 
 
 def test_no_wave_fits() -> None:

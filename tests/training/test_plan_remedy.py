@@ -13,7 +13,8 @@ from rlstab_jax.training import plan
 from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.engines import EnginePair, build_pair
 from rlstab_jax.training.plan import PHASES, Change, _levers, measure, remedy
-from rlstab_jax.training.plan_programs import AFFECTED, Programs, device_bytes
+from rlstab_jax.training.plan_programs import AFFECTED, Programs
+from rlstab_jax.training.plan_sampling import device_bytes
 from rlstab_jax.types import UserError
 from tests.training import plan_config
 
@@ -94,7 +95,10 @@ def test_remedies_by_their_harm() -> None:
     ]  # fmt: skip
     assert list(levers(config, "decode")) == ["rollout.waves", "learner.offload_optimizer", "learner.moments_dtype"]
     assert list(levers(config, "prepare")) == ["learner.offload_optimizer", "learner.moments_dtype"]
-    assert {*levers(config, "update"), *levers(config, "score"), *levers(config, "decode")} == set(AFFECTED)
+    by_slots = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, waves=1, slots=6))
+    assert levers(by_slots, "admit")["rollout.slots"] == [3, 1]
+    of_all = [levers(config, "update"), levers(config, "score"), levers(config, "decode"), levers(by_slots, "decode")]
+    assert {field for of_one in of_all for field in of_one} == set(AFFECTED)
     nothing_left = small(offload_optimizer=True, moments_dtype="bfloat16")
     assert [levers(nothing_left, name) for name in PHASES] == [{}] * len(PHASES)
 

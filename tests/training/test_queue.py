@@ -58,8 +58,8 @@ def test_a_run_with_a_lag(replay: str, tmp_path: Path, monkeypatch: pytest.Monke
     for what was restored."""
     made, produce = [], loop.produce
 
-    def recorded(engines: Any, params: dict, *others: Any) -> queue.Experience:
-        experience = produce(engines, params, *others)
+    def recorded(engines: Any, params: dict, *others: Any, **polled: Any) -> queue.Experience:
+        experience = produce(engines, params, *others, **polled)
         made.append((jax.device_get(params), jax.device_get(others[-1]), experience))
         return experience
 

@@ -62,7 +62,7 @@ class Command:
         process.send_signal(signal.SIGCONT)
         process.send_signal(number)
         printed, errors = process.communicate(timeout=120)
-        answer = f"\n{number.name}: stopping after the step at work; Ctrl-C stops at once\n"
+        answer = f"\n{number.name}: stopping at the next safe moment; Ctrl-C stops at once\n"
         assert errors == ("" if number == signal.SIGKILL else answer)
         return process.returncode, printed
 

@@ -86,7 +86,7 @@ def test_the_kl_is_to_the_parameters_that_rl_began_with(
         return PolicyScores(log_probs, log_probs, foretold, foretold, None), {}
 
     monkeypatch.setattr(loop, "inference_weights", lambda *_: {})
-    monkeypatch.setattr(loop, "sample_responses", lambda *_: sampled)
+    monkeypatch.setattr(loop, "sample_responses", lambda *_, **__: sampled)
     monkeypatch.setattr(loop, "judge", lambda *_: ([""] * 16, Rewards(np.arange(16.0))))
     monkeypatch.setattr(loop, "score_old", scored)
     monkeypatch.setattr(loop, "score_live", lambda *arguments: scored(*arguments, RoutingReplay.LIVE)[0])
@@ -135,7 +135,7 @@ def test_weights_are_quantised_once_a_step_and_freed_before_pi_old(monkeypatch: 
             self.made.append(weakref.ref(self))
 
     def by_weights(result: Any) -> Any:
-        return lambda _, weights, *__: used.append(weakref.ref(weights)) or result
+        return lambda _, weights, *__, **___: used.append(weakref.ref(weights)) or result
 
     def scored(*_: Any) -> tuple[PolicyScores, dict]:
         assert Weights.made[0]() is None

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from rlstab_jax.rundir import read_metrics
 from rlstab_jax.tasks import Arithmetic, Prompt
 from rlstab_jax.training.assess import Assessment, assess
 from rlstab_jax.training.config import RunConfig
-from rlstab_jax.training.engines import build, build_pair, resolved
+from rlstab_jax.training.engines import build
 from rlstab_jax.training.run import train
 from rlstab_jax.types import UserError
 from tests.training import tiny_run
@@ -88,11 +87,3 @@ def test_a_run_whose_responses_end_at_strings(tmp_path: Path) -> None:
 def test_ends_that_cannot_be_are_refused(rollout: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build(config(**rollout))
-
-
-@pytest.mark.parametrize("rollout", [{}, {"slots": 4, "stop": ()}])
-def test_rounds_are_for_one_process(rollout: dict[str, Any]) -> None:
-    settings = config(**rollout)
-    two = SimpleNamespace(devices=np.array([SimpleNamespace(process_index=i) for i in range(2)]))
-    with pytest.raises(UserError, match=r"rollout.slots = .* in 2 processes: the host looks at every slot between"):
-        build_pair(resolved(settings, settings.task.build()), two, None, "cpu", (1,), 0)

@@ -80,7 +80,7 @@ def test_killed_resumed_and_stopped(tmp_path: Path) -> None:
     run.send(signal.SIGTERM, 1, lambda: steps(two) >= 2)
     codes, printed, errors = run.end()
     assert codes == [143, 143], errors
-    assert errors == ["", "\nSIGTERM: stopping after the step at work; Ctrl-C stops at once\n"]
+    assert errors == ["", "\nSIGTERM: stopping at the next safe moment; Ctrl-C stops at once\n"]
     assert "stopped by SIGTERM" in printed[0]
     assert "step" not in printed[1]  # one process speaks
     saved = max(int(path.name) for path in (two / "checkpoints").iterdir() if path.name.isdigit())

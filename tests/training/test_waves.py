@@ -55,7 +55,7 @@ def test_evaluations_sample_no_more_at_once_than_rollouts(monkeypatch: pytest.Mo
     """In waves of 8 responses: 2 prompts at a time, the last wave filled up. In 5 slots: 5 rows of a decode step. The
     same draws."""
     sizes: list[int] = []
-    sample, decode_round = continuous.sample, continuous._round
+    sample, decode_round = continuous.sample, continuous.decode_round
 
     def counted(*arguments: Any, **how: Any) -> Any:
         rollout = sample(*arguments, **how)
@@ -67,7 +67,7 @@ def test_evaluations_sample_no_more_at_once_than_rollouts(monkeypatch: pytest.Mo
         return decode_round(model, variables, state, *more)
 
     monkeypatch.setattr(continuous, "sample", counted)
-    monkeypatch.setattr(continuous, "_round", counted_round)
+    monkeypatch.setattr(continuous, "decode_round", counted_round)
     at_once, waves = evaluated(), evaluated(waves=2)
     assert sizes == [21, 6, 6, 6, 6]
     slots = evaluated(slots=5)

@@ -7,7 +7,8 @@ from tests.training import tiny_run
 
 
 def config() -> RunConfig:
-    """Mini-batches that divide over 8 devices. Programs are few and small: each process compiles them."""
+    """Mini-batches that divide over 8 devices. Programs are few and small: each process compiles them. Two hosts see
+    slots and strings and must decide alike."""
     default = tiny_run.config()
     return dataclasses.replace(
         default,
@@ -17,5 +18,6 @@ def config() -> RunConfig:
         checkpoint_every=2,
         model=dataclasses.replace(default.model, num_layers=1),
         learner=dataclasses.replace(default.learner, remat="none", replay="r2"),
+        rollout=dataclasses.replace(default.rollout, slots=16, stop=("23", "+1")),
         evaluation=dataclasses.replace(default.evaluation, every=0),
     )
