@@ -235,10 +235,12 @@ def _number(value: float) -> str:
 
 def _minibatch_table(plan: Plan, rows: Sequence[PerN], price: float | None) -> Table:
     config = plan.config
+    slots = f" in {config.rollout.slots} slots" if config.rollout.slots else ""
     table = Table(
         "N", "responses", "waves", "needs GiB", "s a gradient step", "sampling", "chip-hours",
         title=f"By N, for {config.gradient_steps} gradient steps of {config.prompts_per_minibatch} prompts x "
-        f"{config.samples_per_prompt}; compiled for N = {config.minibatches}; learner.score_micro_batches grows with N",
+        f"{config.samples_per_prompt}{slots}; compiled for N = {config.minibatches}; "
+        "learner.score_micro_batches grows with N",
         title_justify="left",
     )  # fmt: skip
     if price is not None:

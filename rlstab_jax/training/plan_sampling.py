@@ -26,7 +26,16 @@ from rlstab_jax.inference.continuous import (
     decode_round,
     round_windows,
 )
-from rlstab_jax.inference.slots import Slots, decode, empty_records, empty_responses, prefill, resize, windows
+from rlstab_jax.inference.slots import (
+    Prefill,
+    Slots,
+    decode,
+    empty_records,
+    empty_responses,
+    prefill,
+    resize,
+    windows,
+)
 from rlstab_jax.parallel.host_memory import HOST
 from rlstab_jax.parallel.sharding import Layout
 from rlstab_jax.stability.monitor import Monitor
@@ -231,7 +240,7 @@ class SamplingPrograms:
             slots = self.slots(self.windows[0])
             kept |= {"KV cache": (slots.prompt, slots.response), "responses": self.results}
             if self.responses > self.rows:
-                kept["prefilled before"] = self.placed(traced.out_info, row=True)
+                kept["prefilled before"] = self._lying(traced.out_info)
         return Program("prefill", traced, parts, kept)
 
     @property
@@ -239,9 +248,14 @@ class SamplingPrograms:
         """Of rounds: keys and values of the prompts whose responses wait for slots, or are in them."""
         if not self.by_rounds:
             return {}
-        # Where it does not compile, its results are taken to lie as its arguments would in a batch.
         program = self.prefill
-        return {"prefilled": program.result if program.compiles else self.placed(program.traced.out_info, row=True)}
+        return {"prefilled": program.result if program.compiles else self._lying(program.traced.out_info)}
+
+    def _lying(self, filled: Prefill) -> Prefill:
+        """Where the compiler is taken to put them, if it is not asked."""
+        caches = self.placed(filled.keys_values, Layout(self.engines.mesh).rows, "tensor")
+        others = self.placed(dataclasses.replace(filled, keys_values=[]), row=True)
+        return dataclasses.replace(others, keys_values=caches)
 
     @cached_property
     def admit(self) -> Program | None:
