@@ -9,6 +9,9 @@ import jax
 from rlstab_jax.learner import score, update
 from rlstab_jax.models import Precision
 from rlstab_jax.parallel.mesh import MeshConfig
+from rlstab_jax.training.engines import build
+from rlstab_jax.training.plan_programs import Programs
+from rlstab_jax.training.plan_sampling import device_bytes
 from rlstab_jax.training.run import train
 from tests.training import tiny_run
 
@@ -40,8 +43,20 @@ def matched():
     return dataclasses.replace(default, rollout=rollout, evaluation=dataclasses.replace(default.evaluation, every=0))
 
 
+def check_plan_of_slots() -> None:
+    """A plan takes what rounds carry to lie over all devices, whatever the layout of what was prefilled."""
+    programs = Programs(build(config(2, MESHES["three axes"])))
+    for program in (programs.prefill, programs.admit, programs.decode):
+        held = {**program.parts, **program.kept}
+        for name in ("KV cache", "responses"):
+            whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(held[name]))
+            assert device_bytes(held[name]) * 8 == whole, (program.name, name)
+        assert device_bytes(held) > 0
+
+
 if __name__ == "__main__":
     assert jax.device_count() == 8
+    check_plan_of_slots()
     for name, mesh in MESHES.items():
         for function in (score, update):
             function.clear_cache()
