@@ -6,6 +6,7 @@ from the sampler to the loss.
 """
 
 import enum
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,6 +27,14 @@ class UserError(ValueError):
 def one_line(error: BaseException) -> str:
     """What code that is not ours has raised, as a part of a message."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+Poll = Callable[[], None]
+"""Called by long work now and then, on all processes alike; what it raises ends the work."""
+
+
+def undisturbed() -> None:
+    """The `Poll` of work that is never given up."""
 
 
 class RoutingReplay(enum.Enum):

@@ -37,14 +37,12 @@ from rlstab_jax.models.config import ModelConfig
 from rlstab_jax.models.transformer import Transformer
 from rlstab_jax.parallel.distributed import on_host, put
 from rlstab_jax.parallel.sharding import Layout
-from rlstab_jax.types import Rollout, UserError, route_dtype
+from rlstab_jax.types import Poll, Rollout, UserError, route_dtype, undisturbed
 
 ROUND = 16  # steps of decoding between two looks of the host
 
 
-def sampler_for(
-    stop: StopStrings | None, slots: int = 0, poll: Callable[[], None] = lambda: None
-) -> Callable[..., Rollout]:
+def sampler_for(stop: StopStrings | None, slots: int = 0, poll: Poll = undisturbed) -> Callable[..., Rollout]:
     """`sample`, or `sample_continuously` where strings end responses or ``slots`` are limited; 0: all are in flight."""
     if stop is None and not slots:
         return sample
@@ -66,7 +64,7 @@ def sample_continuously(
     record_routes: bool = True,
     round_length: int = ROUND,
     stop: StopStrings | None = None,
-    poll: Callable[[], None] = lambda: None,
+    poll: Poll = undisturbed,
 ) -> Rollout:
     """Samples as `sample` does, with at most ``slots`` responses in flight, which are begun in their order.
 
@@ -118,11 +116,14 @@ def sample_continuously(
         state, results = decode_round(model, variables, state, results, rows, support, record_routes, round_length)
         active = np.array(state.active)
         if stop is not None:
-            after, drawn = np.asarray(state.count), np.asarray(_responses(layout, results, rows))
+            # No more than a string can span, and what the round has drawn: responses are long.
+            after, start = np.asarray(state.count), np.maximum(before - stop.reach, 0)
+            drawn = np.asarray(_drawn(layout, results, rows, start, stop.reach + round_length))
             for slot in np.flatnonzero(rows < total):
-                end = stop.end(drawn[slot, : after[slot]].tolist(), int(before[slot]))
+                seen = int(before[slot] - start[slot])
+                end = stop.end(drawn[slot, : after[slot] - start[slot]].tolist(), seen)
                 if end is not None:
-                    ends[rows[slot]], active[slot] = end, False
+                    ends[rows[slot]], active[slot] = start[slot] + end, False
             state = replace(state, active=_like(state.active, active, layout))
         rows[~active] = total
     results = results if stop is None else _cut(results, ends, sampling.pad_id, model.config)
@@ -360,10 +361,13 @@ def _roomy(lengths: Sequence[int], kept: int, round_length: int) -> int:
     return fits[0] if fits else lengths[-1]
 
 
-@partial(jax.jit, static_argnums=0)
-def _responses(layout: Layout, results: Rollout, rows: Int[Array, "slots"]) -> Int[Array, "slots response_length"]:
-    """For the host: on each device."""
-    return layout.constrain(results.tokens.at[rows].get(mode="clip")[:, results.prompt_length :], None, None)
+@partial(jax.jit, static_argnums=(0, 4))
+def _drawn(
+    layout: Layout, results: Rollout, rows: Int[Array, "slots"], start: Int[Array, "slots"], count: int
+) -> Int[Array, "slots count"]:
+    """Tokens of responses ``rows`` from position ``start`` on, for the host: on each device."""
+    columns = results.prompt_length + start[:, None] + jnp.arange(count)
+    return layout.constrain(results.tokens.at[rows[:, None], columns].get(mode="clip"), None, None)
 
 
 @partial(jax.jit, static_argnames="config", donate_argnames="results")

@@ -34,7 +34,9 @@ class Check:
     """How many times its baseline a quantity must be (for a fall: its inverse); inf switches the check off."""
     policy: Policy = "warn"
     """warn: say it. lower: multiply the learning rate as well. stop: end the run with a checkpoint. skip: discard the
-    updates of each global step that is an excess; only for checks of one step's updates (ratios, routing, gradient)."""
+    updates of each global step that is an excess by what updates do (not by the engines' gap, which was there before
+    them), until the check speaks: an excess that lasts is none that discarding cures. Only for ratios, largest_ratio,
+    routing and gradient."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,30 +115,32 @@ class Remark(NamedTuple):
 
 
 class Quantity(NamedTuple):
-    """A metric, what a reader calls it, its direction, and what to add before the logarithm (a share can be 0)."""
+    """A metric, what a reader calls it, its direction, what to add before the logarithm (a share can be 0), and whether
+    a step's updates make it, so that discarding them undoes it."""
 
     metric: str
     label: str
     falls: bool = False
     offset: float = 0.0
     form: str = "{:.3g}"
+    of_updates: bool = False
 
 
 SHARE = 1e-3
 QUANTITIES: dict[str, tuple[Quantity, ...]] = {
     "ratios": (
         Quantity("discrepancy/f2", "the share of tokens with pi_old/mu_old beyond 2 or 1/2", False, 1e-4, "{:.2%}"),
-        Quantity("weight/truncated", "the share of truncated weights", offset=SHARE, form="{:.2%}"),
+        Quantity("weight/truncated", "the share of truncated weights", False, SHARE, "{:.2%}", of_updates=True),
     ),
     "largest_ratio": (
-        Quantity("staleness/max_ratio", "the largest ratio pi_theta/pi_old of a step"),
+        Quantity("staleness/max_ratio", "the largest ratio pi_theta/pi_old of a step", of_updates=True),
         Quantity("discrepancy/max_ratio", "the largest ratio pi_old/mu_old of a step"),
     ),
     "routing": (
-        Quantity("routing/old_vs_target", "the share of expert sets that updates change", False, SHARE, "{:.1%}"),
+        Quantity("routing/old_vs_target", "the share of expert sets that updates change", False, SHARE, "{:.1%}", True),
         Quantity("routing/rollout_vs_old", "the share of expert sets on which engines differ", False, SHARE, "{:.1%}"),
     ),
-    "gradient": (Quantity("learner/grad_norm", "the gradient norm before clipping"),),
+    "gradient": (Quantity("learner/grad_norm", "the gradient norm before clipping", of_updates=True),),
     "length": (
         Quantity("response/length", "the mean response length, in tokens,"),
         Quantity("response/truncated", "the share of responses cut off at the limit", offset=0.05, form="{:.1%}"),
@@ -249,8 +253,15 @@ class Monitor:
 
     def discards(self, row: Row) -> bool:
         """Whether this global step's updates are to be discarded; to be asked before `observe`, which comes anyway."""
-        skipping = [name for name in SKIPPABLE if getattr(self.config, name).policy == "skip"]
-        return self.state.ready and any(finding.score > 1 for name in skipping for finding in self._findings(name, row))
+        findings = (
+            finding
+            for name in SKIPPABLE
+            if getattr(self.config, name).policy == "skip" and name not in self.state.speaking
+            for quantity in QUANTITIES[name]
+            if quantity.of_updates
+            for finding in self._compare(quantity, row, getattr(self.config, name).factor)
+        )
+        return self.state.ready and any(finding.score > 1 for finding in findings)
 
     def observe(self, row: Row) -> list[Remark]:
         """Judges the next global step; returns what has to be said now, which is mostly nothing."""
@@ -297,7 +308,8 @@ class Monitor:
                 if check.policy == "lower":
                     state.learning_rate_scale *= config.lower_by
                 step = int(row["progress/gradient_steps"])
-                remarks.append(Remark(step, name, finding.message + ".", ADVICE[name], check.policy))
+                kept = " It has lasted, so that updates are no longer discarded for it." * (check.policy == "skip")
+                remarks.append(Remark(step, name, f"{finding.message}.{kept}", ADVICE[name], check.policy))
         return remarks
 
     def _findings(self, name: str, row: Row) -> Iterator["Finding"]:

@@ -1,7 +1,7 @@
 """Tasks: prompts, tokenisers and verifiers. Text in, reward out."""
 
 from rlstab_jax.tasks.arithmetic import Arithmetic, ArithmeticConfig
-from rlstab_jax.tasks.data import decode_responses, encode_prompts, prompt_iterator
+from rlstab_jax.tasks.data import decode_responses, decode_text, encode_prompts, prompt_iterator
 from rlstab_jax.tasks.dataset import Dataset, DatasetConfig
 from rlstab_jax.tasks.protocol import (
     AnsweredTask,
@@ -54,6 +54,7 @@ __all__ = [
     "build_task",
     "check_judge",
     "decode_responses",
+    "decode_text",
     "encode_prompts",
     "prompt_iterator",
     "reward_of",

@@ -76,6 +76,14 @@ def encode_prompts(
     return tokens, mask
 
 
+def decode_text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The text of token ids. Raises UserError where the tokeniser fails."""
+    try:
+        return tokenizer.decode(ids)
+    except Exception as error:  # whatever a user's method may raise
+        raise UserError(f"{type(tokenizer).__name__}.decode failed on {ids[:20]}: {one_line(error)}") from error
+
+
 def decode_responses(
     tokens: Int[np.ndarray, "batch response_length"],
     mask: Bool[np.ndarray, "batch response_length"],
@@ -92,10 +100,7 @@ def decode_responses(
     for row, keep, cut_off in zip(tokens, mask, truncated, strict=True):
         ids = row[keep].tolist()
         ids = ids[:-1] if ids and ids[-1] in tokenizer.stop_ids else ids
-        try:
-            text = tokenizer.decode(ids)
-        except Exception as error:  # whatever a user's method may raise
-            raise UserError(f"{type(tokenizer).__name__}.decode failed on {ids[:20]}: {one_line(error)}") from error
+        text = decode_text(tokenizer, ids)
         end = min((text.index(string) for string in stop if string in text), default=len(text))
         responses.append((text[:end], not cut_off))
     return responses

@@ -1,12 +1,14 @@
 """From responses to a batch that is worth training on: judging, dynamic sampling, what becomes of over-long responses.
 
 Dynamic sampling is DAPO's (2503.14476, section 3.2): a group whose rewards are all equal has no advantage and teaches
-nothing, so that its place is given to another prompt's group, until every place holds one with signal or the attempts
-are used up. Each attempt samples a whole batch of further prompts, in the program that is compiled already; its number
-is part of the keys of its draws. What was drawn from the prompts' iterator is consumed, used or not.
+nothing (by the rewards as the task gives them: before a punishment for length, or a KL in the reward), so that its
+place is given to another prompt's group, until every place holds one with signal or the attempts are used up. Each
+attempt samples a whole batch of further prompts, in the program that is compiled already; its number is part of the
+keys of its draws. What was drawn from the prompts' iterator is consumed, used or not.
 """
 
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -28,7 +30,7 @@ from rlstab_jax.tasks import (
     reward_of,
     rewards_of,
 )
-from rlstab_jax.types import Rollout, row_axis, take_rows
+from rlstab_jax.types import Rollout, UserError, row_axis, take_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,14 +95,24 @@ def judge(
     return [text for texts, _ in judged for text in texts], rewards
 
 
-def try_task(task: Task, prompt_length: int, count: int = 4) -> None:
+def try_task(task: Task, prompt_length: int, count: int = 4, kept: bool = False) -> None:
     """Encodes a few training prompts and judges their reference answers: what cannot work is said before long work.
 
-    Raises UserError as `judge` does; for a verifier where it fails on all of them.
+    Args:
+      kept: checkpoints hold prompts, whose responses are unfinished.
+
+    Raises UserError as `judge` does; for a verifier where it fails on all of them; for answers that cannot be kept.
     """
     train = task.split("train")
     prompts = [train[i] for i in range(min(count, len(train)))]
     encode_prompts(prompts, task.tokenizer, prompt_length)
+    for prompt in prompts if kept else ():
+        if not _survives_json(prompt.answer):
+            raise UserError(
+                f"prompt {prompt.id}: its answer {prompt.answer!r} ({type(prompt.answer).__name__}) is not the same "
+                "after JSON, in which checkpoints keep the prompts of partial rollouts: make it text, a number, or a "
+                "list or dict of these, or set rollout.partial to 0"
+            )
     # A task of one's own need not have answers that are texts.
     responses = [(prompt.answer if isinstance(prompt.answer, str) else "", True) for prompt in prompts]
     if not isinstance(task, BatchTask):
@@ -110,6 +122,13 @@ def try_task(task: Task, prompt_length: int, count: int = 4) -> None:
     rewards = rewards_of(task, prompts, responses)
     if isinstance(task, Dataset) and len(prompts) in Counter(failure.reward for failure in rewards.failures).values():
         task.check(rewards, prompts)
+
+
+def _survives_json(value: Any) -> bool:
+    try:
+        return bool(json.loads(json.dumps(value)) == value)
+    except (TypeError, ValueError):
+        return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +218,7 @@ def key_ids(prompts: Sequence[Prompt]) -> list[int]:
     seen: Counter[int] = Counter()
     numbers = []
     for prompt in prompts:
-        numbers.append(prompt.id + (seen[prompt.id] << 32))
+        numbers.append(int(prompt.id) + (seen[prompt.id] << 32))
         seen[prompt.id] += 1
     return numbers
 
@@ -233,13 +252,18 @@ def _metrics(sampled: Sequence[_Logged]) -> dict[str, float]:
     return metrics
 
 
+def plain_answer(answer: Any) -> Any:
+    """A prompt's answer as samples.jsonl has it: a task of one's own may have answers that are no JSON."""
+    return answer if isinstance(answer, str | int | float | None) else str(answer)
+
+
 def _failed(responses: Responses) -> Iterator[dict[str, Any]]:
     samples = len(responses.texts) // len(responses.prompts)
     for failure in responses.rewards.failures:
         prompt = responses.prompts[failure.row // samples]
         yield {
             "prompt": prompt.text,
-            "answer": prompt.answer,
+            "answer": plain_answer(prompt.answer),
             "response": responses.texts[failure.row],
             "reward": float(responses.rewards.total[failure.row]),
             "failure": f"{failure.reward}: {failure.message}",

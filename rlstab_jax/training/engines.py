@@ -26,7 +26,7 @@ from rlstab_jax.parallel.host_memory import check_offload
 from rlstab_jax.parallel.mesh import make_mesh
 from rlstab_jax.parallel.process import check_devices
 from rlstab_jax.parallel.sharding import INFERENCE, TRAINING, Layout, check_divides, shardings
-from rlstab_jax.tasks import Task, build_task
+from rlstab_jax.tasks import Task, build_task, decode_text
 from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.kernel_check import check_kernels
 from rlstab_jax.training.pretrained import load_parameters, longest, matched
@@ -182,7 +182,7 @@ def build(config: RunConfig) -> Engines:
     tokenizer = task.tokenizer
     pair = build_pair(config, *meshes(config), jax.default_backend(), tokenizer.stop_ids, tokenizer.pad_id)
     texts = config.rollout.stop
-    stop = stop_strings(texts, tokenizer.encode, tokenizer.decode) if texts else None
+    stop = stop_strings(texts, tokenizer.encode, partial(decode_text, tokenizer)) if texts else None
     return Engines(**vars(pair), task=task, stop=stop)
 
 
@@ -250,20 +250,26 @@ def build_pair(
     rollout, model = config.rollout, config.model
     kernels = resolve_kernels(config.kernels, platform, rollout.prompt_length + rollout.response_length)
     sampling_mesh = rollout_mesh or mesh
-    rows, rollout_rows = Layout(mesh).row_parts, Layout(sampling_mesh).row_parts
-    batches = {"prompts_per_minibatch": (config.prompts_per_minibatch, rows, "mesh")}
+    making = "rollout.mesh" if rollout_mesh else "mesh"
+    rows = {"mesh": Layout(mesh).row_parts, making: Layout(sampling_mesh).row_parts}
     at_once = config.prompts_per_step // rollout.waves
-    batches["prompts_per_minibatch x minibatches / rollout.waves"] = (at_once, rollout_rows, "rollout.mesh")
-    batches["rollout.slots"] = (rollout.slots, rollout_rows, "rollout.mesh")
+    batches = [
+        ("prompts_per_minibatch", config.prompts_per_minibatch, "mesh"),
+        ("prompts_per_minibatch x minibatches / rollout.waves", at_once, making),
+        ("rollout.slots", rollout.slots, making),
+    ]
+    if config.evaluation.every:
+        batches.append(("rollout.slots", rollout.slots, "mesh"))
     if config.cold_start.max_steps:
-        batches["cold_start.batch_size"] = (config.cold_start.batch_size, rows, "mesh")
-    for name, (size, parts, on) in batches.items():
+        batches.append(("cold_start.batch_size", config.cold_start.batch_size, "mesh"))
+    for name, size, on in batches:
+        parts = rows[on]
         if size % parts:
             raise UserError(
                 f"{name} = {size} does not divide over {parts} data-parallel devices ({on}.data x {on}.fsdp x "
                 f"{on}.expert): choose a multiple of {parts}"
             )
-    _check_parts(config, {"mesh": rows, "rollout.mesh": rollout_rows})
+    _check_parts(config, rows, making)
     objective = build_objective(config.objective)
     fit.check(objective)
     needs_router = fit.reads(objective, "router")
@@ -276,6 +282,11 @@ def build_pair(
         raise UserError(
             f"samples_per_prompt = 1, but objective {config.objective.label!r} compares the responses of one prompt: "
             "all advantages would be 0; use at least 2, or an objective with another baseline"
+        )
+    if rollout.attempts > 1 and objective.advantage.func not in GROUP_RELATIVE:
+        raise UserError(
+            f"rollout.attempts = {rollout.attempts}, but under objective {config.objective.label!r} responses of equal "
+            "rewards teach, too, and dynamic sampling would replace them; use 1, or an advantage within groups"
         )
     config = dataclasses.replace(config, kernels=kernels)
     learner = config.learner
@@ -315,12 +326,15 @@ def build_pair(
     )
 
 
-def _check_parts(config: RunConfig, row_parts: dict[str, int]) -> None:
-    """Raises UserError unless each device has equally many rows of each part: else some would compute others' rows."""
+def _check_parts(config: RunConfig, row_parts: dict[str, int], making: str) -> None:
+    """Raises UserError unless each device has equally many rows of each part: else some would compute others' rows.
+
+    ``row_parts`` has the row devices of each mesh by its field, ``making`` the field of that which makes batches.
+    """
     learner, minibatch = config.learner, config.prompts_per_minibatch * config.samples_per_prompt
     for name, batch, micro_batches, on in (
         ("learner.micro_batches", minibatch, learner.micro_batches, "mesh"),
-        ("learner.score_micro_batches", config.responses_per_step, learner.score_micro_batches, "rollout.mesh"),
+        ("learner.score_micro_batches", config.responses_per_step, learner.score_micro_batches, making),
     ):
         if batch % (micro_batches * row_parts[on]):
             raise UserError(

@@ -6,7 +6,7 @@ prompts -> inference engine (mu_old) -> rollout with log-probs and routes -> rew
 What `queue` and `partial` say concerns asynchronous rollouts alone: by default a step learns from what it has made.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,7 +22,15 @@ from rlstab_jax.objectives import Objective, advantages_of
 from rlstab_jax.parallel.distributed import on_host
 from rlstab_jax.parallel.sharding import Layout
 from rlstab_jax.tasks import Prompt
-from rlstab_jax.training.collect import Batch, Responses, collect, judge, length_punishment, without_truncated
+from rlstab_jax.training.collect import (
+    Batch,
+    Responses,
+    collect,
+    judge,
+    length_punishment,
+    plain_answer,
+    without_truncated,
+)
 from rlstab_jax.training.engines import EnginePair, Engines, row_sharding
 from rlstab_jax.training.measure import decode_statistics, rollout_metrics, rollout_statistics, timed, update_metrics
 from rlstab_jax.training.partial import Unfinished, begin, go_on, lag_statistics
@@ -36,7 +44,7 @@ from rlstab_jax.training.passes import (
     score_old,
 )
 from rlstab_jax.training.queue import Experience, Queue, laid_out, start
-from rlstab_jax.types import Rollout, RoutingReplay, Scores, join_rows, take_rows
+from rlstab_jax.types import Poll, Rollout, RoutingReplay, Scores, join_rows, take_rows, undisturbed
 
 
 @struct.dataclass
@@ -62,16 +70,12 @@ def first_train_state(engines: EnginePair, params: dict) -> TrainState:
     return init_state(params, engines.numbers, learner.moments_dtype, predictor, learner.precision)
 
 
-def undisturbed() -> None:
-    """A step that is never given up."""
-
-
 def global_step(
     engines: Engines,
     state: RunState,
     prompts: Iterator[list[Prompt]],
     step: int,
-    poll: Callable[[], None] = undisturbed,
+    poll: Poll = undisturbed,
 ) -> tuple[RunState, Metrics, list[dict[str, Any]]]:
     """One rollout batch and its N updates. Under ``rollout.lag`` it is not the batch that is made in this step.
 
@@ -91,9 +95,9 @@ def global_step(
     foretelling = state.train.predictor and state.train.predictor.weights
     params, reference, predictor = making.place((state.train.params, state.reference, foretelling))
 
-    def make(queue: Queue, poll: Callable[[], None] = undisturbed) -> Queue:
+    def make(queue: Queue, poll: Poll) -> Queue:
         if engines.config.rollout.partial:
-            return another_round(engines, params, reference, prompts, step, queue)
+            return another_round(engines, params, reference, prompts, step, queue, poll)
         made = produce(making, params, reference, next(prompts), step + len(queue), prompts, predictor, poll=poll)
         made.metrics["staleness/lag"] = float(len(queue))
         return (*queue, laid_out(engines, made))
@@ -102,8 +106,9 @@ def global_step(
         queue = state.queue
         while len(queue) < engines.config.rollout.lag:  # as the run begins
             queue = make(queue, poll)
-        # A batch for a later step is made once this one's updates have begun, or beside them.
-        made = start(partial(make, queue, undisturbed if queue else poll), in_thread=engines.overlaps)
+        # In a thread it is made beside this step's updates, else before them.
+        beside = engines.overlaps and bool(queue)
+        made = start(partial(make, queue, undisturbed if beside else poll), in_thread=engines.overlaps)
         experience = (queue or made())[0]
         assert isinstance(experience, Experience)
         train, metrics = learn(engines, state.train, experience.rows, step)
@@ -119,7 +124,7 @@ def produce(
     step: int,
     further: Iterable[list[Prompt]] = (),
     predictor: dict | None = None,
-    poll: Callable[[], None] = undisturbed,
+    poll: Poll = undisturbed,
 ) -> Experience:
     """Both engines at the same weights ``params``: responses, rewards, pi_old and advantages for global step ``step``.
 
@@ -139,7 +144,8 @@ def produce(
     # y ~ mu_old, with the log-probs and routes of the inference engine, and R(x, y).
     def respond(asked: list[Prompt], attempt: int) -> Responses:
         with timed("sample") as sampling_time:
-            rollout = jax.block_until_ready(sample_responses(engines, weights, asked, step, attempt, poll=poll))
+            sampled = sample_responses(engines, weights, asked, step, attempt, poll=poll)  # noqa: F821 (deleted below)
+            rollout = jax.block_until_ready(sampled)
         poll()
         with timed("judge") as judging_time:
             texts, rewards = judge(engines.task, asked, rollout, config.rollout.stop)
@@ -172,12 +178,19 @@ def produce(
 
 
 def another_round(
-    engines: Engines, params: dict, reference: dict | None, prompts: Iterator[list[Prompt]], step: int, queue: Queue
+    engines: Engines,
+    params: dict,
+    reference: dict | None,
+    prompts: Iterator[list[Prompt]],
+    step: int,
+    queue: Queue,
+    poll: Poll = undisturbed,
 ) -> Queue:
     """Partial rollouts: one more round of each batch in the queue that is unfinished, and the first one of another."""
     making, lag = engines.making, engines.config.rollout.lag
 
     def go_on_with(one: Unfinished, of_step: int) -> Experience | Unfinished:
+        poll()
         one, statistics = go_on(making, params, one, of_step, version=step - 1)
         if one.rounds < lag:
             return one
@@ -193,6 +206,7 @@ def another_round(
         return laid_out(engines, conclude(making, reference, batch, one.old))
 
     older = [go_on_with(one, step + ahead) if isinstance(one, Unfinished) else one for ahead, one in enumerate(queue)]
+    poll()
     return (*older, begin(making, params, next(prompts), step + len(queue), version=step - 1))
 
 
@@ -226,7 +240,7 @@ def conclude(engines: Engines, reference: dict | None, batch: Batch, old: Policy
     stride = max(1, len(batch.texts) // max(1, config.logged_samples))
     shown = list(range(0, len(batch.texts), stride))[: config.logged_samples]
     samples = [
-        {"prompt": batch.prompts[groups[i]].text, "answer": batch.prompts[groups[i]].answer,
+        {"prompt": batch.prompts[groups[i]].text, "answer": plain_answer(batch.prompts[groups[i]].answer),
          "response": batch.texts[i], "reward": float(rewards[i])} for i in shown
     ]  # fmt: skip
     return Experience(rows, metrics, samples + batch.failed[: config.logged_samples])

@@ -20,7 +20,7 @@ Of each token are kept the version of the parameters that drew it, and what belo
 Each round scores the whole batch, though it keeps its own tokens alone.
 """
 
-from dataclasses import astuple, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -60,7 +60,8 @@ class Unfinished:
 
     def note(self) -> dict[str, Any]:
         """What is no array, as JSON."""
-        return {"prompts": [astuple(one) for one in self.prompts], "rounds": self.rounds, "seconds": self.seconds}
+        prompts = [(int(one.id), one.text, one.answer) for one in self.prompts]
+        return {"prompts": prompts, "rounds": self.rounds, "seconds": self.seconds}
 
     def annotated(self, note: dict[str, Any]) -> "Unfinished":
         return replace(self, **note | {"prompts": [Prompt(*one) for one in note["prompts"]]})

@@ -29,7 +29,7 @@ from rlstab_jax.tasks import Prompt, encode_prompts
 from rlstab_jax.training.collect import key_ids
 from rlstab_jax.training.config import truncates
 from rlstab_jax.training.engines import Engines
-from rlstab_jax.types import Rollout, RoutingReplay, row_axis
+from rlstab_jax.types import Poll, Rollout, RoutingReplay, row_axis, undisturbed
 
 
 def inference_weights(engines: Engines, params: dict) -> dict:
@@ -44,7 +44,7 @@ def sample_responses(
     step: int,
     attempt: int = 0,
     length: int | None = None,
-    poll: Callable[[], None] = lambda: None,
+    poll: Poll = undisturbed,
 ) -> Rollout:
     """Responses of the inference engine to train on: ``samples_per_prompt`` adjacent rows for each prompt.
 

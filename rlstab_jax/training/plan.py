@@ -8,6 +8,7 @@ rate and all overlapping. No real run is as fast; what bounds it, and what chang
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,12 +17,14 @@ from rlstab_jax.inference.continuous import admitted_at_once
 from rlstab_jax.learner import LearnerConfig
 from rlstab_jax.parallel.mesh import make_mesh
 from rlstab_jax.parallel.topology import Topology, topology_devices
+from rlstab_jax.tasks import build_task
 from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.engines import EnginePair, build_pair, check_host_memory, resolved
 from rlstab_jax.training.plan_flops import products, scaled
 from rlstab_jax.training.plan_hlo import Cost, program_cost, round_cost
 from rlstab_jax.training.plan_programs import AFFECTED, Programs
 from rlstab_jax.training.plan_sampling import Program, device_bytes
+from rlstab_jax.training.pretrained import matched
 from rlstab_jax.training.validate import validate
 from rlstab_jax.types import UserError
 
@@ -118,7 +121,9 @@ def make_plan(config: RunConfig, topology: Topology, say: Callable[[str], None] 
     model, rollout = config.model, config.rollout
     stop_ids: Sequence[int] = (0,)
     if not (model.vocab_size and rollout.prompt_length and rollout.response_length):
-        task = config.task.build()
+        task = build_task(config.task)
+        if config.initial and not model.vocab_size:
+            config = dataclasses.replace(config, model=matched(model, Path(config.initial)))
         config, stop_ids = resolved(config, task), task.tokenizer.stop_ids
     if config.rollout.log_probs == "matched":
         raise UserError("rollout.log_probs = 'matched': a plan is made for two engines; use 'decode' or 'rescore'")

@@ -187,7 +187,10 @@ def matched(model: ModelConfig, initial: Path) -> ModelConfig:
 
 
 def without_initial(config: RunConfig, run: Path) -> RunConfig:
-    """The config of what is done with a run's own parameters: those that it began from need not be there any more."""
+    """The config of what is done with a run's own parameters: those that it began from need not be there any more, and
+    no devices are set aside for batches."""
+    together = dataclasses.replace(config.rollout, devices=0, mesh=MeshConfig())
+    config = dataclasses.replace(config, rollout=together)
     if not config.initial or not (run / "manifest.json").exists():
         return config
     return dataclasses.replace(config, model=matched(config.model, run), initial="")

@@ -102,7 +102,8 @@ def train(
         raise UserError("the task has no prompts to train on: give task.train")
     if isinstance(engines.task, DescribedTask):  # each process reads its own files
         agree_on({f"the task's {name}": value for name, value in engines.task.description.items()})
-    together(lambda: try_task(engines.task, engines.config.rollout.prompt_length))
+    rollout = engines.config.rollout
+    together(lambda: try_task(engines.task, rollout.prompt_length, kept=bool(rollout.partial)))
     with held(home_of(str(out)).path):
         home, run = open_home(engines, config, str(out), fresh, accept_code, say)
         begin()

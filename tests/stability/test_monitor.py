@@ -195,6 +195,31 @@ def test_a_monitor_restored_from_json_goes_on_exactly(cut):
     assert [i for i, (discarded, _) in enumerate(expected) if discarded] == [BREAKS + 1]
 
 
+@pytest.mark.parametrize(
+    ("check", "metric", "discarded"),
+    [
+        ("gradient", "learner/grad_norm", [BREAKS, BREAKS + 1]),
+        ("ratios", "weight/truncated", [BREAKS, BREAKS + 1]),
+        # Before any update: the next step would have it again.
+        ("ratios", "discrepancy/f2", []),
+        ("largest_ratio", "discrepancy/max_ratio", []),
+        ("routing", "routing/rollout_vs_old", []),
+    ],
+)
+def test_no_run_is_discarded_for_ever(check, metric, discarded):
+    """What lasts until the check speaks is not cured by discarding, and parameters that stand still would keep it."""
+    config = replace(CONFIG, **{check: replace(getattr(CONFIG, check), policy="skip")})
+    run, monitor, got, remarks = with_fault(metric, 100.0), Monitor(config), [], []
+    for i in range(STEPS):
+        row = {name: float(column[i]) for name, column in run.items()}
+        got += [i] if monitor.discards(row) else []
+        remarks += monitor.observe(row)
+    assert got == discarded
+    (remark,) = remarks
+    assert (remark.check, remark.action) == (check, "skip")
+    assert "updates are no longer discarded for it" in remark.message
+
+
 @pytest.mark.parametrize("check", CHECKS)
 def test_what_cannot_be_meant_is_refused(check):
     off = GapCheck(math.inf) if check in GAPS else Check(math.inf)

@@ -1,6 +1,8 @@
 """Dynamic sampling and over-long responses, on rollouts made by hand, and in a run."""
 
 import dataclasses
+import json
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from rlstab_jax.inference.sampler import sample_batch
 from rlstab_jax.learner import score
 from rlstab_jax.objectives import Objective, piece, recipes
 from rlstab_jax.rundir import read_metrics
-from rlstab_jax.tasks import Arithmetic, ArithmeticConfig, DatasetConfig, Failure, Prompt, Reward, Rewards
+from rlstab_jax.tasks import Arithmetic, ArithmeticConfig, DatasetConfig, Failure, Prompt, Reward, Rewards, Split
 from rlstab_jax.training import loop
 from rlstab_jax.training.collect import (
     Responses,
@@ -22,6 +24,7 @@ from rlstab_jax.training.collect import (
     judge,
     key_ids,
     length_punishment,
+    plain_answer,
     try_task,
     without_truncated,
 )
@@ -183,6 +186,7 @@ def test_a_prompt_that_occurs_twice_is_answered_anew() -> None:
     assert [numbers[i] for i in (0, 1, 3)] == [5, 6, 7]
     keys = jax.random.key_data(sample_keys(jax.random.key(0), 1, numbers, 2))
     assert len({tuple(key) for key in keys.tolist()}) == 8
+    assert key_ids([dataclasses.replace(prompt, id=np.int32(prompt.id)) for prompt in twice]) == numbers
     again = jax.random.key_data(sample_keys(jax.random.key(0), 1, numbers, 2, attempt=1))
     assert not {tuple(key) for key in keys.tolist()} & {tuple(key) for key in again.tolist()}
 
@@ -304,3 +308,28 @@ def test_a_task_is_tried_before_long_work(tmp_path: Path):
     with pytest.raises(UserError, match="reward 'broken': its verifier failed on 4 of 4 responses, more than"):
         try_task(failing.build(), 8)
     try_task(dataclasses.replace(failing, max_verifier_failures=1.0).build(), 8)
+
+
+@pytest.mark.parametrize("answer", [Fraction(1, 2), (1, 2), np.int64(3)])
+def test_answers_that_are_no_json(answer: Any) -> None:
+    """Samples have them as text; prompts that wait in a checkpoint would not come back as they were."""
+
+    class Own(Arithmetic):
+        def split(self, split: Split) -> Any:
+            return [dataclasses.replace(super().split(split)[0], answer=answer)]
+
+        def reward(self, prompt: Prompt, response: str, *, stopped: bool = True) -> float:
+            return 0.0
+
+    task = Own(ArithmeticConfig())
+    try_task(task, 32)
+    with pytest.raises(UserError, match=rf"\({type(answer).__name__}\) is not the same after JSON, in which check"):
+        try_task(task, 32, kept=True)
+    assert json.loads(json.dumps(plain_answer(answer))) == str(answer)
+    assert [plain_answer(value) for value in ("7", 7, 0.5, None)] == ["7", 7, 0.5, None]
+
+
+def test_dynamic_sampling_is_for_advantages_within_groups() -> None:
+    """Elsewhere a group that is all right has an advantage, and would be thrown away."""
+    with pytest.raises(UserError, match=r"attempts = 2, but under objective 'reinforce' responses of equal rewards"):
+        build(configured(rollout={"attempts": 2}, objective={"name": "reinforce"}))

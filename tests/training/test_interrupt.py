@@ -68,7 +68,9 @@ def test_harmless_outside_the_main_thread() -> None:
     assert handlers() == before
 
 
-@pytest.mark.parametrize(("rollout", "polls"), [({"slots": 4}, 2), ({"waves": 2, "attempts": 2}, 1)])
+@pytest.mark.parametrize(
+    ("rollout", "polls"), [({"slots": 4}, 2), ({"waves": 2, "attempts": 2}, 1), ({"waves": 2, "lag": 1}, 1)]
+)
 def test_a_step_is_given_up_before_its_first_update(
     rollout: dict[str, Any], polls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,9 +78,10 @@ def test_a_step_is_given_up_before_its_first_update(
     nobody stopped."""
     config = configured(gradient_steps=6, rollout={"response_length": 20, **rollout}, evaluation={"every": 0})
     sample, learn, learnt, polled = passes.sample_responses, loop.learn, [], []
+    lag = config.rollout.lag
 
     def told_in_step_2(*arguments: Any, poll: Any) -> Any:
-        step = arguments[3]
+        step = arguments[3] - lag
 
         def told() -> None:
             polled.append(step)

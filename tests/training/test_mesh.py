@@ -1,10 +1,13 @@
 """A run on many devices is the run on one, to the tolerance of sums in another order."""
 
+import dataclasses
 import os
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,10 +17,11 @@ from rlstab_jax.learner import LearnerConfig
 from rlstab_jax.parallel.mesh import MeshConfig
 from rlstab_jax.rundir import read_metrics
 from rlstab_jax.training.config import RunConfig
-from rlstab_jax.training.engines import _check_parts, build, initial_params
+from rlstab_jax.training.engines import _check_parts, build, build_pair, initial_params, resolved
 from rlstab_jax.training.loop import first_train_state
 from rlstab_jax.training.run import train
 from rlstab_jax.types import UserError
+from tests.training import tiny_run
 from tests.training.eight_device_run import MESHES, config
 from tests.training.test_loop import configured
 
@@ -50,11 +54,24 @@ def test_a_run_on_eight_devices(tmp_path: Path) -> None:
 
 def test_parts_are_equal_on_all_devices() -> None:
     config = RunConfig(learner=LearnerConfig(micro_batches=4, score_micro_batches=8))
-    _check_parts(config, {"mesh": 8, "rollout.mesh": 8})
+    _check_parts(config, {"mesh": 8}, "mesh")
     with pytest.raises(UserError, match=r"learner\.micro_batches = 4: 128 responses .* over 64 .*\(mesh\)"):
-        _check_parts(config, {"mesh": 64, "rollout.mesh": 8})
+        _check_parts(config, {"mesh": 64, "rollout.mesh": 8}, "rollout.mesh")
     with pytest.raises(UserError, match=r"score_micro_batches = 8: 512 responses .* over 128 .*rollout\.mesh"):
-        _check_parts(config, {"mesh": 8, "rollout.mesh": 128})
+        _check_parts(config, {"mesh": 8, "rollout.mesh": 128}, "rollout.mesh")
+
+
+def test_slots_divide_over_each_mesh_that_samples() -> None:
+    """Evaluations are by the devices that learn; only devices set aside are those of rollout.mesh."""
+
+    def mesh(rows: int) -> Any:
+        return SimpleNamespace(shape={"data": rows, "fsdp": 1, "expert": 1, "tensor": 1}, size=rows)
+
+    config = resolved(configured(rollout={"slots": 4}), tiny_run.TASK.build())
+    config = dataclasses.replace(config, prompts_per_minibatch=6)
+    for meshes, on in (((mesh(3), None), "mesh"), ((mesh(3), mesh(2)), "mesh"), ((mesh(2), mesh(3)), r"rollout\.mesh")):
+        with pytest.raises(UserError, match=rf"rollout.slots = 4 does not divide over 3 .* \({on}\.data x"):
+            build_pair(config, *meshes, "cpu", (1,), 0)
 
 
 def test_a_state_begins_where_it_is_kept() -> None:

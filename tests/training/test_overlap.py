@@ -12,6 +12,7 @@ import pytest
 from rlstab_jax.parallel.mesh import MeshConfig
 from rlstab_jax.rundir import read_metrics
 from rlstab_jax.training.engines import build
+from rlstab_jax.training.pretrained import without_initial
 from rlstab_jax.training.run import train
 from rlstab_jax.training.validate import validate
 from rlstab_jax.types import UserError
@@ -60,3 +61,9 @@ def test_what_moves_between_meshes(tmp_path: Path) -> None:
 def test_devices_that_cannot_be_set_aside(check: Callable, rollout: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         check(configured(rollout=rollout))
+
+
+def test_finished_parameters_are_looked_at_by_all_devices(tmp_path: Path) -> None:
+    """`rlstab eval` and `diagnose` may run where there are none to set aside."""
+    apart = configured(rollout={"lag": 1, "devices": 1, "mesh": MeshConfig(tensor=1)})
+    assert without_initial(apart, tmp_path) == configured(rollout={"lag": 1})

@@ -116,8 +116,12 @@ def test_partial_rollouts_have_the_same_reference(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(loop, name, lambda *_: {})
     monkeypatch.setattr(loop, "conclude", lambda *arguments: given.append(arguments[1]))
     monkeypatch.setattr(loop, "laid_out", lambda *_: "finished")
-    queue = loop.another_round(engines, {"level": 1.0}, first, iter([[]]), 2, blank(engines)[1:])
+    polled: list[str] = []
+    queue = loop.another_round(
+        engines, {"level": 1.0}, first, iter([[]]), 2, blank(engines)[1:], lambda: polled.append("before a round")
+    )
     assert queue == ("finished", "another")
+    assert len(polled) == 2
     assert given[0] is first
 
 

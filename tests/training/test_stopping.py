@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from rlstab_jax.inference import StopStrings
 from rlstab_jax.rundir import read_metrics
-from rlstab_jax.tasks import Arithmetic, Prompt
+from rlstab_jax.tasks import Arithmetic, Prompt, decode_text
 from rlstab_jax.training.assess import Assessment, assess
 from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.engines import build
@@ -87,3 +89,13 @@ def test_a_run_whose_responses_end_at_strings(tmp_path: Path) -> None:
 def test_ends_that_cannot_be_are_refused(rollout: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build(config(**rollout))
+
+
+def test_a_tokeniser_that_fails_between_rounds_is_named() -> None:
+    class Tokenizer:
+        def decode(self, ids: Any) -> str:
+            raise IndexError(f"no such token: {max(ids)}")
+
+    stop = StopStrings(("+",), partial(decode_text, Tokenizer()), 1)
+    with pytest.raises(UserError, match=r"Tokenizer.decode failed on \[7, 9\]: IndexError: no such token: 9"):
+        stop.end([7, 9], 0)
