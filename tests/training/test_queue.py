@@ -26,7 +26,7 @@ def test_which_batch_is_learnt_from(lag: int, monkeypatch: pytest.MonkeyPatch) -
     """Parameters are the number of steps that they have taken, and prompts are numbered."""
     learnt = []
 
-    def produce(engines: Any, params: int, reference: None, prompts: int, step: int, *_: Any) -> queue.Experience:
+    def produce(engines: Any, params: int, reference: None, prompts: int, step: int, *_: Any, **__: Any) -> Any:
         return queue.Experience((params, prompts, step), {}, [])
 
     def learn(engines: Any, train: Any, rows: Any, step: int) -> tuple[Any, dict]:
