@@ -30,6 +30,7 @@ from rlstab_jax.training.diagnose import load_parameters
 from rlstab_jax.training.engines import Engines, build
 from rlstab_jax.training.evaluate import evaluation_sampling
 from rlstab_jax.training.lock import held
+from rlstab_jax.training.passes import responses_of
 from rlstab_jax.training.pretrained import without_initial
 from rlstab_jax.training.statistics import bootstrap, ladder, majority, pass_at_k
 from rlstab_jax.types import UserError, take_rows
@@ -97,7 +98,8 @@ def assess(
         raise UserError(f"right_from = {asked.right_from}: expected a finite number")
     if asked.batch % rows:
         raise UserError(f"batch = {asked.batch}: expected a multiple of {rows}, the data-parallel devices")
-    tokens, mask = encode_prompts(prompts, engines.task.tokenizer, _longest(engines, prompts))
+    length = _longest(engines, prompts)
+    encode_prompts(prompts, engines.task.tokenizer, length)  # what cannot be is said before long work
     step, params = load_parameters(engines, checkpoint, best=not asked.newest)
     where = {"checkpoint": checkpoint.absolute(), "step": step, "content": _content(engines, prompts)}
     numbers = {field.name: getattr(asked, field.name) for field in dataclasses.fields(Assessment)}  # no more than these
@@ -114,7 +116,7 @@ def assess(
         prepared = engines.settle(prepare(params, model.precision, engines.mesh))
         for start in range(done, len(prompts), asked.batch):
             part = slice(start, start + asked.batch)
-            answered = list(_answers(engines, model, prepared, prompts[part], tokens[part], mask[part], asked))
+            answered = list(_answers(engines, model, prepared, prompts[part], length, asked))
             append(path, b"".join(json_line({"batch": start // asked.batch, **row}) for row in answered))
             answers += answered
             _check_failures(engines.task, answers, of, path)
@@ -241,29 +243,25 @@ def _answers(
     model: Transformer,
     prepared: dict,
     prompts: Sequence[Prompt],
-    tokens: np.ndarray,
-    mask: np.ndarray,
+    prompt_length: int,
     asked: Assessment,
 ) -> Iterator[dict[str, Any]]:
     """A line of responses.jsonl for each prompt. A short last batch is filled up with its last prompt."""
-    missing, config = asked.batch - len(prompts), engines.config
-    fill = ((0, missing), (0, 0))
+    config = engines.config
+    fed = [*prompts, *[prompts[-1]] * (asked.batch - len(prompts))]
+    key = jax.random.fold_in(jax.random.key(config.seed), 2)
     sampling, support = evaluation_sampling(engines)
-    rollout = sampler_for(engines.stop)(
+    rollout = responses_of(
+        engines,
+        sampler_for(engines.stop, config.rollout.slots),
         model,
         prepared,
-        engines.place_rows(np.pad(tokens, fill, mode="edge")),
-        engines.place_rows(np.pad(mask, fill, mode="edge")),
-        sample_keys(
-            jax.random.fold_in(jax.random.key(config.seed), 2),
-            0,
-            [prompt.id for prompt in (*prompts, *[prompts[-1]] * missing)],
-            asked.samples,
-        ),
+        fed,
+        sample_keys(key, 0, [prompt.id for prompt in fed], asked.samples),
         sampling,
-        response_length=config.rollout.response_length,
-        samples_per_prompt=asked.samples,
+        samples=asked.samples,
         support=support,
+        prompt_length=prompt_length,
         record_routes=False,
     )
     count = len(prompts) * asked.samples

@@ -25,12 +25,13 @@ from rlstab_jax.rundir import plain, run_of
 from rlstab_jax.stability.gaps import discrepancy, routing_discrepancy
 from rlstab_jax.stability.reduce import Statistics, mean_of, merge
 from rlstab_jax.stability.routing import disagreement, flips, margin_statistics, tokens_differ
-from rlstab_jax.tasks import Prompt, encode_prompts
+from rlstab_jax.tasks import Prompt
 from rlstab_jax.training import pretrained
 from rlstab_jax.training.collect import judge
 from rlstab_jax.training.config import RunConfig, truncates
 from rlstab_jax.training.engines import Engines, build, initial_params
 from rlstab_jax.training.kernel_check import check_kernels
+from rlstab_jax.training.passes import responses_of
 from rlstab_jax.types import Rollout, UserError, take_rows
 
 PRECISIONS = {
@@ -242,16 +243,16 @@ def _gaps_of(engines: Engines, sampler: Transformer, params: dict, asked: list[P
 def _responses(engines: Engines, sampler: Transformer, params: dict, asked: list[Prompt]) -> Rollout:
     """What an inference engine answers, with log-probs and routes; draws depend on the seed alone."""
     config = engines.config
-    tokens, mask = encode_prompts(asked, engines.task.tokenizer, config.rollout.prompt_length)
-    return sampler_for(engines.stop, config.rollout.slots)(
+    samples = config.samples_per_prompt
+    return responses_of(
+        engines,
+        sampler_for(engines.stop, config.rollout.slots),
         sampler,
         prepare(params, sampler.precision, engines.mesh),
-        engines.place_rows(tokens),
-        engines.place_rows(mask),
-        sample_keys(jax.random.key(config.seed), 0, [prompt.id for prompt in asked], config.samples_per_prompt),
+        asked,
+        sample_keys(jax.random.key(config.seed), 0, [prompt.id for prompt in asked], samples),
         dataclasses.replace(engines.sampling, uniform=None),  # the precisions' gaps alone
-        response_length=config.rollout.response_length,
-        samples_per_prompt=config.samples_per_prompt,
+        samples=samples,
         support=config.rollout.support if truncates(config.rollout) else 0,
     )
 

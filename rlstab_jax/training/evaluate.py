@@ -10,10 +10,11 @@ import numpy as np
 from rlstab_jax.inference import Sampling, StopStrings, prepare, sample_keys, sampler_for
 from rlstab_jax.models import Transformer
 from rlstab_jax.parallel.distributed import on_host
-from rlstab_jax.tasks import Prompt, encode_prompts
+from rlstab_jax.tasks import Prompt
 from rlstab_jax.training.collect import judge
 from rlstab_jax.training.config import truncates
 from rlstab_jax.training.engines import Engines
+from rlstab_jax.training.passes import responses_of
 from rlstab_jax.types import Rollout, row_axis, take_rows
 
 
@@ -41,7 +42,6 @@ def accuracy(
 
     Each call with equal ``key`` draws with equal keys, so that evaluations along a run are paired.
     """
-    rollout_config = engines.config.rollout
     source = engines.task.split("heldout")
     asked = [source[i] for i in range(prompts)]
     at_once = _prompts_at_once(engines, prompts, samples)
@@ -50,20 +50,12 @@ def accuracy(
     variables = engines.settle(prepare(params, model.precision, engines.mesh))
 
     def wave(fed: list[Prompt]) -> Rollout:
-        tokens, mask = encode_prompts(fed, engines.task.tokenizer, rollout_config.prompt_length)
-        rollout = sampler_for(stop, rollout_config.slots)(
-            model,
-            variables,
-            engines.place_rows(tokens),
-            engines.place_rows(mask),
-            sample_keys(key, 0, [prompt.id for prompt in fed], samples),
-            sampling,
-            response_length=rollout_config.response_length,
-            samples_per_prompt=samples,
-            support=support,
-            record_routes=False,
+        sampler = sampler_for(stop, engines.config.rollout.slots)
+        keys = sample_keys(key, 0, [prompt.id for prompt in fed], samples)
+        options = {"support": support, "record_routes": False}
+        return on_host(
+            responses_of(engines, sampler, model, variables, fed, keys, sampling, samples=samples, **options)
         )
-        return on_host(rollout)
 
     waves = [wave(fed[i : i + at_once]) for i in range(0, len(fed), at_once)]
     whole = jax.tree.map(lambda *parts: np.concatenate(parts, axis=row_axis(parts[0])), *waves)

@@ -1,8 +1,9 @@
 """The two engines at work in a global step: the inference engine samples, the training engine scores."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from rlstab_jax.inference import (
+    Sampling,
     prepare,
     sample_keys,
     sample_matched,
@@ -37,13 +39,48 @@ def inference_weights(engines: Engines, params: dict) -> dict:
     return engines.settle(prepare(params, engines.config.rollout.precision, engines.mesh))
 
 
+def responses_of(
+    engines: Engines,
+    sampler: Callable[..., Rollout],
+    model: Transformer,
+    weights: dict,
+    prompts: Sequence[Prompt],
+    keys: Array,
+    sampling: Sampling,
+    *,
+    samples: int,
+    prompt_length: int = 0,
+    response_length: int = 0,
+    **options: Any,
+) -> Rollout:
+    """Responses of ``model`` to ``prompts``, by ``sampler``: `sample` or another with its arguments and ``options``.
+
+    ``prompt_length`` and ``response_length`` are the config's where they are 0.
+    """
+    rollout = engines.config.rollout
+    tokens, mask = encode_prompts(prompts, engines.task.tokenizer, prompt_length or rollout.prompt_length)
+    return engines.settle(
+        sampler(
+            model,
+            weights,
+            engines.place_rows(tokens),
+            engines.place_rows(mask),
+            keys,
+            sampling,
+            response_length=response_length or rollout.response_length,
+            samples_per_prompt=samples,
+            **options,
+        )
+    )
+
+
 def sample_responses(
     engines: Engines,
     weights: dict,
     prompts: list[Prompt],
     step: int,
     attempt: int = 0,
-    length: int | None = None,
+    length: int = 0,
     poll: Poll = undisturbed,
 ) -> Rollout:
     """Responses of the inference engine to train on: ``samples_per_prompt`` adjacent rows for each prompt.
@@ -54,30 +91,26 @@ def sample_responses(
       length: that of the responses; by default the config's.
       poll: called between waves, and between rounds of slots; it may raise.
     """
-    config, ids = engines.config, key_ids(prompts)
-    rollout = config.rollout
-    tokens, mask = encode_prompts(prompts, engines.task.tokenizer, rollout.prompt_length)
-    keys = sample_keys(jax.random.key(config.seed), step, ids, config.samples_per_prompt, attempt)
+    config, rollout = engines.config, engines.config.rollout
+    samples, size = config.samples_per_prompt, len(prompts) // rollout.waves
+    keys = sample_keys(jax.random.key(config.seed), step, key_ids(prompts), samples, attempt)
     matched = rollout.log_probs == "matched"
     sampler: Callable[..., Rollout] = sample_matched if matched else sampler_for(engines.stop, rollout.slots, poll)
 
     def wave(number: int) -> Rollout:
         if number:
             poll()
-        size = len(prompts) // rollout.waves
-        part = slice(number * size, (number + 1) * size)
-        return engines.settle(
-            sampler(
-                engines.inference,
-                weights,
-                engines.place_rows(tokens[part]),
-                engines.place_rows(mask[part]),
-                keys[number * size * config.samples_per_prompt :][: size * config.samples_per_prompt],
-                engines.sampling,
-                response_length=length or rollout.response_length,
-                samples_per_prompt=config.samples_per_prompt,
-                support=rollout.support if truncates(rollout) else 0,
-            )
+        return responses_of(
+            engines,
+            sampler,
+            engines.inference,
+            weights,
+            prompts[number * size :][:size],
+            keys[number * size * samples :][: size * samples],
+            engines.sampling,
+            samples=samples,
+            support=rollout.support if truncates(rollout) else 0,
+            response_length=length,
         )
 
     waves = [wave(number) for number in range(rollout.waves)]
