@@ -82,7 +82,8 @@ def measure(config: RunConfig, run: Path, prompts: int = PROMPTS) -> dict[str, A
     heldout = engines.task.split("heldout")
     probe, deltas = None, []
     with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:
-        steps = checkpoints.steps()
+        # A run that was stopped has one at the step that it had reached, too.
+        steps = [step for step in checkpoints.steps() if step * config.minibatches % EVERY == 0]
         for step in steps:
             restored = checkpoints.restore(engines.placed_like(fresh), step)
             if restored is None:

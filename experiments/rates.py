@@ -91,7 +91,9 @@ def lines(records: Mapping[str, dict[str, Any]]) -> list[tuple[str, ...]]:
 
 def draw(records: Mapping[str, dict[str, Any]], out: Path = FOLDER) -> None:
     """Writes the table and the picture: final accuracy and share of collapses by learning rate."""
+    if not (rows := table(records)):
+        return
     out.mkdir(parents=True, exist_ok=True)
-    drawing.write_csv(out / FILE, table(records))
+    drawing.write_csv(out / FILE, rows)
     cells = {label: {rate: cell_at(method, rate) for rate in RATES} for method, label in METHODS.items()}
     drawing.by_level(cells, confirmatory(records), "learning rate", out / "by_rate.png")

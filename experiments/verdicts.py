@@ -91,9 +91,9 @@ def page(results: Path) -> str:
         f"{SMALLEST:g}, the smallest effect of interest, even if it is above 0; a collapse where fewer than half of "
         "the runs do, by its interval; an equivalence where its interval lies beyond that margin. p is that of no "
         "difference (of equal counts; for an equivalence, of one at the margin or beyond), adjusted by Holm within a "
-        "study's primary contrasts, and within its secondary ones; refuting takes an interval alone. p is of a t test, "
-        "the interval of the bootstrap's percentiles: where one pair in ten is far from the others, as where (TIS) its "
-        "counterpart collapsed, an interval may leave out 0 and p not be small.",
+        "study's primary contrasts, and within its secondary ones; refuting takes an interval alone (of (a) p, too). "
+        "p is of a t test, the interval of the bootstrap's percentiles: where one pair in ten is far from the others, "
+        "as where (TIS) its counterpart collapsed, an interval may leave out 0 and p not be small.",
         "## The paper's own claims",
         _table(PAPER, judged, runs),
         measured.climbing([run for name, done in runs["off_policy"].items() if "-lr" not in name for run in done]),

@@ -161,8 +161,12 @@ def work(
         return failed
     if processes == 0:
         for job in jobs:
-            if time.time() < deadline:
-                take(job.name, *_attempt(job, runs, deadline))
+            if time.time() >= deadline:
+                break
+            row, error = _attempt(job, runs, deadline)
+            take(job.name, row, error)
+            if row is None and not error and time.time() < deadline:  # the run has answered a signal
+                raise KeyboardInterrupt
     else:
         _in_processes(jobs, runs, take, processes, deadline)
     if (left := len(jobs) - counts["done"] - len(failed)) > 0:

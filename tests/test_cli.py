@@ -287,7 +287,7 @@ def test_routes_that_are_missing(
 ) -> None:
     original = loop.sample_responses
     monkeypatch.setattr(
-        loop, "sample_responses", lambda *arguments: dataclasses.replace(original(*arguments), routes=None)
+        loop, "sample_responses", lambda *given, **how: dataclasses.replace(original(*given, **how), routes=None)
     )
     assert again(run, "--steps", 8) == 1
     assert "replay 'r3' needs recorded routes, but the rollout has none" in capsys.readouterr().err

@@ -14,7 +14,7 @@ Tables, each with its own JSON file of raw seconds:
   length      response buffers of 32 to 1024 tokens, lengths with a long tail (lognormal, sigma 1, mean 1/8, cut)
   continuous  finished rows give their slot to waiting prompts, against plain batches in order
 
-    python -m experiments.benchmarks.decode                        # all tables; peers and groups also with 2 threads
+    python -m experiments.benchmarks.decode                        # all tables, some also with 2 threads
     python -m experiments.benchmarks.decode --tables peers         # one table; the others stay as they were measured
     python -m experiments.benchmarks.decode --draw                 # README.md and the picture from the JSON files alone
     python -m experiments.benchmarks.decode --quick --out DIR      # a smoke test: tiny, this engine only

@@ -14,7 +14,7 @@ An update is a forward pass, its gradient and a step of Adam. Tables, each with 
               time and temporary memory as each of them grows
   devices     1 to 8 virtual devices that share the cores, the rows split over them
 
-    python -m experiments.benchmarks.update                        # all tables; peers and replay also with 2 threads
+    python -m experiments.benchmarks.update                        # all tables, some also with 2 threads
     python -m experiments.benchmarks.update --tables peers         # one table; the others stay as they were measured
     python -m experiments.benchmarks.update --draw                 # README.md and the picture from the JSON files alone
     python -m experiments.benchmarks.update --quick --out DIR      # a smoke test: tiny, this engine only

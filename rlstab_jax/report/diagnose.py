@@ -105,7 +105,8 @@ def _layers(ax: "Axes", rows: Sequence[Row], field: str, unit: str, **style: Any
             }
             ax.plot(np.arange(len(values)), values, linewidth=1.2, markersize=4, **(look | style))
     if not ax.lines:
-        ax.text(0.5, 0.5, "nothing differs", transform=ax.transAxes, ha="center", va="center", fontsize=8, color="0.45")
+        said = "nothing differs" if any(row["layers"] for row in rows) else "no routed layers"
+        ax.text(0.5, 0.5, said, transform=ax.transAxes, ha="center", va="center", fontsize=8, color="0.45")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     _plain(ax)
 

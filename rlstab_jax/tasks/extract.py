@@ -40,16 +40,18 @@ def after_hashes(text: str) -> str | None:
 
 
 def after_phrase(text: str) -> str | None:
-    """What follows the last "final answer is" or "the answer:", or "Answer:" that begins a line, up to the end of its
-    sentence or line; None without one.
+    """What follows the last "final answer is" or "the answer:", or "Answer:" that begins a line, there or on the next
+    line with text, up to the end of its sentence or line; None without one.
 
     >>> after_phrase("So the final answer is $3.5$. I hope it is correct.")
     '3.5'
+    >>> after_phrase("Answer:\\n42\\nI hope it is correct.")
+    '42'
     """
     ends = [match.end() for match in _PHRASE.finditer(text)]
     if not ends:
         return None
-    line = text[ends[-1] :].lstrip(" \t").split("\n")[0]
+    line = text[ends[-1] :].lstrip().split("\n")[0]
     sentence = re.split(r"\.(?:\s|$)", line)[0]
     return sentence.strip("$* \t") or None
 

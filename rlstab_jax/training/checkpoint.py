@@ -93,7 +93,7 @@ class Checkpoints:
         _log.addFilter(self._filter)
         with _write_errors(self.directory):
             self._manager = self._open()
-        self._metrics = by_first(lambda: {step: self._metric_on_disk(step) for step in self._on_disk()})
+        self._metrics = self._metrics_on_disk()
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint on disk, in ascending order, once the last save has ended."""
@@ -153,7 +153,8 @@ class Checkpoints:
         best = self._by_metric(steps)
         if best and steps[-1] > max(best):
             self._notify(f"{self.directory}: step {best[0]} is the best of those evaluated; later ones were not")
-        return self._first_good(best + [step for step in reversed(steps) if step not in best], template, partial)
+        order = best + [step for step in reversed(steps) if step not in best]
+        return self._first_good(order, template, partial, lambda: self.restore_best(template, partial=partial))
 
     def wait(self) -> None:
         """Waits until the last save is on disk, then deletes what need not be kept. Raises as ``save``."""
@@ -227,6 +228,9 @@ class Checkpoints:
         metrics = {step: metric for step in steps if (metric := self._metrics.get(step)) is not None}
         return sorted(metrics, key=lambda step: (-metrics[step], step))
 
+    def _metrics_on_disk(self) -> dict[int, float | None]:
+        return by_first(lambda: {step: self._metric_on_disk(step) for step in self._on_disk()})
+
     def _metric_on_disk(self, step: int) -> float | None:
         try:
             return self._header(step)["metric"]
@@ -234,22 +238,30 @@ class Checkpoints:
             return None  # reported when it is restored
 
     @_quiet_readers()
-    def _first_good(self, steps: Iterable[int], template: Tree, partial: bool = False) -> Restored | None:
-        damaged, gone = [], False
+    def _first_good(
+        self,
+        steps: Iterable[int],
+        template: Tree,
+        partial: bool = False,
+        again: Callable[[], Restored | None] | None = None,
+    ) -> Restored | None:
+        """The first of ``steps`` that is whole. ``again`` is called where one was deleted by the run that trains beside
+        this, which has saved another; by default for the newest."""
+        damaged = []
         for step in steps:
             try:
                 restored = self._read(step, template, partial)
             except _Damaged as error:
                 if self._read_only and step not in by_first(self._on_disk):
-                    gone = True  # deleted by the run that trains beside this, which has saved another
-                    continue
+                    self._metrics = self._metrics_on_disk()
+                    if again is not None:
+                        return again()
+                    return self._first_good(reversed(by_first(self._on_disk)), template, partial)
                 damaged.append(step)
                 self._set_aside(step, error)
             else:
                 self._current = step
                 return restored
-        if gone:
-            return self._first_good(reversed(by_first(self._on_disk)), template, partial)
         if damaged:
             raise UserError(f"{self.directory}: no good checkpoint among steps {damaged}: start afresh elsewhere")
         return None

@@ -154,7 +154,8 @@ def _from_cache(engines: Engines, entry: Path, template: dict, say: Callable[[st
 
 
 def _fingerprint(engines: Engines, initial: dict[str, int] | None = None, **but: Any) -> str:
-    """Of all that determines the result, ``but`` for fields of the cold start's config."""
+    """Of all that determines the result, ``but`` for fields of the cold start's config, and but for rounding: the mesh,
+    tiles of logits and what is computed again change the order of sums, and runs that differ in them share it."""
     config = engines.config
     determines: dict[str, Any] = {
         "task": config.task,

@@ -7,6 +7,7 @@ what the loop calls the training-inference discrepancy, at its start.
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -155,7 +156,13 @@ def _sampler(engines: Engines, name: str) -> Transformer:
 
 def print_line(g: Gaps) -> None:
     """Prints that a precision is measured, with its main numbers: the last ones may take long, or fail."""
-    print(f"{g.precision}: k3 {g.k3:.1e} nats, sets differ {g.routing_disagreement:.1%}, accuracy {g.accuracy:.3f}")
+    sets = "" if math.isnan(g.routing_disagreement) else f", sets differ {g.routing_disagreement:.1%}"  # of none
+    print(f"{g.precision}: k3 {g.k3:.1e} nats{sets}, accuracy {g.accuracy:.3f}")
+
+
+def _of_routes(number: float, form: str) -> str:
+    """A dense model has none."""
+    return "-" if math.isnan(number) else form.format(number)
 
 
 def print_table(gaps: Sequence[Gaps]) -> None:
@@ -175,9 +182,10 @@ def print_table(gaps: Sequence[Gaps]) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for g in gaps:
         # Below 1e-9 nats a KL is rounding, and a share of it means nothing.
-        share = "-" if not g.routing_k3 or g.k3 < 1e-9 else f"{g.routing_k3 / g.k3:.0%}"
-        numbers = (f"{g.k1:.1e}", f"{g.k3:.1e}", f"{g.k3_replayed:.1e}", share, f"{g.max_ratio:.3g}", f"{g.f2:.2%}")
-        routes = (f"{g.routing_disagreement:.1%}", f"{g.routing_tokens:.1%}")
+        share = _of_routes(g.routing_k3 / g.k3 if g.routing_k3 and g.k3 >= 1e-9 else math.nan, "{:.0%}")
+        replayed = _of_routes(g.k3_replayed, "{:.1e}")
+        numbers = (f"{g.k1:.1e}", f"{g.k3:.1e}", replayed, share, f"{g.max_ratio:.3g}", f"{g.f2:.2%}")
+        routes = (_of_routes(g.routing_disagreement, "{:.1%}"), _of_routes(g.routing_tokens, "{:.1%}"))
         table.add_row(g.precision, *numbers, *routes, f"{g.entropy:.3f}", f"{g.accuracy:.3f}")
     console.print(table)
     layers = Table(title="routing by MoE layer", box=box.SIMPLE)

@@ -4,6 +4,7 @@ import os
 import pathlib
 import random
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -284,6 +285,33 @@ def test_a_reader_goes_after_a_run_that_trains_meanwhile(
     assert step == 4
     assert_equal(params, make_state(4).params)
     assert lines == []
+
+
+def test_a_reader_of_the_best_finds_the_one_that_has_become_it(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best that it had seen is gone, the second of them is there still, and a later one is better."""
+    state, accuracies = {"w": jnp.zeros(4)}, {1: 0.5, 2: 0.9, 3: 0.6}
+    with Checkpoints(tmp_path, keep_last=9) as writer:
+        for step, accuracy in accuracies.items():
+            writer.save(step, state, {}, accuracy)
+    read = Checkpoints._read
+
+    def read_meanwhile(self: Checkpoints, step: int, *arguments: Any) -> Any:
+        if (tmp_path / "2").exists():
+            shutil.rmtree(tmp_path / "2")
+            with Checkpoints(tmp_path, keep_last=9) as writer:
+                monkeypatch.setattr(Checkpoints, "_read", read)
+                writer.restore(state)
+                writer.save(4, state, {}, 0.8)
+                writer.save(5, state, {}, 0.7)
+        return read(self, step, *arguments)
+
+    with Checkpoints(tmp_path, read_only=True) as reader:
+        monkeypatch.setattr(Checkpoints, "_read", read_meanwhile)
+        restored = reader.restore_best(state)
+    assert restored is not None
+    assert restored[0] == 4
 
 
 @pytest.mark.parametrize(
