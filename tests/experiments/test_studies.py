@@ -28,6 +28,7 @@ from experiments import (
 from experiments.setting import NO_CLIP, RATES
 from experiments.study import CONFIRMATORY, TUNING, Cell, Panel, Run, Study
 from rlstab_jax.objectives import build as build_objective
+from rlstab_jax.rundir import leaves, plain
 from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.validate import validate
 from tests.training import tiny_run
@@ -170,6 +171,14 @@ def test_a_run_is_known_by_what_it_computes() -> None:
     longer = dataclasses.replace(base, gradient_steps=6)
     assert len({study.key_of(base), study.key_of(longer), study.key_of(dataclasses.replace(base, seed=1))}) == 3
     assert study.differences(RunConfig(logged_samples=0, learner=dataclasses.replace(RunConfig().learner))) == {}
+
+
+def test_the_defaults_that_keys_stand_on() -> None:
+    """A committed run is known by what its config differs in from them. Where one has to change, studies that leave it
+    out state the old value (in `experiments.setting`), and then `defaults.json` may change, too."""
+    kept = json.loads((Path(__file__).parent / "defaults.json").read_text())
+    now = dict(leaves(plain(RunConfig())))
+    assert {name: now.get(name, "gone") for name in kept} == kept
 
 
 def test_studies_refuse_doubled_and_unknown_names() -> None:
