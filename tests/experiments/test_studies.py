@@ -28,6 +28,7 @@ from experiments import (
 from experiments.setting import NO_CLIP, RATES
 from experiments.study import CONFIRMATORY, TUNING, Cell, Panel, Run, Study
 from rlstab_jax.objectives import build as build_objective
+from rlstab_jax.own_code import code_of
 from rlstab_jax.rundir import leaves, plain
 from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.validate import validate
@@ -173,11 +174,15 @@ def test_a_run_is_known_by_what_it_computes() -> None:
     assert study.differences(RunConfig(logged_samples=0, learner=dataclasses.replace(RunConfig().learner))) == {}
 
 
-def test_the_defaults_that_keys_stand_on() -> None:
-    """A committed run is known by what its config differs in from them. Where one has to change, studies that leave it
-    out state the old value (in `experiments.setting`), and then `defaults.json` may change, too."""
-    kept = json.loads((Path(__file__).parent / "defaults.json").read_text())
+def test_what_keys_stand_on() -> None:
+    """A committed run is known by what its config differs in from the defaults, and by its recipe's name. Where a
+    default has to change, studies that leave it out state the old value (in `experiments.setting`); a changed recipe
+    has another name. Then `stands_on.json` may change, too."""
+    kept = json.loads((Path(__file__).parent / "stands_on.json").read_text())
     now = dict(leaves(plain(RunConfig())))
+    for given in verdicts.STUDIES:
+        for cell in given.cells:
+            now |= code_of(given.config(cell, 0))
     assert {name: now.get(name, "gone") for name in kept} == kept
 
 
