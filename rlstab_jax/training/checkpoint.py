@@ -145,7 +145,8 @@ class Checkpoints:
         steps = self.steps()
         if step is not None and step not in steps:
             raise UserError(f"{self.directory} has no checkpoint of step {step}; there are {steps}")
-        return self._first_good(reversed(steps) if step is None else [step], template, partial)
+        order = steps[::-1] if step is None else [step]
+        return self._first_good(order, template, partial, lambda: self.restore(template, partial=partial))
 
     def restore_best(self, template: Tree, *, partial: bool = False) -> Restored | None:
         """As ``restore``, but of the good checkpoint with the highest metric; the newest if none has a metric."""
@@ -242,11 +243,11 @@ class Checkpoints:
         self,
         steps: Iterable[int],
         template: Tree,
-        partial: bool = False,
-        again: Callable[[], Restored | None] | None = None,
+        partial: bool,
+        again: Callable[[], Restored | None],
     ) -> Restored | None:
-        """The first of ``steps`` that is whole. ``again`` is called where one was deleted by the run that trains beside
-        this, which has saved another; by default for the newest."""
+        """The first of ``steps`` that is whole; ``again`` where the run that trains beside this has deleted one, since
+        it has saved another then."""
         damaged = []
         for step in steps:
             try:
@@ -254,9 +255,7 @@ class Checkpoints:
             except _Damaged as error:
                 if self._read_only and step not in by_first(self._on_disk):
                     self._metrics = self._metrics_on_disk()
-                    if again is not None:
-                        return again()
-                    return self._first_good(reversed(by_first(self._on_disk)), template, partial)
+                    return again()
                 damaged.append(step)
                 self._set_aside(step, error)
             else:

@@ -23,12 +23,11 @@ from rlstab_jax.training.engines import EnginePair, build_pair, check_host_memor
 from rlstab_jax.training.plan_flops import products, scaled
 from rlstab_jax.training.plan_hlo import Cost, program_cost, round_cost
 from rlstab_jax.training.plan_programs import AFFECTED, Programs
-from rlstab_jax.training.plan_sampling import Program, device_bytes
+from rlstab_jax.training.plan_sampling import SAMPLING, Program, device_bytes
 from rlstab_jax.training.pretrained import matched
 from rlstab_jax.training.validate import validate
 from rlstab_jax.types import UserError
 
-SAMPLING = ("prefill", "admit", "resize", "decode")
 PHASES = ("prepare", *SAMPLING, "score", "split", "update")
 
 

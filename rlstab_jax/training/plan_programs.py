@@ -15,16 +15,15 @@ from rlstab_jax.learner import Minibatch, Packing, score, update
 from rlstab_jax.models.layers import PREDICTOR
 from rlstab_jax.training.engines import EnginePair
 from rlstab_jax.training.loop import minibatch, rollout_advantages
-from rlstab_jax.training.plan_sampling import Program, SamplingPrograms
+from rlstab_jax.training.plan_sampling import SAMPLING, Program, SamplingPrograms
 
 # What is made anew when a field changes. The optimiser's state lies on the devices in every phase; of the programs of
 # which it is no argument only that changes, and JAX does not compile them again.
-_SAMPLING = ("prefill", "admit", "resize", "decode")
-_STATE = ("engines", "state", "_throughout", "prepare", *_SAMPLING, "score", "split", "update")
+_STATE = ("engines", "state", "_throughout", "prepare", *SAMPLING, "score", "split", "update")
 _SCORING = ("engines", "score", "whole", "split", "update")
 AFFECTED = {
-    "rollout.waves": ("engines", "records", "results", *_SAMPLING),
-    "rollout.slots": ("engines", *_SAMPLING),
+    "rollout.waves": ("engines", "records", "results", *SAMPLING),
+    "rollout.slots": ("engines", *SAMPLING),
     "learner.score_micro_batches": _SCORING,
     "learner.logits_per_chunk": _SCORING,
     "learner.micro_batches": ("engines", "update"),

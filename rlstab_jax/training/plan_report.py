@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from rlstab_jax.training.plan import SAMPLING, Phase, Plan
+from rlstab_jax.training.plan import Phase, Plan
+from rlstab_jax.training.plan_sampling import SAMPLING
 
 GIB = 2**30
 

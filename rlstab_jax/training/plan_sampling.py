@@ -45,6 +45,9 @@ from rlstab_jax.training.loop import first_train_state
 from rlstab_jax.training.queue import blank
 from rlstab_jax.types import Rollout
 
+SAMPLING = ("prefill", "admit", "resize", "decode")
+"""The phases that make a batch's responses; `admit` is of rounds."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:

@@ -19,12 +19,12 @@ from rlstab_jax.parallel.topology import Topology, topology
 from rlstab_jax.stability.monitor import Check, MonitorConfig
 from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.engines import build_pair
-from rlstab_jax.training.plan import PHASES, SAMPLING, Change, Phase, Plan, _over_windows, _runs, _seconds, measure
+from rlstab_jax.training.plan import PHASES, Change, Phase, Plan, _over_windows, _runs, _seconds, measure
 from rlstab_jax.training.plan_flops import products
 from rlstab_jax.training.plan_hlo import Cost
 from rlstab_jax.training.plan_programs import Programs
 from rlstab_jax.training.plan_report import as_json, by_minibatches, needed_with, print_plan
-from rlstab_jax.training.plan_sampling import device_bytes
+from rlstab_jax.training.plan_sampling import SAMPLING, device_bytes
 from tests.training import plan_config
 
 pytestmark = pytest.mark.optimised
