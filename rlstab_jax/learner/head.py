@@ -32,40 +32,87 @@ LOW = -1e30
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """How ``row_blocks`` x ``blocks`` tiles of at most ``rows`` x ``columns`` logits cover all of them."""
+    """How ``row_blocks`` x ``blocks`` tiles of at most ``rows`` x ``columns`` logits cover all of them.
+
+    ``across`` and ``along`` are the devices that rows and the vocabulary lie over. Each has an equal share of every
+    tile, cut from what it holds: nothing moves, and no device computes what another does.
+    """
 
     rows: int
     row_blocks: int
     columns: int
     blocks: int
     vocab: int
+    across: int = 1
+    along: int = 1
 
     @staticmethod
-    def of(rows: int, vocab: int, logits: int) -> "Tiles":
-        """Tiles of at most ``logits`` logits, with the whole vocabulary where `ROWS` rows of it fit."""
+    def within(logits: int, rows: int, vocab: int, across: int = 1, along: int = 1) -> "Tiles":
+        """Tiles of at most ``logits`` logits, with the whole vocabulary where `ROWS` rows of it fit, but of one logit
+        of each device at least."""
         height = min(rows, logits, max(logits // vocab, ROWS))
-        row_blocks = -(-rows // height)
         width = min(vocab, logits // height)
-        if LANES < width < vocab:
-            width -= width % LANES
-        return Tiles(-(-rows // row_blocks), row_blocks, width, -(-vocab // width), vocab)
+        if LANES * along < width < vocab:
+            width -= width % (LANES * along)
+        return Tiles.of_size(height, width, rows, vocab, across, along)
+
+    @staticmethod
+    def of_size(height: int, width: int, rows: int, vocab: int, across: int = 1, along: int = 1) -> "Tiles":
+        """Tiles of at most so many rows and columns. What devices cannot share equally is taken as one's."""
+        across, along = (of if size % of == 0 else 1 for size, of in ((rows, across), (vocab, along)))
+        row_share, share = rows // across, vocab // along
+        row_blocks = -(-row_share // min(max(height // across, 1), row_share))
+        each = max(width // along, 1)
+        return Tiles(
+            -(-row_share // row_blocks) * across, row_blocks, each * along, -(-share // each), vocab, across, along
+        )
 
     def start(self, block: Int[Array, ""]) -> Int[Array, ""]:
-        """First column of a block. The last one begins early enough to be as wide as the others."""
-        return jnp.minimum(block * self.columns, self.vocab - self.columns)
+        """First column of a block in each device's share. The last one begins early enough to be as wide as all."""
+        each = self.columns // self.along
+        return jnp.minimum(block * each, self.vocab // self.along - each)
+
+    def place(self, token: Int[Array, "..."], start: Int[Array, ""]) -> Int[Array, "..."]:
+        """The columns of tokens in the block from ``start`` on; past the last one of those that are not in it."""
+        each = self.columns // self.along
+        device, at = jnp.divmod(token, self.vocab // self.along)
+        at = at - start
+        inside = (token >= 0) & (token < self.vocab) & (at >= 0) & (at < each)
+        return jnp.where(inside, device * each + at, self.columns)
+
+    def seen(self, block: Int[Array, ""]) -> Bool[Array, "columns"]:
+        """Which columns of a block an earlier one has had."""
+        each = self.columns // self.along
+        return jnp.tile(self.start(block) + jnp.arange(each) < block * each, self.along)
 
     def split(self, x: Array, mode: str = "edge") -> Array:
-        """[rows, ...] to [row_blocks, height, ...], padded by ``mode`` (of `jnp.pad`).
-
-        Every ``row_blocks``-th row makes a block, so that on a mesh each device keeps its share of every block.
-        """
-        padding = self.rows * self.row_blocks - x.shape[0]
-        padded = jnp.pad(x, ((0, padding), *[(0, 0)] * (x.ndim - 1)), mode=mode)
-        return padded.reshape(self.rows, self.row_blocks, *x.shape[1:]).swapaxes(0, 1)
+        """[rows, ...] to [row_blocks, height, ...], padded by ``mode`` (of `jnp.pad`): of the rows of a device every
+        ``row_blocks``-th goes to the same block."""
+        each, share = self.rows // self.across, x.shape[0] // self.across
+        x = x.reshape(self.across, share, *x.shape[1:])
+        padding = ((0, 0), (0, each * self.row_blocks - share), *[(0, 0)] * (x.ndim - 2))
+        x = jnp.pad(x, padding, mode=mode).reshape(self.across, each, self.row_blocks, *x.shape[2:])
+        return jnp.moveaxis(x, 2, 0).reshape(self.row_blocks, self.rows, *x.shape[3:])
 
     def join(self, x: Array, rows: int) -> Array:
         """The inverse of ``split``."""
-        return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:rows]
+        x = x.reshape(self.row_blocks, self.across, -1, *x.shape[2:])
+        x = jnp.moveaxis(x, 0, 2).reshape(self.across, -1, *x.shape[3:])
+        return x[:, : rows // self.across].reshape(rows, *x.shape[2:])
+
+    def cut(self, weight: Array, start: Int[Array, ""], axis: int) -> Array:
+        """The columns of a block, of a weight whose vocabulary is ``axis``."""
+        each = self.columns // self.along
+        part = jax.lax.dynamic_slice_in_dim(self._by_device(weight, axis), start, each, axis + 1)
+        return part.reshape(*weight.shape[:axis], self.columns, *weight.shape[axis + 1 :])
+
+    def put(self, weight: Array, part: Array, start: Int[Array, ""], axis: int) -> Array:
+        """``weight`` with ``part`` in the place of what `cut` takes."""
+        parts = self._by_device(weight, axis), self._by_device(part, axis)
+        return jax.lax.dynamic_update_slice_in_dim(*parts, start, axis + 1).reshape(weight.shape)
+
+    def _by_device(self, weight: Array, axis: int) -> Array:
+        return weight.reshape(*weight.shape[:axis], self.along, -1, *weight.shape[axis + 1 :])
 
 
 @struct.dataclass
@@ -134,11 +181,12 @@ def head_log_probs(
         support, certain = jnp.where(drawn[:, None], support, 0), greedy | ~drawn
     rows = Rows(targets, jax.lax.stop_gradient(jnp.where(greedy, 1.0, temperature)), support, barred)
     precision, weight = head_of(model, variables)
-    tiles = Tiles.of(hidden.shape[0], vocab, logits_per_chunk)
+    devices = model.layout.row_parts, model.layout.parts("tensor")
+    tiles = Tiles.within(logits_per_chunk, hidden.shape[0], vocab, *devices)
     if precision != precision.exempt():
         # Whole rows: a floor keeps the passes over the weight few where a chunk holds a handful of them.
-        height = max(1, min(hidden.shape[0], max(logits_per_chunk // vocab, QUANTISED_ROWS * model.layout.row_parts)))
-        tiles = Tiles(height, -(-hidden.shape[0] // height), vocab, 1, vocab)
+        height = max(logits_per_chunk // vocab, QUANTISED_ROWS * devices[0])
+        tiles = Tiles.of_size(height, vocab, hidden.shape[0], vocab, *devices)
     if weight.scale is not None:
         running = _run(tiles, lambda h, start: logits_of(model, variables, h), hidden, rows)
         return jnp.where(certain, 0.0, running.log_prob), jnp.where(greedy, 0.0, running.entropy)
@@ -189,12 +237,13 @@ def _backward(tiles, precision, tied, saved, cotangents):
 
         def over_rows(d_part, xs):
             (h, rows, normaliser, entropy, of_log_prob, of_entropy), d_h = xs
-            z, column = _scaled(tiles, _product(h, part, precision, tied), rows, block, start)
+            z = _scaled(tiles, _product(h, part, precision, tied), rows, block, start)
             log_p = z - normaliser[:, None]
             d_z = -jnp.exp(log_p) * (
                 of_log_prob[:, None] + of_entropy[:, None] * jnp.maximum(log_p, LOW) + (of_entropy * entropy)[:, None]
             )
-            d_z = d_z + jnp.where((column == rows.target[:, None]) & (z > -jnp.inf), of_log_prob[:, None], 0.0)
+            target = jnp.arange(tiles.columns) == tiles.place(rows.target, start)[:, None]
+            d_z = d_z + jnp.where(target & (z > -jnp.inf), of_log_prob[:, None], 0.0)
             d_logits = (d_z / rows.temperature[:, None]).astype(narrow)
             # [height, columns] with [columns, d] or [d, columns]; then [height, columns] and [height, d].
             d_h = d_h + dot(d_logits, numbers, (((1,), (0 if tied else 1,)), ((), ())))
@@ -203,8 +252,9 @@ def _backward(tiles, precision, tied, saved, cotangents):
             return d_part + dot(*both, (((0,), (0,)), ((), ()))), d_h
 
         d_part, d_hidden = jax.lax.scan(over_rows, jnp.zeros(numbers.shape, jnp.float32), (operands, d_hidden))
-        d_part = d_part + _columns(tiles, tied, d_weight, start)
-        return (d_hidden, jax.lax.dynamic_update_slice_in_dim(d_weight, d_part, start, 0 if tied else 1)), None
+        axis = 0 if tied else 1
+        d_part = d_part + tiles.cut(d_weight, start, axis)
+        return (d_hidden, tiles.put(d_weight, d_part, start, axis)), None
 
     zeros = jnp.zeros(operands[0].shape, jnp.float32), jnp.zeros(weight.shape, jnp.float32)
     (d_hidden, d_weight), _ = jax.lax.scan(over_columns, zeros, jnp.arange(tiles.blocks))
@@ -223,8 +273,8 @@ def _run(tiles: Tiles, product: Callable[[Array, Array], Array], hidden: Float[A
 
         def tile(xs: tuple) -> Running:
             (h, rows), running = xs
-            z, _ = _scaled(tiles, product(h, start), rows, block, start)
-            return _extended(running, z, rows.target - start)
+            z = _scaled(tiles, product(h, start), rows, block, start)
+            return _extended(running, z, tiles.place(rows.target, start))
 
         return jax.lax.map(tile, (operands, running)), None
 
@@ -236,14 +286,14 @@ def _run(tiles: Tiles, product: Callable[[Array, Array], Array], hidden: Float[A
 
 
 def _extended(running: Running, z: Array, at: Int[Array, "rows"]) -> Running:
-    """The sums with one more tile, in whose column ``at`` the target is, if in any; -inf is outside the support."""
+    """The sums with one more tile, whose column ``at`` is the target's, if it has one; -inf is outside the support."""
     maximum = jnp.maximum(running.maximum, z.max(1))
     below = z - maximum[:, None]
     weight = jnp.exp(below)
     moment = jnp.where(weight > 0, weight * below, 0.0).sum(1)
     old, shrink = running.maximum - maximum, jnp.exp(running.maximum - maximum)
-    chosen = jnp.take_along_axis(z, jnp.clip(at, 0, z.shape[1] - 1)[:, None], axis=1)[:, 0]
-    chosen = jnp.where((at >= 0) & (at < z.shape[1]), jnp.maximum(chosen, LOW), LOW)
+    chosen = jnp.take_along_axis(z, jnp.minimum(at, z.shape[1] - 1)[:, None], axis=1)[:, 0]
+    chosen = jnp.where(at < z.shape[1], jnp.maximum(chosen, LOW), LOW)
     return Running(
         maximum,
         running.weight * shrink + weight.sum(1),
@@ -254,33 +304,26 @@ def _extended(running: Running, z: Array, at: Int[Array, "rows"]) -> Running:
 
 def _scaled(
     tiles: Tiles, logits: Float[Array, "height columns"], rows: Rows, block: Array, start: Array
-) -> tuple[Float[Array, "height columns"], Int[Array, "1 columns"]]:
-    """z of a tile, -inf outside the support and where an earlier block has been; and the numbers of its columns."""
-    column = start + jnp.arange(tiles.columns)[None]
+) -> Float[Array, "height columns"]:
+    """z of a tile, -inf outside the support and where an earlier block has been."""
     z = logits / rows.temperature[:, None]
     if tiles.vocab % tiles.columns:
-        z = jnp.where(column >= block * tiles.columns, z, -jnp.inf)
+        z = jnp.where(tiles.seen(block), -jnp.inf, z)
     if rows.support is not None:
-        z = jnp.where(_holds(z, rows.support - start), z, -jnp.inf)
+        z = jnp.where(_holds(z, tiles.place(rows.support, start)), z, -jnp.inf)
     if rows.barred is not None:
-        z = jnp.where(_holds(z, rows.barred - start), -jnp.inf, z)
-    return z, column
+        z = jnp.where(_holds(z, tiles.place(rows.barred, start)), -jnp.inf, z)
+    return z
 
 
 def _holds(z: Float[Array, "height columns"], at: Int[Array, "height n"]) -> Bool[Array, "height columns"]:
-    """True in the columns ``at`` of each row; those that lie in other tiles are left out."""
-    at = jnp.where(at < 0, z.shape[1], at)  # negative indices would count from the end
+    """True in the columns ``at`` of each row; those past the last one are left out."""
     return jnp.zeros(z.shape, bool).at[jnp.arange(len(at))[:, None], at].set(True, mode="drop")
 
 
-def _columns(tiles: Tiles, tied: bool, weight: Array, start: Array) -> Array:
-    """A block of the vocabulary: [columns, d] of a tied embedding, else [d, columns]."""
-    return jax.lax.dynamic_slice_in_dim(weight, start, tiles.columns, axis=0 if tied else 1)
-
-
 def _part(tiles: Tiles, tied: bool, weight: Stored, start: Array) -> Stored:
-    """`_columns` of a stored weight; a quantised one's are all of it."""
-    return weight if weight.scale is not None else Stored(_columns(tiles, tied, weight.values, start))
+    """A block of the vocabulary, [columns, d] of a tied embedding, else [d, columns]; of a quantised weight all."""
+    return weight if weight.scale is not None else Stored(tiles.cut(weight.values, start, 0 if tied else 1))
 
 
 def _product(h: Float[Array, "height d"], part: Stored, precision: Precision, tied: bool) -> Array:

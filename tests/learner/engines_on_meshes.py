@@ -18,12 +18,14 @@ import tiny
 
 from rlstab_jax.inference import sample, sample_continuously
 from rlstab_jax.learner import Minibatch, PolicyScores, TrainState, init_state, score, state_shardings, update
+from rlstab_jax.learner.head import head_log_probs
 from rlstab_jax.learner.score import policy_scores
 from rlstab_jax.models import ModelConfig, Precision, Transformer, fp8
 from rlstab_jax.models.layers import PREDICTOR
 from rlstab_jax.models.sharding import logical_axes
 from rlstab_jax.parallel.mesh import MeshConfig, make_mesh
 from rlstab_jax.parallel.sharding import INFERENCE, TRAINING, Layout, check_divides, shardings
+from rlstab_jax.training.plan_hlo import program_cost
 from rlstab_jax.types import Rollout, RoutingReplay
 
 CONFIG = ModelConfig(
@@ -140,6 +142,23 @@ def check_quantised(
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), got, wanted)
 
 
+def check_head(mesh: Mesh) -> None:
+    """Each device computes its own rows of every tile of logits, into whatever number of tiles they go: logits twice,
+    and the two gradients."""
+    rows, vocab, d = 8 * 31 * 5, 1000, 32
+    model = MODEL.clone(config=dataclasses.replace(CONFIG, vocab_size=vocab), mesh=mesh)
+
+    def loss(hidden: jax.Array, kernel: jax.Array, targets: jax.Array) -> jax.Array:
+        variables = {"params": {"lm_head": {"kernel": kernel}}}
+        return sum(x.sum() for x in head_log_probs(model, variables, hidden, targets, jnp.ones(rows), None, 30_000))
+
+    over = Layout(mesh).constrain_rows((jnp.ones((rows, d)), jnp.zeros(rows, jnp.int32)))
+    kernel = jax.device_put(jnp.ones((d, vocab)), NamedSharding(mesh, P("fsdp", "tensor")))
+    program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(over[0], kernel, over[1]).compile()
+    computed, needed = mesh.size * program_cost(program.as_text()).products, 4 * 2 * rows * vocab * d
+    assert needed <= computed <= 1.05 * needed, computed / needed
+
+
 def check_replay(mesh: Mesh | None, rollout: Rollout) -> None:
     """A program that replays differs from one that routes live in what brings the routes in and selects them: no
     product, no collective, no gather or sort more or less."""
@@ -168,5 +187,7 @@ if __name__ == "__main__":
     check_quantised(fp8(activations="none", kv_cache="none"), MeshConfig(2, 2, 2, 1), 20, reference, expected[0])
     check_quantised(fp8(scales="block", block=16, kv_cache="none"), MeshConfig(1, 2, 2, 2), 0, reference, expected[0])
     check_predictor(make_mesh(MeshConfig(1, 2, 2, 2)), reference)
+    check_head(make_mesh(MeshConfig(1, 2, 2, 2)))
+    check_head(make_mesh(MeshConfig(2, 2, 2, 1)))
     check_replay(None, reference)
     check_replay(make_mesh(MeshConfig(1, 2, 2, 2)), reference)

@@ -195,13 +195,42 @@ def test_logits_that_are_not_finite_show() -> None:
 
 @pytest.mark.parametrize("logits", [1, 17, 4096, 2**22, 2**24])
 @pytest.mark.parametrize(("rows", "vocab"), [(1, 17), (4096, 1000), (5000, 151_936), (7, 32_000)])
-def test_tiles_cover_all_logits_within_the_budget(rows: int, vocab: int, logits: int) -> None:
-    tiles = Tiles.of(rows, vocab, logits)
-    assert tiles.rows * tiles.columns <= logits
+@pytest.mark.parametrize(("across", "along"), [(1, 1), (8, 1), (4, 5)])
+def test_tiles_cover_all_logits_within_the_budget(rows: int, vocab: int, logits: int, across: int, along: int) -> None:
+    """On devices over which rows and vocabulary lie, too: with a budget of fewer logits than these, each has one."""
+    tiles = Tiles.within(logits, rows, vocab, across, along)
+    assert tiles.across == (across if rows % across == 0 else 1)
+    assert tiles.along == (along if vocab % along == 0 else 1)
+    assert tiles.rows * tiles.columns <= logits or tiles.rows == tiles.across or tiles.columns == tiles.along
     assert tiles.rows * tiles.row_blocks >= rows
     assert tiles.columns * tiles.blocks >= vocab
-    assert int(tiles.start(jnp.asarray(tiles.blocks - 1))) + tiles.columns == vocab
-    np.testing.assert_array_equal(tiles.join(tiles.split(jnp.arange(rows)), rows), np.arange(rows))
+    split = tiles.split(jnp.arange(rows))
+    np.testing.assert_array_equal(tiles.join(split, rows), np.arange(rows))
+    owner = np.asarray(split).reshape(tiles.row_blocks, tiles.across, -1) // (rows // tiles.across)
+    assert (owner == np.arange(tiles.across)[:, None]).all()  # every row stays with the device that has it
+
+
+@pytest.mark.parametrize("along", [1, 3])
+@pytest.mark.parametrize("width", [4, 9, 30])
+def test_blocks_of_columns(along: int, width: int) -> None:
+    """Each token is new in one block, where `place` finds it; what is cut out goes back there."""
+    vocab, tokens = 30, jnp.arange(-1, 32)
+    tiles = Tiles.of_size(1, width, 1, vocab, 1, along)
+    assert tiles.columns <= width
+    weight, filled, counted = jnp.arange(vocab)[None], jnp.zeros((1, vocab), jnp.int32), np.zeros(vocab, int)
+    for block in range(tiles.blocks):
+        start = tiles.start(jnp.int32(block))
+        part = tiles.cut(weight, start, 1)
+        owner = np.asarray(part).reshape(along, -1) // (vocab // along)
+        assert (owner == np.arange(along)[:, None]).all()  # every device has a part of its own columns
+        at = np.asarray(tiles.place(tokens, start))
+        inside = np.isin(tokens, part)
+        np.testing.assert_array_equal(np.asarray(part)[0, at[inside]], tokens[inside])
+        assert (at[~inside] == tiles.columns).all()
+        counted[np.asarray(part)[0, ~np.asarray(tiles.seen(jnp.int32(block)))]] += 1
+        filled = tiles.put(filled, part, start, 1)
+    assert (counted == 1).all()
+    np.testing.assert_array_equal(filled, weight)
 
 
 def shapes_in(jaxpr: Any) -> Iterator[tuple[int, ...]]:
