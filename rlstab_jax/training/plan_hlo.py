@@ -139,7 +139,10 @@ def _instruction(line: str) -> Instruction | None:
     operands = tuple(re.findall(r"%([\w.-]+)", rest[:end])) if opcode != "constant" else (rest[1 : end - 1],)
     if opcode == "parameter":
         operands = (rest[1 : end - 1],)
-    return Instruction(begin.group(2), opcode, arrays(shape), operands, rest[end:], begin.group(1) is not None)
+    results = arrays(shape)
+    if opcode == "fusion-start":  # ((operands), results, context): a fusion in a stream of its own
+        opcode, results = "fusion", results[len(operands) : -1]
+    return Instruction(begin.group(2), opcode, results, operands, rest[end:], begin.group(1) is not None)
 
 
 def _closing(text: str) -> int:
@@ -219,9 +222,12 @@ class _Module:
         return ({kind: everywhere} if everywhere else {}), ({kind: across} if across else {})
 
     def _rounds(self, loop: Instruction, computation: Computation) -> float:
-        """How often a loop runs that counts up by one to a constant, or whose name says it; ``rounds`` of any other."""
+        """How often a loop runs whose name says it, or of which the compiler does, or that counts up by one to a
+        constant; ``rounds`` of any other."""
         if loop.evenly:
             return loop.evenly[0]
+        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
+            return float(known.group(1))
         condition = self.computations[loop.called("condition")]
         root = next(instruction for instruction in condition.values() if instruction.root)
         root = self._unfused(root)

@@ -123,6 +123,54 @@ def test_by_hand() -> None:
     assert cost.bytes == 400 + (4 + 400) + 3 * (6400 + 12 + 9)
 
 
+GPU_MODULE = """\
+%fused (p0: f32[7,8,8], p1: s32[]) -> f32[1,8,8] {
+  %p0 = f32[7,8,8]{2,1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = f32[1,8,8]{2,1,0} dynamic-slice(%p0, %p1, %zero, %zero), dynamic_slice_sizes={1,8,8}
+}
+
+%body (state: (s32[], f32[8,8], f32[7,8,8])) -> (s32[], f32[8,8], f32[7,8,8]) {
+  %state = (s32[], f32[8,8]{1,0}, f32[7,8,8]{2,1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %x = f32[8,8]{1,0} get-tuple-element(%state), index=1
+  %w = f32[7,8,8]{2,1,0} get-tuple-element(%state), index=2
+  %begin = ((f32[7,8,8]{2,1,0}, s32[]), f32[1,8,8]{2,1,0}, u32[]) fusion-start(%w, %i), kind=kLoop, calls=%fused
+  %end = f32[1,8,8]{2,1,0} fusion-done(%begin)
+  %one = f32[8,8]{1,0} bitcast(%end)
+  %y = f32[8,8]{1,0} dot(%x, %one), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %out = (s32[], f32[8,8]{1,0}, f32[7,8,8]{2,1,0}) tuple(%i, %y, %w)
+}
+
+%condition (state: (s32[], f32[8,8], f32[7,8,8])) -> pred[] {
+  %state = (s32[], f32[8,8]{1,0}, f32[7,8,8]{2,1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  ROOT %less = pred[] fusion(%i), kind=kLoop, calls=%fused_compare
+}
+
+%fused_compare (p: s32[]) -> pred[] {
+  %p = s32[] parameter(0)
+  %seven = s32[] constant(7)
+  ROOT %lt = pred[] compare(%p, %seven), direction=LT
+}
+
+ENTRY %main (a: (s32[], f32[8,8], f32[7,8,8])) -> (s32[], f32[8,8], f32[7,8,8]) {
+  %a = (s32[], f32[8,8]{1,0}, f32[7,8,8]{2,1,0}) parameter(0)
+  ROOT %loop = (s32[], f32[8,8]{1,0}, f32[7,8,8]{2,1,0}) while(%a), condition=%condition, body=%body, \
+backend_config={"known_trip_count":{"n":"7"},"known_induction_variable":{"tuple_index":"0"}}
+}
+"""
+
+
+def test_loops_of_gpus() -> None:
+    """Their conditions have the constant inside a fusion, and the compiler states the number of rounds; what has a
+    stream of its own is a pair of instructions. A round slices 256 bytes, by an index of 4, and multiplies."""
+    cost = program_cost(GPU_MODULE)
+    assert cost.products == 7 * 2 * 8**3
+    assert cost.bytes == 7 * (256 + 256 + 4 + 3 * 256 + 4 + 1)
+
+
 def test_shapes_and_groups() -> None:
     assert arrays("f8e4m3fn[16,8]{1,0:T(8,128)(4,1)S(1)}") == (Array("f8e4m3fn", (16, 8), True),)
     found = arrays("(bf16[2,3]{1,0:T(8,128)}, pred[], u4[6]{0})")
