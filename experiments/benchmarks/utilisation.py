@@ -6,7 +6,6 @@ are not counted.
 """
 
 import dataclasses
-import sys
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ import numpy as np
 from experiments.benchmarks.common import Contender, environment, measure
 from rlstab_jax.learner import LearnerConfig, Minibatch, PolicyScores, init_state, update
 from rlstab_jax.models import Kernels, ModelConfig, Precision, Transformer, resolve_kernels
-from rlstab_jax.models.config import dense_remark, has_tokamax
+from rlstab_jax.models.config import has_tokamax
 from rlstab_jax.objectives import minirl
 from rlstab_jax.types import Rollout, RoutingReplay
 
@@ -145,8 +144,6 @@ def study(load: Load) -> dict[str, Any]:
     cells, platform = [], jax.default_backend()
     kernels = kernels_of(platform)
     for name, model in load.models.items():
-        if remark := dense_remark(kernels, platform, model):  # where no grouped product is installed
-            print(f"{name}: {remark}", file=sys.stderr, flush=True)
         tokens = load.rows * load.tokens
         results = measure([contender(name, load, model), products(load)], load.repetitions)
         cells.append({"model": name, "tokens": tokens, "contenders": results})

@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rlstab_jax.models.attention_tpu import Segments, decode_flash, decode_splash, splash, widened
+from rlstab_jax.models.attention_gpu import decode_triton
+from rlstab_jax.models.attention_parts import widened
+from rlstab_jax.models.attention_tpu import Segments, decode_flash, decode_splash, splash
 from rlstab_jax.models.precision import saturate
 from rlstab_jax.types import UserError
 
@@ -205,8 +207,8 @@ def decode_reference(
     It rounds what `reference` rounds, the weights before they are normalised and the result: so that in bfloat16 as in
     float32 what is drawn from is what is scored.
 
-    It is what GPUs use too: `jax.nn.dot_product_attention` takes keys as [time, c], so that it would transpose the
-    cache, which holds [c, time], at each step.
+    It is what `auto` is on GPUs too: `jax.nn.dot_product_attention` takes keys as [time, c], so that it would transpose
+    the cache, which holds [c, time], at each step.
     """
     rows, heads, _, c = q.shape
     (prompt_k, prompt_v), (response_k, response_v) = prompt, response
@@ -243,4 +245,5 @@ DECODE_ATTENTION = {
     "reference": widened(decode_reference),
     "splash": widened(decode_splash),
     "flash": decode_flash,
+    "triton": decode_triton,
 }

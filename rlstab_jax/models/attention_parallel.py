@@ -15,7 +15,7 @@ from jaxtyping import Array
 from rlstab_jax.parallel.sharding import Layout, partition_spec
 from rlstab_jax.types import UserError
 
-FUSED = ("cudnn", "flash", "splash")
+FUSED = ("cudnn", "flash", "splash", "triton")
 
 
 def over_devices(kernel: Callable[..., Array], name: str, layout: Layout) -> Callable[..., Array]:

@@ -5,20 +5,18 @@ On a mesh they are called by `attention_parallel.over_devices`.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from rlstab_jax.models.attention_parts import LOWEST, TINY, loaded, over_two_parts, padded
 from rlstab_jax.models.pallas import exact
-from rlstab_jax.models.precision import Format, Stored, from_bytes, saturate
+from rlstab_jax.models.precision import Format, Stored
 
 LANES, SUBLANES = 128, 8
 """A TPU register's columns and rows: what lengths of keys, and numbers of queries, are padded to multiples of."""
-LOWEST = -1e30
-TINY = 1e-37
 
 # The number of the sequence that each token of a row belongs to, 0 where none is fed; a sequence is contiguous. A mask
 # says, at compile time, that rows hold one sequence each.
@@ -43,8 +41,8 @@ def splash(
     from jax.experimental.pallas.ops.tpu import splash_attention as library
 
     heads, time, c = q.shape[1:]
-    q, k, v = (_padded(x, 2, LANES) for x in (q, k, v))
-    ids = _padded(_numbers(segments), 1, LANES)
+    q, k, v = (padded(x, 2, LANES) for x in (q, k, v))
+    ids = padded(_numbers(segments), 1, LANES)
     block = _block(q.shape[2])
     kernel = library.make_splash_mha(
         library.MultiHeadMask([library.CausalMask((q.shape[2], q.shape[2]))] * heads),
@@ -88,7 +86,7 @@ def decode_splash(
     its window; and neither returns the logsumexp, without which the samples of a prompt could not share its part.
     """
     part = functools.partial(_splash_part, interpret=interpret)
-    return _over_two_parts(part, q, prompt, response, prompt_mask, response_mask)
+    return over_two_parts(part, q, prompt, response, prompt_mask, response_mask)
 
 
 def decode_flash(
@@ -108,46 +106,10 @@ def decode_flash(
     window costs nothing.
     """
     if format == "float4_e2m1fn":
-        (pk, pv), (rk, rv) = (_loaded(part, format, q.dtype) for part in (prompt, response))
+        (pk, pv), (rk, rv) = (loaded(part, format, q.dtype) for part in (prompt, response))
         prompt, response, format = (Stored(pk), Stored(pv)), (Stored(rk), Stored(rv)), "none"
     part = functools.partial(_flash_part, format=format, interpret=interpret)
-    return _over_two_parts(part, q, prompt, response, prompt_mask, response_mask)
-
-
-def widened(kernel: Callable[..., Array]) -> Callable[..., Array]:
-    """A kernel of one decode step that takes arrays in the engine's dtype, on a cache as it is stored."""
-
-    @functools.wraps(kernel)
-    def attend(q: Array, prompt: tuple, response: tuple, *masks: Array, format: Format = "none") -> Array:
-        return kernel(q, *(_loaded(part, format, q.dtype) for part in (prompt, response)), *masks)
-
-    return attend
-
-
-def _loaded(part: tuple[Stored, Stored], format: Format, dtype: jnp.dtype) -> tuple[Array, ...]:
-    return tuple(from_bytes(stored, format).load(dtype) for stored in part)
-
-
-def _over_two_parts(
-    part: Callable[..., tuple[Array, Array]], q: Array, prompt: Any, response: Any, *masks: Array
-) -> Float[Array, "rows head 1 c"]:
-    """One call of ``part`` for the prompts' part of the cache, one for the responses', joined by their logsumexps."""
-    rows, heads, _, c = q.shape
-    prompts, kv_heads = len(masks[0]), jax.tree.leaves(prompt)[0].shape[1]
-    samples, group = rows // prompts, heads // kv_heads
-    q = q.reshape(rows, kv_heads, group, c)
-
-    def by_row(x: Array) -> Array:  # [prompts, kv_head, samples * group, ...] -> [rows, kv_head, group, ...]
-        x = x.reshape(prompts, kv_heads, samples, group, *x.shape[3:])
-        return x.swapaxes(1, 2).reshape(rows, kv_heads, group, *x.shape[4:])
-
-    by_prompt = q.reshape(prompts, samples, kv_heads, group, c).swapaxes(1, 2).reshape(prompts, kv_heads, -1, c)
-    of_prompt, prompt_sum = (by_row(x) for x in part(by_prompt, *prompt, masks[0]))
-    of_response, response_sum = part(q, *response, masks[1])
-    # The softmax over two parts is a sigmoid.
-    share = jax.nn.sigmoid(prompt_sum - response_sum)[..., None]
-    y = share * of_prompt.astype(jnp.float32) + (1 - share) * of_response.astype(jnp.float32)
-    return saturate(y, q.dtype).reshape(rows, heads, 1, c)
+    return over_two_parts(part, q, prompt, response, prompt_mask, response_mask)
 
 
 def _splash_part(
@@ -161,8 +123,8 @@ def _splash_part(
     from jax.experimental.pallas.ops.tpu import splash_attention as library
 
     kv_heads, queries, c = q.shape[1:]
-    q = _padded(q * c**-0.5, 2, SUBLANES if queries <= LANES else LANES)
-    k, v, mask = _padded(k, 3, LANES), _padded(v, 2, LANES), _padded(mask, 1, LANES)
+    q = padded(q * c**-0.5, 2, SUBLANES if queries <= LANES else LANES)
+    k, v, mask = padded(k, 3, LANES), padded(v, 2, LANES), padded(mask, 1, LANES)
     many, keys = q.shape[2], v.shape[2]
     kernel = library.make_splash_mha(
         library.MultiHeadMask([library.FullMask((many, keys))] * kv_heads),
@@ -201,11 +163,11 @@ def _flash_part(
     from jax.experimental.pallas import tpu as pltpu
 
     batch, kv_heads, queries, c = q.shape
-    q, mask = _padded(q, 2, 2 * SUBLANES), _padded(mask, 1, LANES)
-    arrays = [q, _numbers(mask)[:, None], _padded(k.values, 3, LANES), _padded(v.values, 2, LANES)]
+    q, mask = padded(q, 2, 2 * SUBLANES), padded(mask, 1, LANES)
+    arrays = [q, _numbers(mask)[:, None], padded(k.values, 3, LANES), padded(v.values, 2, LANES)]
     if k.scale is not None and v.scale is not None:
         # Scales of values are [.., key, 1] at rest: along the lanes, as those of keys are, they need no padding.
-        arrays += [_padded(scale, 3, LANES) for scale in (k.scale, v.scale.swapaxes(2, 3))]
+        arrays += [padded(scale, 3, LANES) for scale in (k.scale, v.scale.swapaxes(2, 3))]
     many, keys = q.shape[2], mask.shape[1]
     block = _flash_block(keys, kv_heads * c * k.values.dtype.itemsize)
     filled = mask.reshape(batch, -1, block).any(-1)
@@ -307,12 +269,6 @@ def _numbers(segments: Array) -> Int[Array, "..."]:
         return segments
     # No `astype`: compiling one for TPU v5p ends libtpu 0.0.42 at some shapes.
     return jnp.where(segments, jnp.ones((), jnp.int32), jnp.zeros((), jnp.int32))
-
-
-def _padded(x: Array, axis: int, multiple: int) -> Array:
-    """``x`` with zeros behind, up to a multiple."""
-    widths = [(0, -x.shape[i] % multiple if i == axis else 0) for i in range(x.ndim)]
-    return jnp.pad(x, widths)
 
 
 def _block(length: int) -> int:

@@ -27,13 +27,13 @@ class Kernels:
     """reference anywhere; chunked too, with memory in proportion to the length; cudnn needs an NVIDIA GPU and
     bfloat16 or float16; splash needs TPUs."""
     experts: Literal["auto", "dense", "tiles", "grouped", "ragged_dot", "megablox", "tokamax"] = "auto"
-    """dense is the slow reference; tiles is fast on CPU; ragged_dot runs anywhere and is fast on TPU, but on NVIDIA
-    GPUs it multiplies each of a token's k rows with every expert; grouped pads the experts' shares; megablox needs
-    TPUs; tokamax needs an NVIDIA GPU, for the gradient a Hopper (H100, H200), bfloat16 and the package of that name.
-    auto is ragged_dot on GPUs too: a run that begins there says what it costs."""
-    decode_attention: Literal["auto", "reference", "splash", "flash"] = "auto"
-    """reference anywhere; splash and flash need TPUs. flash reads int8 and fp8 caches as they are, which the others
-    widen."""
+    """dense is the slow reference; tiles is fast on CPU; grouped pads experts' shares to the largest, in one batched
+    product; ragged_dot runs anywhere and is fast on TPU, but on NVIDIA GPUs it multiplies each of a token's k rows with
+    every expert; megablox needs TPUs; tokamax needs an NVIDIA GPU, for the gradient a Hopper (H100, H200), bfloat16 and
+    the package of that name. auto is tiles on CPUs, grouped on GPUs, ragged_dot on TPUs."""
+    decode_attention: Literal["auto", "reference", "splash", "flash", "triton"] = "auto"
+    """reference anywhere; splash and flash need TPUs, triton an NVIDIA GPU. flash and triton read int8 and fp8 caches
+    as they are, which the others widen, and of a window what is filled."""
     decode_experts: Literal["auto", "dense", "tiles", "grouped", "ragged_dot", "megablox", "narrow", "tokamax"] = "auto"
     """grouped moves no weights; narrow needs TPUs and, where ``products`` are native and ``scales`` by channel, reads
     fp8 weights as they are, which the others widen at each step; the rest are those of ``experts``."""
@@ -53,7 +53,8 @@ class Kernels:
 
 
 # Where a kernel exists that does not exist everywhere.
-PLATFORM = {"cudnn": "gpu", "tokamax": "gpu", "splash": "tpu", "flash": "tpu", "megablox": "tpu", "narrow": "tpu"}
+PLATFORM = dict.fromkeys(("cudnn", "tokamax", "triton"), "gpu")
+PLATFORM |= dict.fromkeys(("splash", "flash", "megablox", "narrow"), "tpu")
 _HARDWARE = {"gpu": "an NVIDIA GPU", "tpu": "a TPU"}
 
 
@@ -82,7 +83,7 @@ def resolve_kernels(kernels: Kernels, platform: str, length: int = 0) -> Kernels
     """
     best: dict[str, Any] = {
         "attention": "chunked" if length >= LONG else "reference",
-        "experts": "tiles" if platform == "cpu" else "ragged_dot",
+        "experts": {"cpu": "tiles", "tpu": "ragged_dot"}.get(platform, "grouped"),
         "decode_attention": "reference",
         "decode_experts": "ragged_dot" if platform == "tpu" else "grouped",
     }
@@ -116,8 +117,8 @@ def dense_remark(kernels: Kernels, platform: str, model: "ModelConfig") -> str |
         return None
     return (
         f"kernels.experts = 'ragged_dot' does {model.num_experts} times the experts' work on NVIDIA GPUs, where a row "
-        "meets all of them: 'grouped' does not, nor, on H100 and H200 in bfloat16, does 'tokamax' (pip install "
-        "'rlstab_jax[tokamax]')"
+        "meets all of them: 'auto' is 'grouped', which does not, nor, on H100 and H200 in bfloat16, does 'tokamax' "
+        "(pip install 'rlstab_jax[tokamax]')"
     )
 
 

@@ -203,8 +203,8 @@ def _check_widths(weight: Stack) -> None:
             raise UserError(
                 f"the expert kernel 'tokamax' multiplies matrices whose sides are multiples of {TOKAMAX_TILE}, or of 8 "
                 f"below {TOKAMAX_TILE}, but on one device an expert's are {weight.shape[1]} and {weight.shape[2]} "
-                "(model.embed_dim, and model.expert_dim over mesh.tensor): change these, or use 'ragged_dot' in "
-                "kernels.experts and 'grouped' in kernels.decode_experts"
+                "(model.embed_dim, and model.expert_dim over mesh.tensor): change these, or use 'auto' in "
+                "kernels.experts and kernels.decode_experts"
             )
 
 
@@ -213,5 +213,5 @@ def _check_operands(kernel: str, x: Array, *supported: Any) -> None:
         names = " and ".join(str(jnp.dtype(dtype)) for dtype in supported)
         raise UserError(
             f"the expert kernel {kernel!r} multiplies {names}, but this precision multiplies {x.dtype}: use "
-            "'ragged_dot' in kernels.experts and kernels.decode_experts, or another precision"
+            "'auto' in kernels.experts and kernels.decode_experts, or another precision"
         )

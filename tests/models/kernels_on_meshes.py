@@ -14,8 +14,10 @@ from jax.sharding import PartitionSpec as P
 
 from rlstab_jax.models import Precision, fp8, quantised
 from rlstab_jax.models.attention import decode_reference, reference
+from rlstab_jax.models.attention_gpu import decode_triton
 from rlstab_jax.models.attention_parallel import over_devices
-from rlstab_jax.models.attention_tpu import decode_flash, decode_splash, splash, widened
+from rlstab_jax.models.attention_parts import widened
+from rlstab_jax.models.attention_tpu import decode_flash, decode_splash, splash
 from rlstab_jax.models.expert_parallel import compute
 from rlstab_jax.models.experts import KERNELS, ExpertWeights, Kernel, ragged
 from rlstab_jax.models.grouped_dots import megablox, narrow
@@ -207,7 +209,7 @@ def check_attention() -> None:
     """Splash, interpreted, on rows and heads that lie on eight devices, against the reference on one."""
     draw = np.random.default_rng(2)
     layout = Layout(make_mesh(MeshConfig(2, 1, 2, 2)))
-    rows, prompts, heads, kv_heads, time, c = 8, 4, 4, 2, 20, 8
+    rows, prompts, heads, kv_heads, time, c = 8, 4, 4, 2, 20, 16
 
     def normal(*shape: int) -> np.ndarray:
         return draw.standard_normal(shape).astype(np.float32)
@@ -231,7 +233,8 @@ def check_attention() -> None:
     masks = np.arange(6) >= np.arange(prompts)[:, None], np.arange(9) < np.arange(rows)[:, None]
     step = normal(rows, heads, 1, c), cache(prompts, 6), cache(rows, 9), *masks
     of = jax.tree.map(lambda a: NamedSharding(layout.mesh, P(layout.rows, *["tensor"][: a.ndim - 3])), step)
-    for kernel in (widened(partial(decode_splash, interpret=True)), partial(decode_flash, interpret=True)):
+    fused = partial(decode_flash, interpret=True), partial(decode_triton, interpret=True)
+    for kernel in (widened(partial(decode_splash, interpret=True)), *fused):
         decode = jax.jit(over_devices(kernel, "flash", layout)).lower(*jax.device_put(step, of)).compile()
         np.testing.assert_allclose(decode(*jax.device_put(step, of)), widened(decode_reference)(*step), atol=1e-5)
         assert not collectives(decode.as_text())  # the samples of a prompt lie where its part of the cache does

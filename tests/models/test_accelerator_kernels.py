@@ -13,7 +13,9 @@ import pytest
 from rlstab_jax.learner.head import head_log_probs
 from rlstab_jax.models import ModelConfig, Transformer
 from rlstab_jax.models.attention import DECODE_ATTENTION, by_lengths, chunked, cudnn, reference
-from rlstab_jax.models.attention_tpu import decode_flash, decode_splash, splash, widened
+from rlstab_jax.models.attention_gpu import decode_triton
+from rlstab_jax.models.attention_parts import widened
+from rlstab_jax.models.attention_tpu import decode_flash, decode_splash, splash
 from rlstab_jax.models.config import has_tokamax
 from rlstab_jax.models.experts import KERNELS as EXPERTS
 from rlstab_jax.models.experts import ExpertWeights, dense, ragged
@@ -92,6 +94,7 @@ MASKS = (
 DECODE = {
     "splash": widened(partial(decode_splash, interpret=True)),
     "flash": partial(decode_flash, interpret=True),
+    "triton": partial(decode_triton, interpret=True),
 }
 
 
@@ -121,6 +124,11 @@ def a_decode_step(dtype: Any, format: Format) -> list:
         ("flash", jnp.float32, "float8_e4m3fn"),
         ("flash", jnp.bfloat16, "float8_e5m2"),
         ("flash", jnp.float32, "float4_e2m1fn"),
+        ("triton", jnp.float32, "none"),
+        ("triton", jnp.bfloat16, "none"),
+        ("triton", jnp.float32, "int8"),
+        ("triton", jnp.bfloat16, "float8_e4m3fn"),
+        ("triton", jnp.float32, "float4_e2m1fn"),
     ],
 )
 def test_a_decode_step_equals_the_reference(kernel: str, dtype: Any, format: Format) -> None:
@@ -133,14 +141,22 @@ def test_a_decode_step_equals_the_reference(kernel: str, dtype: Any, format: For
     assert np.isfinite(np.asarray(nothing, np.float32)).all()
 
 
-def test_flash_reads_no_block_that_nobody_attends_to() -> None:
+@pytest.mark.parametrize("kernel", ["flash", "triton"])
+def test_no_block_is_read_that_nobody_attends_to(kernel: str) -> None:
     """Row 4 attends to the last block of its window, row 5 to the last two: what is before may be NaN."""
+    attend = DECODE[kernel]
     q, prompt, (k, v), *masks = a_decode_step(jnp.float32, "none")
-    wanted = DECODE["flash"](q, prompt, (k, v), *masks)
-    values = v.values.at[4, :, :256].set(jnp.nan).at[5, :, :128].set(jnp.nan)  # in blocks of 128
-    np.testing.assert_allclose(DECODE["flash"](q, prompt, (k, Stored(values)), *masks)[4:], wanted[4:], atol=1e-6)
-    values = values.at[5, :, 128].set(jnp.nan)
-    assert np.isnan(DECODE["flash"](q, prompt, (k, Stored(values)), *masks)[5]).all()
+    wanted = attend(q, prompt, (k, v), *masks)
+    values = v.values.at[4, :, :256].set(jnp.nan).at[5, :, :128].set(jnp.nan)  # in blocks of 64 or 128
+    np.testing.assert_allclose(attend(q, prompt, (k, Stored(values)), *masks)[4:], wanted[4:], atol=1e-6)
+    values = values.at[5, :, 171 if kernel == "triton" else 128].set(jnp.nan)  # one is in the block of the oldest key
+    assert np.isnan(attend(q, prompt, (k, Stored(values)), *masks)[5]).all()
+
+
+def test_triton_refuses_heads_that_it_cannot_load() -> None:
+    q, prompt, response, *masks = jax.tree.map(jnp.asarray, a_decode_step(jnp.float32, "none"))
+    with pytest.raises(UserError, match=r"model.head_dim a power of two from 16 on, but got 12: .* use 'reference'"):
+        DECODE["triton"](q[..., :12], prompt, response, *masks)
 
 
 def experts_case() -> tuple[dict[str, jax.Array], jax.Array]:
@@ -266,7 +282,7 @@ def test_tokamax_equals_ragged_dot() -> None:
 )
 def test_operands_that_a_kernel_lacks_are_refused(kernel: Any, precision: Precision, dtype: str) -> None:
     values, experts = experts_case()
-    message = f"the expert kernel {kernel.__name__!r} multiplies .*, but this precision multiplies {dtype}: use 'ragged"
+    message = f"the expert kernel {kernel.__name__!r} multiplies .*, but this precision multiplies {dtype}: use 'auto'"
     with pytest.raises(UserError, match=message):
         run_experts(partial(ragged, grouped_dot=kernel), values, experts, precision)
 
@@ -274,9 +290,7 @@ def test_operands_that_a_kernel_lacks_are_refused(kernel: Any, precision: Precis
 @pytest.mark.parametrize("width", [96, 20])
 def test_widths_that_tokamax_does_not_copy_are_refused(width: int) -> None:
     x, weight = jnp.zeros((64, 64), jnp.bfloat16), jnp.zeros((4, 64, width), jnp.bfloat16)
-    with pytest.raises(
-        UserError, match=f"multiples of 64, or of 8 below 64, .* are 64 and {width} .* use 'ragged_dot'"
-    ):
+    with pytest.raises(UserError, match=f"multiples of 64, or of 8 below 64, .* are 64 and {width} .* use 'auto'"):
         tokamax(x, weight, jnp.full(4, 16))
 
 

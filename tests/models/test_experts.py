@@ -142,7 +142,7 @@ def test_a_float16_expert_saturates(kernel: str) -> None:
     np.testing.assert_allclose(got.astype(np.float32), F, rtol=0.05)
 
 
-@pytest.mark.parametrize("kernel", ["tiles", "ragged_dot"])
+@pytest.mark.parametrize("kernel", ["tiles", "grouped", "ragged_dot"])
 @pytest.mark.parametrize("case", cases())
 def test_gradients_equal_the_reference(kernel: str, case: str) -> None:
     values, experts, _ = arrays(case)

@@ -45,6 +45,7 @@ def test_kernels_by_hardware() -> None:
     assert resolve_kernels(Kernels(), "tpu") == Kernels("reference", "ragged_dot", "reference", "ragged_dot")
     assert resolve_kernels(Kernels(), "tpu", 32_768).attention == "chunked"
     assert resolve_kernels(Kernels("reference"), "tpu", 32_768).attention == "reference"
+    assert resolve_kernels(Kernels(), "gpu") == Kernels("reference", "grouped", "reference", "grouped")
     assert resolve_kernels(Kernels("cudnn", "dense"), "gpu") == Kernels("cudnn", "dense", "reference", "grouped")
     explicit = Kernels("splash", "megablox", "splash", "narrow")
     assert resolve_kernels(explicit, "tpu") == explicit
@@ -52,10 +53,11 @@ def test_kernels_by_hardware() -> None:
 
 def test_dense_products_are_remarked_on() -> None:
     """Where XLA has no grouped product, with what that costs."""
-    model, kernels = ModelConfig(num_experts=64, experts_per_token=8), resolve_kernels(Kernels(), "gpu")
+    model, kernels = ModelConfig(num_experts=64, experts_per_token=8), Kernels(experts="ragged_dot")
     assert "'ragged_dot' does 64 times the experts' work on NVIDIA GPUs" in str(dense_remark(kernels, "gpu", model))
     assert dense_remark(kernels, "gpu", ModelConfig(num_experts=0)) is None
-    assert dense_remark(resolve_kernels(Kernels(), "tpu"), "tpu", model) is None
+    assert dense_remark(kernels, "tpu", model) is None
+    assert dense_remark(resolve_kernels(Kernels(), "gpu"), "gpu", model) is None
     assert dense_remark(Kernels(experts="tokamax"), "gpu", model) is None
 
 
@@ -67,6 +69,7 @@ def test_dense_products_are_remarked_on() -> None:
         ("attention", "splash", "gpu", "needs a TPU, but this is 'gpu': use 'auto' or 'reference'"),
         ("decode_attention", "splash", "cpu", "needs a TPU, but this is 'cpu': use 'auto' or 'reference'"),
         ("decode_attention", "flash", "gpu", "needs a TPU, but this is 'gpu': use 'auto' or 'reference'"),
+        ("decode_attention", "triton", "cpu", "needs an NVIDIA GPU, but this is 'cpu': use 'auto' or 'reference'"),
         ("experts", "megablox", "cpu", "needs a TPU, but this is 'cpu': use 'auto' or 'tiles'"),
         ("decode_experts", "megablox", "gpu", "needs a TPU, but this is 'gpu': use 'auto' or 'grouped'"),
         ("decode_experts", "narrow", "cpu", "needs a TPU, but this is 'cpu': use 'auto' or 'grouped'"),

@@ -12,9 +12,10 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from rlstab_jax.learner import score, update
 from rlstab_jax.models import Kernels, ModelConfig, Precision, Transformer
 from rlstab_jax.models.attention_tpu import splash
-from rlstab_jax.models.experts import KERNELS, ExpertWeights, even_tiles, tile_size, tiling
+from rlstab_jax.models.experts import KERNELS, ExpertWeights
 from rlstab_jax.models.grouped_dots import narrow
 from rlstab_jax.models.precision import Stored
+from rlstab_jax.models.sorted_experts import even_tiles, tile_size, tiling
 from rlstab_jax.training.plan_flops import products
 from rlstab_jax.types import RoutingReplay
 from tests import tiny
