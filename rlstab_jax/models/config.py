@@ -34,9 +34,12 @@ class Kernels:
     decode_attention: Literal["auto", "reference", "splash", "flash", "triton"] = "auto"
     """reference anywhere; splash and flash need TPUs, triton an NVIDIA GPU. flash and triton read int8 and fp8 caches
     as they are, which the others widen, and of a window what is filled."""
-    decode_experts: Literal["auto", "dense", "tiles", "grouped", "ragged_dot", "megablox", "narrow", "tokamax"] = "auto"
-    """grouped moves no weights; narrow needs TPUs and, where ``products`` are native and ``scales`` by channel, reads
-    fp8 weights as they are, which the others widen at each step; the rest are those of ``experts``."""
+    decode_experts: Literal[
+        "auto", "dense", "tiles", "grouped", "ragged_dot", "megablox", "narrow", "tokamax", "triton"
+    ] = "auto"
+    """grouped moves no weights; narrow needs TPUs, triton an NVIDIA GPU: where ``products`` are native and ``scales``
+    by channel, they read fp8 weights as they are, which the others widen or transpose at each step; the rest are those
+    of ``experts``."""
     expert_chunk: int = 0
     """Tokens that the experts of a layer compute at once, on a mesh those of all devices along ``expert``: bounds their
     memory, since each may have to take all of them. 0 = all."""

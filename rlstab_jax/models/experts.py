@@ -3,9 +3,9 @@
 `dense` is the reference: every expert sees every token. `tiles` sorts tokens by expert and goes over them tile by tile,
 so that shapes are static and no token is dropped. `grouped` pads each expert's share to the largest.
 `ragged` multiplies with `jax.lax.ragged_dot`, a real kernel on TPU, or with one of `grouped_dots` in its place:
-`megablox` and `narrow` on TPU, `tokamax` on GPU. An expert number equal to ``num_experts`` means "not dispatched":
-padding never loads an expert. All return sums in float32, which the caller rounds, once, whether they came from one
-device or from several.
+`megablox` and `narrow` on TPU, `tokamax` and `triton` on GPU. An expert number equal to ``num_experts`` means "not
+dispatched": padding never loads an expert. All return sums in float32, which the caller rounds, once, whether they came
+from one device or from several.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from rlstab_jax.models.grouped_dots import megablox, narrow, tokamax
+from rlstab_jax.models.grouped_dots import megablox, narrow, tokamax, triton
 from rlstab_jax.models.precision import Precision, Stored
 from rlstab_jax.models.products import scaled_product, straight_through
 from rlstab_jax.models.sorted_experts import combine, dispatch, grouped, tiles
@@ -87,4 +87,5 @@ KERNELS: dict[str, Kernel] = {
     "megablox": partial(ragged, grouped_dot=megablox),
     "narrow": partial(ragged, grouped_dot=narrow),
     "tokamax": partial(ragged, grouped_dot=tokamax),
+    "triton": partial(ragged, grouped_dot=triton),
 }

@@ -21,6 +21,8 @@ Stack = Float[Array, "E in out"]
 Sizes = Int[Array, "E"]
 LANES, SUBLANES = 128, 32
 """A TPU register's columns, and its rows of one-byte numbers."""
+TRITON_SIDE = 64
+"""Columns of a block, and what is summed over at once."""
 TOKAMAX_TILE = 64
 """What tokamax's Hopper kernels copy at once of rows, where they sum over these for a gradient, and of columns."""
 
@@ -108,11 +110,7 @@ def narrow(
             out_specs=pl.BlockSpec((block, width), lambda column, row, expert, held, first, last: (row, column)),
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * size * out.size,
-            transcendentals=0,
-            bytes_accessed=sum(math.prod(a.shape) * a.dtype.itemsize for a in (x, weight, out)),
-        ),
+        cost_estimate=_cost(x, weight, sums),
         interpret=interpret,
         name="narrow_experts",
     )(held, first, last, x, weight)
@@ -190,6 +188,86 @@ def tokamax(
         preferred_element_type=preferred_element_type,
         implementation=implementation,
     )[:rows]
+
+
+def triton(
+    x: Rows,
+    weight: Stack,
+    sizes: Sizes,
+    precision: jax.lax.Precision | None = None,
+    preferred_element_type: jnp.dtype = jnp.float32,
+    interpret: bool = False,
+) -> Float[Array, "rows out"]:
+    """As `narrow`, by a Pallas kernel for NVIDIA GPUs (Triton). No gradient.
+
+    XLA would transpose weights of fp8 for the matrix units, or widen them, in the large memory at each step. Here they
+    are multiplied as bfloat16. It copies nothing if the sides of matrices are multiples of 64.
+
+    Args:
+      interpret: runs the kernel as JAX operations, on any platform; for tests.
+    """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton as backend
+
+    (rows, size), (experts, _, columns) = x.shape, weight.shape
+    x = x.astype(jnp.bfloat16) if is_narrow_float(x.dtype) else x
+    sums = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+    side, tile = TRITON_SIDE, int(np.clip(_share(rows, weight), 16, 64))
+    weight = jnp.pad(weight, ((0, 0), (0, -size % side), (0, -columns % side)))
+    x = jnp.pad(x, ((0, tile), (0, -size % side)))  # the last tile begins in front of the last row
+    ends = jnp.cumsum(sizes).astype(jnp.int32)
+    y = pl.pallas_call(
+        functools.partial(_triton_kernel, tile=tile, precision=precision, sums=sums),
+        out_shape=jax.ShapeDtypeStruct((len(x), weight.shape[2]), sums),
+        grid=(experts, weight.shape[2] // side),
+        in_specs=[
+            pl.BlockSpec((None, 2), lambda expert, column: (expert, 0)),
+            pl.BlockSpec(x.shape, lambda expert, column: (0, 0)),
+            pl.BlockSpec((None, weight.shape[1], side), lambda expert, column: (expert, 0, column)),
+        ],
+        out_specs=pl.BlockSpec((len(x), side), lambda expert, column: (0, column)),
+        compiler_params=backend.CompilerParams(num_warps=4, num_stages=3),
+        cost_estimate=_cost(x, weight, sums),
+        interpret=interpret,
+        name="triton_experts",
+    )(jnp.stack([ends - sizes, ends], axis=1).astype(jnp.int32), x, weight)
+    return y[:rows, :columns].astype(preferred_element_type)
+
+
+def _triton_kernel(
+    ends: Any, x: Any, weight: Any, y: Any, *, tile: int, precision: jax.lax.Precision | None, sums: Any
+) -> None:
+    """A block of columns of one expert's rows, one tile after another. Its last rows may be the next expert's: those
+    are not written."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton as backend
+
+    begin, end = ends[0], ends[1]
+    chunk = TRITON_SIDE
+
+    def one(number: Array, _: None) -> None:
+        start = begin + number * tile
+        at = pl.ds(start, tile)
+
+        def add(number: Array, total: Array) -> Array:
+            part = pl.ds(number * chunk, chunk)
+            matrix = weight[part, :].astype(x.dtype)
+            return total + jnp.dot(x[at, part], matrix, precision=precision, preferred_element_type=sums)
+
+        total = jax.lax.fori_loop(0, weight.shape[0] // chunk, add, jnp.zeros((tile, chunk), sums))
+        own = start + jnp.arange(tile)[:, None] < end
+        backend.store(y.at[at, :], total, mask=jnp.broadcast_to(own, total.shape))
+
+    jax.lax.fori_loop(0, jax.lax.div(end - begin + tile - 1, tile), one, None)
+
+
+def _cost(x: Rows, weight: Stack, sums: Any) -> Any:
+    """Of a kernel that multiplies each row with one matrix, and reads all."""
+    from jax.experimental import pallas as pl
+
+    out = x.shape[0] * weight.shape[2]
+    moved = sum(math.prod(a.shape) * a.dtype.itemsize for a in (x, weight)) + out * jnp.dtype(sums).itemsize
+    return pl.CostEstimate(flops=2 * x.shape[1] * out, transcendentals=0, bytes_accessed=moved)
 
 
 def _share(rows: int, weight: Stack) -> int:

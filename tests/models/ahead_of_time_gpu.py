@@ -17,14 +17,24 @@ from jax.sharding import SingleDeviceSharding
 from rlstab_jax.models import Kernels, Precision
 from rlstab_jax.models.attention import cudnn
 from rlstab_jax.models.attention_gpu import decode_triton
-from rlstab_jax.models.grouped_dots import tokamax
+from rlstab_jax.models.grouped_dots import tokamax, triton
 from rlstab_jax.models.precision import Stored
 from rlstab_jax.models.sorted_experts import grouped
 from rlstab_jax.models.swiglu import ExpertWeights
 from rlstab_jax.parallel.topology import topology, topology_devices, without_accelerators
 from rlstab_jax.training.plan_flops import products
 from rlstab_jax.training.plan_hlo import program_cost
-from tests.models.ahead_of_time import BF16, a_decode_step, four, gradient, gradient_over, memory, sequences, stored
+from tests.models.ahead_of_time import (
+    BF16,
+    a_decode_step,
+    four,
+    gradient,
+    gradient_over,
+    memory,
+    narrow_rows,
+    sequences,
+    stored,
+)
 
 KERNELS = Kernels("cudnn", "tokamax", "triton", "tokamax")
 experts = partial(tokamax, preferred_element_type=BF16)
@@ -38,6 +48,8 @@ PROGRAMS = {
     "tokamax": (gradient(experts, 2), [*ROWS, SIZES]),
     "triton": (partial(decode_triton, format="float8_e4m3fn"), a_decode_step(BF16, stored, jnp.uint8)),
     "triton, float32": (decode_triton, a_decode_step(jnp.float32, stored)),
+    "triton experts": (triton, narrow_rows(512)),
+    "triton experts, a prefill": (triton, narrow_rows(2**17)),
 }
 TOKENS, K, E, D, F = 1024, 2, 16, 256, 128
 

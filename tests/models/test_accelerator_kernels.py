@@ -19,7 +19,7 @@ from rlstab_jax.models.attention_tpu import decode_flash, decode_splash, splash
 from rlstab_jax.models.config import has_tokamax
 from rlstab_jax.models.experts import KERNELS as EXPERTS
 from rlstab_jax.models.experts import ExpertWeights, dense, ragged
-from rlstab_jax.models.grouped_dots import megablox, narrow, tokamax
+from rlstab_jax.models.grouped_dots import megablox, narrow, tokamax, triton
 from rlstab_jax.models.precision import Format, Precision, Stored, as_bytes, fp8, quantised, store, store_weight
 from rlstab_jax.types import UserError
 
@@ -226,7 +226,8 @@ def test_grouped_products_equal_the_dense_experts(name: str) -> None:
     ],
     ids=lambda precision: f"{precision.dtype}-{precision.weights}",
 )
-def test_narrow_equals_the_dense_experts(precision: Precision) -> None:
+@pytest.mark.parametrize("product", [narrow, triton])
+def test_products_of_stored_weights_equal_the_dense_experts(product: Any, precision: Precision) -> None:
     values, experts = experts_case()
 
     @partial(jax.jit, static_argnums=0)
@@ -234,7 +235,7 @@ def test_narrow_equals_the_dense_experts(precision: Precision) -> None:
         weights = ExpertWeights(*(store_weight(values[name], precision) for name in ("gate", "up", "down")))
         return kernel(values["x"], experts, values["gates"], weights, precision)
 
-    wanted, got = (run(k, values) for k in (dense, partial(ragged, grouped_dot=partial(narrow, interpret=True))))
+    wanted, got = (run(k, values) for k in (dense, partial(ragged, grouped_dot=partial(product, interpret=True))))
     scale = np.abs(wanted).max()
     # A hidden unit on the border between two stored values moves with the last bit of its sum; bfloat16 has 8 bits.
     tolerance = 1e-2 if precision.dtype == "bfloat16" or "float8" in precision.activations else 2e-6
@@ -244,13 +245,14 @@ def test_narrow_equals_the_dense_experts(precision: Precision) -> None:
 
 
 @pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.int8])
-def test_narrow_over_several_blocks_of_rows_and_columns(dtype: Any) -> None:
-    """Blocks of 128 or 256 rows, and of 128 columns; experts begin and end within them, and two have no rows."""
+@pytest.mark.parametrize("product", [narrow, triton])
+def test_stored_weights_over_several_blocks_of_rows_and_columns(product: Any, dtype: Any) -> None:
+    """Blocks of 32 to 256 rows, of 64 or 128 columns; experts begin and end within them, and two have no rows."""
     generator = np.random.default_rng(4)
     sizes = jnp.array([70, 0, 3, 200, 0, 18], jnp.int32)
     x, weight = (jnp.asarray(generator.integers(-4, 5, shape), dtype) for shape in ((300, 8192), (6, 8192, 256)))
     sums = jnp.int32 if dtype == jnp.int8 else jnp.float32
-    got = jax.jit(partial(narrow, preferred_element_type=sums, interpret=True))(x, weight, sizes)
+    got = jax.jit(partial(product, preferred_element_type=sums, interpret=True))(x, weight, sizes)
     assert got.dtype == sums
     wanted = jax.lax.ragged_dot(x.astype(jnp.float32), weight.astype(jnp.float32), sizes)
     np.testing.assert_array_equal(got[:291], wanted[:291])  # small integers: the sums are exact

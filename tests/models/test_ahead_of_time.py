@@ -75,6 +75,8 @@ def test_gpu_kernels_compile_ahead_of_time() -> None:
     for name in ("triton", "triton, float32"):
         temporaries, largest, _ = report[name]
         assert temporaries < largest / 10, name  # nothing of the cache is copied or widened
+    temporaries, largest, _ = report["triton experts"]
+    assert temporaries < largest / 10  # nor of the weights
     # Nine products of D x F a row; shares are equal, and padded by an eighth.
     assert report["grouped"][2] == pytest.approx(1.125 * 9 * 2 * 1024 * 2 * 256 * 128, rel=0.01)
     assert "model, gradient over a mesh" in report

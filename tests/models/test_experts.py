@@ -15,7 +15,8 @@ from rlstab_jax.models.sharding import Layout
 
 D, F = 8, 6
 # Those of accelerators are in test_accelerator_kernels.py.
-EVERYWHERE = {name: kernel for name, kernel in KERNELS.items() if name not in ("megablox", "narrow", "tokamax")}
+ELSEWHERE = ("megablox", "narrow", "tokamax", "triton")
+EVERYWHERE = {name: kernel for name, kernel in KERNELS.items() if name not in ELSEWHERE}
 PRECISIONS = {"float32": Precision(), "e4m3": fp8(), "e4m3 weights": fp8(activations="none")}
 OTHERS = {
     "float16": Precision("float16"),

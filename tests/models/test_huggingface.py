@@ -21,6 +21,7 @@ from rlstab_jax.models.huggingface import export_model, import_model, parameter_
 from rlstab_jax.models.safetensors_io import INDEX, SINGLE, Source, read_checkpoint, write_checkpoint
 from rlstab_jax.parallel.mesh import MeshConfig, make_mesh
 from rlstab_jax.types import UserError
+from tests.devices import virtual
 
 MESH = make_mesh(MeshConfig(), jax.devices()[:1])
 CONFIG = tiny.MIXED
@@ -240,8 +241,7 @@ def test_an_index_that_is_wrong(tmp_path: Path) -> None:
 def test_on_meshes_and_in_little_memory() -> None:
     """In a process of its own, with 4 virtual devices: the number of devices is fixed when JAX starts."""
     root = Path(__file__).parents[2]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    environment |= {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
+    environment = os.environ | virtual(4) | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
     environment |= {"MALLOC_MMAP_THRESHOLD_": "262144"}  # what is freed goes back at once, and is not counted
     script = Path(__file__).with_name("import_on_meshes.py")
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=600)

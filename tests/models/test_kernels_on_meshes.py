@@ -16,14 +16,14 @@ from rlstab_jax.models.expert_parallel import compute
 from rlstab_jax.models.experts import ExpertWeights, tiles
 from rlstab_jax.models.precision import Stored
 from rlstab_jax.parallel.sharding import Layout
+from tests.devices import virtual
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_on_eight_devices() -> None:
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.models.kernels_on_meshes"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | virtual(8), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("passed") == 6
 
