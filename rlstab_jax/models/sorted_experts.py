@@ -25,6 +25,7 @@ from rlstab_jax.models.swiglu import (
 )
 
 Rows = Float[Array, "rows d"]
+LARGEST_TILE = 128
 
 
 def tiles(x: Tokens, experts: Experts, gates: Gates, weights: ExpertWeights, precision: Precision) -> Sums:
@@ -61,14 +62,15 @@ def _sorted(
 
 
 def tile_size(assignments: int, num_experts: int) -> int:
-    """About half of an expert's mean share, a power of two in [8, 128]: little waste, large products."""
-    return int(np.clip(2 ** math.floor(math.log2(max(assignments / num_experts / 2, 1))), 8, 128))
+    """About half of an expert's mean share, a power of two in [8, `LARGEST_TILE`]: little waste, large products."""
+    return int(np.clip(2 ** math.floor(math.log2(max(assignments / num_experts / 2, 1))), 8, LARGEST_TILE))
 
 
 def group_sizes(tokens: int, k: int, num_experts: int) -> tuple[int, ...]:
-    """Sizes that `grouped` is compiled for: multiples of 8 from just above an expert's mean share to its double."""
+    """Sizes that `grouped` is compiled for: multiples of 8 from just above an expert's mean share to its double, or to
+    four times a share of which tiles would be many."""
     mean = tokens * k / num_experts
-    factors = (1.125, 1.25, 1.375, 1.5, 2)
+    factors = (1.125, 1.25, 1.375, 1.5, 2) if mean < LARGEST_TILE else (1.125, 1.25, 1.5, 2, 3, 4)
     return tuple(sorted({min(tokens, -(-math.ceil(mean * factor) // 8) * 8) for factor in factors}))
 
 
@@ -130,31 +132,22 @@ def _through(
 
     Its gradient reads what went into silu instead of computing it again, and sums a weight's gradient in float32.
     """
-    in_groups, in_tiles = _forward(rows, weights, plan, tile, precision)
+    in_groups = partial(_forward_in_groups, rows, weights, plan, precision)
+    in_tiles = partial(_forward_in_tiles, rows, weights, plan, precision, tile)
     return _as_fits(plan, sizes, lambda size: in_groups(size)[-1], lambda: in_tiles()[-1])
 
 
 def _through_forward(rows, weights, plan, tile, sizes, precision):
-    gate, up, y = _as_fits(plan, sizes, *_forward(rows, weights, plan, tile, precision))
+    in_groups = partial(_forward_in_groups, rows, weights, plan, precision)
+    in_tiles = partial(_forward_in_tiles, rows, weights, plan, precision, tile)
+    gate, up, y = _as_fits(plan, sizes, in_groups, in_tiles)
     return y, (rows, weights.each(without_master), plan, gate, up)
-
-
-def _forward(rows, weights, plan, tile, precision):
-    return (
-        lambda size: _forward_in_groups(rows, weights, plan, size, precision),
-        lambda: _forward_in_tiles(rows, weights, plan, tile, precision),
-    )
 
 
 def _through_backward(tile, sizes, precision, saved, gradient):
     weights, plan = saved[1:3]
-
-    def in_groups(size):
-        return _backward_in_groups(*saved, gradient, size, precision)
-
-    def in_tiles():
-        return _backward_in_tiles(*saved, gradient, tile, precision)
-
+    in_groups = partial(_backward_in_groups, *saved, gradient, precision)
+    in_tiles = partial(_backward_in_tiles, *saved, gradient, precision, tile)
     d_rows, d_weights = _as_fits(plan, sizes, in_groups, in_tiles)
     return d_rows, weights.each(gradient_of, d_weights), None
 
@@ -173,36 +166,36 @@ def _as_fits(plan, sizes, in_groups, in_tiles):
         return jax.lax.switch(fits, branches)
 
 
-def _forward_in_groups(rows, weights, plan, size, precision):
+def _forward_in_groups(rows, weights, plan, precision, size):
     with _of_groups(plan, weights, size):
-        parts = swiglu_and_parts(_grouped(rows, plan, size), weights, precision)
-    return tuple(_ungrouped(part, plan) for part in parts)
+        parts = swiglu_and_parts(_to_groups(rows, plan, size), weights, precision)
+    return tuple(_from_groups(part, plan) for part in parts)
 
 
-def _backward_in_groups(rows, weights, plan, gate, up, gradient, size, precision):
-    x, gate, up, d_y = (_grouped(a, plan, size) for a in (rows, gate, up, gradient))
+def _backward_in_groups(rows, weights, plan, gate, up, gradient, precision, size):
+    x, gate, up, d_y = (_to_groups(a, plan, size) for a in (rows, gate, up, gradient))
     with _of_groups(plan, weights, size):
         d_x, d_weights = swiglu_gradient(x, gate, up, weights, precision, d_y)
-    return _ungrouped(d_x, plan), tuple(d.astype(jnp.float32) for d in d_weights)
+    return _from_groups(d_x, plan), tuple(d.astype(jnp.float32) for d in d_weights)
 
 
 def _of_groups(plan: Tiling, weights: ExpertWeights, size: int):
     return evenly(held=plan.slot.size / weights.in_layer / size)
 
 
-def _grouped(rows: Rows, plan: Tiling, size: int) -> Float[Array, "E size d"]:
+def _to_groups(rows: Rows, plan: Tiling, size: int) -> Float[Array, "E size d"]:
     """Each expert's rows, and zeros behind them."""
     row = plan.first[:, None] + jnp.arange(size)
     return jnp.where((row < plan.last[:, None])[..., None], rows.at[row].get(mode="clip"), 0)
 
 
-def _ungrouped(groups: Float[Array, "E size d"], plan: Tiling) -> Rows:
+def _from_groups(groups: Float[Array, "E size d"], plan: Tiling) -> Rows:
     row = jnp.arange(plan.source.shape[0])
     expert = jnp.minimum(jnp.searchsorted(plan.last, row, side="right", method="compare_all"), len(groups) - 1)
     return groups.at[expert, row - plan.first[expert]].get(mode="clip")
 
 
-def _forward_in_tiles(rows, weights, plan, tile, precision):
+def _forward_in_tiles(rows, weights, plan, precision, tile):
     def one(i, done):
         expert, start = _of_expert(weights, plan.owner[i]), plan.start[i]
         x = jax.lax.dynamic_slice_in_dim(rows, start, tile)
@@ -215,7 +208,7 @@ def _forward_in_tiles(rows, weights, plan, tile, precision):
         return jax.lax.fori_loop(0, plan.used, one, zeros)
 
 
-def _backward_in_tiles(rows, weights, plan, gate, up, gradient, tile, precision):
+def _backward_in_tiles(rows, weights, plan, gate, up, gradient, precision, tile):
     def one(i, done):
         d_rows, d_weights = done
         start, owner = plan.start[i], plan.owner[i]

@@ -21,6 +21,7 @@ from rlstab_jax.models import ModelConfig, Precision, fp8, quantised
 from rlstab_jax.models.by_layer import LAYERS, by_layer
 from rlstab_jax.models.layers import SCALE
 from rlstab_jax.models.transformer import embed, forward, logits_of
+from tests.devices import virtual
 
 UNTIED = dataclasses.replace(tiny.MIXED, tie_embeddings=False)
 LINEAR = {"q", "k", "v", "o", "gate", "up", "down"}
@@ -183,11 +184,7 @@ def test_errors_are_ordered_as_the_formats_are() -> None:
 
 def test_laid_out_on_meshes() -> None:
     root = Path(__file__).parents[2]
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(root),
-    }
+    environment = os.environ | virtual(8) | {"PYTHONPATH": str(root)}
     script = Path(__file__).with_name("prepared_on_meshes.py")
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -5,14 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.devices import virtual
+
 
 def test_engines_give_equal_numbers_on_every_mesh() -> None:
     root = Path(__file__).parents[2]
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(root),
-    }
+    environment = os.environ | virtual(8) | {"PYTHONPATH": str(root)}
     script = Path(__file__).with_name("engines_on_meshes.py")
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr

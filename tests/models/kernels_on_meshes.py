@@ -102,6 +102,7 @@ def check_equal() -> None:
     check_training(MeshConfig(1, 1, 4, 2), "ragged_dot")
     check_training(MeshConfig(2, 1, 4, 1), "megablox")
     check_training(MeshConfig(8, 1, 1, 1), "tiles")
+    check_training(MeshConfig(1, 2, 2, 2), "grouped", chunk=20)
 
 
 def check_imbalance() -> None:
@@ -109,6 +110,7 @@ def check_imbalance() -> None:
     everything = np.tile(np.array([[3, 2]], np.int32), (TOKENS, 1))
     for chunk in (0, 16):
         check_training(MeshConfig(1, 1, 4, 2), "tiles", chunk, everything)
+    check_training(MeshConfig(1, 1, 4, 2), "grouped", 0, everything)  # which is tiles then
     layout = Layout(make_mesh(MeshConfig(1, 1, 8, 1)))
     nowhere = np.full((TOKENS, K), E, np.int32)
     assert not np.asarray(result(arrays(), nowhere, "tiles", layout, Precision())).any()

@@ -15,6 +15,7 @@ from rlstab_jax.parallel import mesh as mesh_lib
 from rlstab_jax.parallel import sharding
 from rlstab_jax.parallel.mesh import MeshConfig
 from rlstab_jax.types import UserError
+from tests.devices import virtual
 
 
 @pytest.mark.parametrize(
@@ -98,6 +99,5 @@ def test_check_divides_names_parameter_dimension_and_axis() -> None:
 def test_on_eight_devices() -> None:
     root = pathlib.Path(__file__).parents[2]
     command = [sys.executable, "-m", "tests.parallel.eight_devices"]
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=root, env=os.environ | virtual(8), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -22,6 +22,7 @@ from flax import struct
 from rlstab_jax.training.checkpoint import Checkpoints, parameters
 from rlstab_jax.training.checksum import checksums
 from rlstab_jax.types import UserError
+from tests.devices import virtual
 
 ROOT = pathlib.Path(__file__).parents[2]
 DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "float8_e5m2", "uint8", "uint16", "int32")
@@ -346,7 +347,7 @@ def test_a_directory_that_cannot_be_made(tmp_path: pathlib.Path) -> None:
 
 
 def test_saved_on_one_mesh_restored_on_another(tmp_path: pathlib.Path) -> None:
-    done = run("other_mesh", tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=8", JAX_PLATFORMS="cpu")
+    done = run("other_mesh", tmp_path, **virtual(8))
     assert done.returncode == 0, done.stderr
 
 

@@ -21,14 +21,14 @@ from rlstab_jax.training.engines import _check_parts, build, build_pair, initial
 from rlstab_jax.training.loop import first_train_state
 from rlstab_jax.training.run import train
 from rlstab_jax.types import UserError
+from tests.devices import virtual
 from tests.training import tiny_run
 from tests.training.eight_device_run import MESHES, config
 from tests.training.test_loop import configured
 
 ROOT = Path(__file__).parents[2]
-FLAGS = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
 # Programs in flight together starve each other's collectives of threads where there are fewer cores than devices.
-FLAGS |= {"JAX_CPU_ENABLE_ASYNC_DISPATCH": "false"}
+FLAGS = virtual(8) | {"JAX_CPU_ENABLE_ASYNC_DISPATCH": "false"}
 
 
 def test_a_run_on_eight_devices(tmp_path: Path) -> None:

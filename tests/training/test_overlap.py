@@ -16,6 +16,7 @@ from rlstab_jax.training.pretrained import without_initial
 from rlstab_jax.training.run import train
 from rlstab_jax.training.validate import validate
 from rlstab_jax.types import UserError
+from tests.devices import virtual
 from tests.training.overlapping_run import config
 from tests.training.test_loop import configured
 
@@ -23,9 +24,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def start(devices: int, out: Path) -> subprocess.Popen[str]:
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.training.overlapping_run", str(out)]
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | flags, text=True, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | virtual(devices), text=True, stderr=subprocess.PIPE)
 
 
 def finish(process: subprocess.Popen[str]) -> None:

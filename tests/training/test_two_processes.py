@@ -14,12 +14,12 @@ import numpy as np
 
 from rlstab_jax.rundir import read_metrics
 from rlstab_jax.training.run import train
+from tests.devices import virtual
 from tests.training.two_process_run import config
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+ENVIRONMENT = os.environ | virtual(4)
+ENVIRONMENT |= {
     # Programs in flight together starve each other's collectives of threads where there are fewer cores than devices.
     "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
