@@ -3,8 +3,6 @@
 import gc
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +11,11 @@ import jax
 import pytest
 
 from rlstab_jax.parallel.process import round_as_written
+from tests.xla import emit_quickly
 
 MAPS = Path("/proc/self/maps")
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
 _QUICK = "jax_disable_most_optimizations"
-_OLDER_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
 _made: list[str] = []
 
 
@@ -31,7 +29,8 @@ def pytest_configure(config: pytest.Config) -> None:
     round_as_written()  # as all commands do
     config.addinivalue_line("markers", "optimised: a module or test whose programs are compiled as a user's are")
     os.environ.setdefault(_QUICK.upper(), "1")
-    _emit_quickly()
+    if os.environ[_QUICK.upper()] == "1":
+        emit_quickly()
     _compile_as_told()
     gc.set_threshold(50_000, 20, 100)  # walking over all that JAX traces and keeps would be a twentieth of the time
     if _CACHE not in os.environ:
@@ -39,17 +38,6 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ |= {_CACHE: _made[0], "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
         jax.config.update("jax_compilation_cache_dir", _made[0])
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-
-
-def _emit_quickly() -> None:
-    """Has XLA turn fused operations into code as it used to, where it can still: that takes half as long."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    if os.environ[_QUICK.upper()] != "1" or _OLDER_EMITTERS in flags:
-        return
-    flags = {"XLA_FLAGS": f"{flags} {_OLDER_EMITTERS}", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", "import jax; jax.devices()"]  # ended by a flag that XLA does not know
-    if subprocess.run(command, env=os.environ | flags, capture_output=True, check=False).returncode == 0:
-        os.environ["XLA_FLAGS"] = flags["XLA_FLAGS"]
 
 
 def pytest_unconfigure() -> None:

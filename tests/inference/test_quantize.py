@@ -21,7 +21,7 @@ from rlstab_jax.models import ModelConfig, Precision, fp8, quantised
 from rlstab_jax.models.by_layer import LAYERS, by_layer
 from rlstab_jax.models.layers import SCALE
 from rlstab_jax.models.transformer import embed, forward, logits_of
-from tests.devices import virtual
+from tests.xla import virtual
 
 UNTIED = dataclasses.replace(tiny.MIXED, tie_embeddings=False)
 LINEAR = {"q", "k", "v", "o", "gate", "up", "down"}

@@ -18,8 +18,6 @@ from rlstab_jax.models.precision import store_activations, store_weight
 from rlstab_jax.models.transformer import logits_of
 from rlstab_jax.types import Rollout
 
-pytestmark = pytest.mark.optimised
-
 D, ROWS, VOCAB = 8, 7, 300
 CONFIG = ModelConfig(vocab_size=VOCAB, num_layers=1, embed_dim=D, num_heads=1, num_kv_heads=1, num_experts=0)
 TARGETS = np.array([0, 299, 40, 128, 128, 255, 256])

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.devices import virtual
+from tests.xla import virtual
 
 
 def test_engines_give_equal_numbers_on_every_mesh() -> None:

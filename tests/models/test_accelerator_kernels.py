@@ -23,8 +23,6 @@ from rlstab_jax.models.grouped_dots import megablox, narrow, tokamax, triton
 from rlstab_jax.models.precision import Format, Precision, Stored, as_bytes, fp8, quantised, store, store_weight
 from rlstab_jax.types import UserError
 
-pytestmark = pytest.mark.optimised
-
 HEADS, KV_HEADS, C = 4, 2, 16
 KERNELS = {"splash": partial(splash, interpret=True), "by lengths": partial(by_lengths, implementation="xla")}
 

@@ -21,7 +21,7 @@ from rlstab_jax.models.huggingface import export_model, import_model, parameter_
 from rlstab_jax.models.safetensors_io import INDEX, SINGLE, Source, read_checkpoint, write_checkpoint
 from rlstab_jax.parallel.mesh import MeshConfig, make_mesh
 from rlstab_jax.types import UserError
-from tests.devices import virtual
+from tests.xla import virtual
 
 MESH = make_mesh(MeshConfig(), jax.devices()[:1])
 CONFIG = tiny.MIXED

@@ -16,7 +16,7 @@ from rlstab_jax.models.expert_parallel import compute
 from rlstab_jax.models.experts import ExpertWeights, tiles
 from rlstab_jax.models.precision import Stored
 from rlstab_jax.parallel.sharding import Layout
-from tests.devices import virtual
+from tests.xla import virtual
 
 ROOT = Path(__file__).parents[2]
 

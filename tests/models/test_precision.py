@@ -30,6 +30,7 @@ from rlstab_jax.models.precision import (
 )
 from rlstab_jax.models.products import matmul, take
 from rlstab_jax.types import UserError
+from tests.xla import exact
 
 FORMATS = {
     "int8": (np.int8, 127.0),
@@ -76,8 +77,8 @@ def assert_stored(stored: Stored, values: np.ndarray, scale: np.ndarray) -> None
     np.testing.assert_array_equal(stored.scale, scale)
 
 
-jitted_store = jax.jit(store, static_argnums=(1, 2))
-jitted_store_blocks = jax.jit(store_blocks, static_argnums=(1, 2, 3))
+jitted_store = jax.jit(store, static_argnums=(1, 2), **exact())
+jitted_store_blocks = jax.jit(store_blocks, static_argnums=(1, 2, 3), **exact())
 
 
 def random(seed: int, *shape: int) -> np.ndarray:
@@ -180,7 +181,9 @@ def test_a_float16_product_saturates() -> None:
 
 CONTRACTED, COLUMNS, BLOCK = 40, 21, 16  # blocks of 16, 16, 8 by 16, 5
 multiply = jax.jit(
-    lambda x, w, precision: matmul(x, store_weight(w, precision), precision, "float32"), static_argnames="precision"
+    lambda x, w, precision: matmul(x, store_weight(w, precision), precision, "float32"),
+    static_argnames="precision",
+    **exact(),
 )
 
 

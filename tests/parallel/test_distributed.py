@@ -14,7 +14,7 @@ from rlstab_jax.parallel import last_words
 from rlstab_jax.parallel.distributed import DistributedOptions, _alone, start
 from rlstab_jax.tasks import Failure, Rewards
 from rlstab_jax.types import UserError
-from tests.devices import virtual
+from tests.xla import virtual
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | virtual(4) | {"JAX_CPU_ENABLE_ASYNC_DISPATCH": "false"}

@@ -15,7 +15,7 @@ from rlstab_jax.parallel import mesh as mesh_lib
 from rlstab_jax.parallel import sharding
 from rlstab_jax.parallel.mesh import MeshConfig
 from rlstab_jax.types import UserError
-from tests.devices import virtual
+from tests.xla import virtual
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from flax import struct
 from rlstab_jax.training.checkpoint import Checkpoints, parameters
 from rlstab_jax.training.checksum import checksums
 from rlstab_jax.types import UserError
-from tests.devices import virtual
+from tests.xla import virtual
 
 ROOT = pathlib.Path(__file__).parents[2]
 DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "float8_e5m2", "uint8", "uint16", "int32")

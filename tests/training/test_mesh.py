@@ -21,10 +21,10 @@ from rlstab_jax.training.engines import _check_parts, build, build_pair, initial
 from rlstab_jax.training.loop import first_train_state
 from rlstab_jax.training.run import train
 from rlstab_jax.types import UserError
-from tests.devices import virtual
 from tests.training import tiny_run
 from tests.training.eight_device_run import MESHES, config
 from tests.training.test_loop import configured
+from tests.xla import virtual
 
 ROOT = Path(__file__).parents[2]
 # Programs in flight together starve each other's collectives of threads where there are fewer cores than devices.

@@ -16,9 +16,9 @@ from rlstab_jax.training.pretrained import without_initial
 from rlstab_jax.training.run import train
 from rlstab_jax.training.validate import validate
 from rlstab_jax.types import UserError
-from tests.devices import virtual
 from tests.training.overlapping_run import config
 from tests.training.test_loop import configured
+from tests.xla import virtual
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from rlstab_jax.rundir import read_metrics
 from rlstab_jax.training.run import train
-from tests.devices import virtual
 from tests.training.two_process_run import config
+from tests.xla import virtual
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | virtual(4)
