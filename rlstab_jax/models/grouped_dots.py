@@ -200,8 +200,8 @@ def triton(
 ) -> Float[Array, "rows out"]:
     """As `narrow`, by a Pallas kernel for NVIDIA GPUs (Triton). No gradient.
 
-    XLA would transpose weights of fp8 for the matrix units, or widen them, in the large memory at each step. Here they
-    are multiplied as bfloat16. It copies nothing if the sides of matrices are multiples of 64.
+    XLA would transpose weights of fp8 for the matrix units, of which a loop of steps holds a second copy, or widen
+    them. Here they are multiplied as bfloat16. It copies nothing if the sides of matrices are multiples of 64.
 
     Args:
       interpret: runs the kernel as JAX operations, on any platform; for tests.
