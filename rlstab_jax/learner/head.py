@@ -67,23 +67,25 @@ class Tiles:
             -(-row_share // row_blocks) * across, row_blocks, each * along, -(-share // each), vocab, across, along
         )
 
+    @property
+    def each(self) -> int:
+        """Columns of a tile that one device has."""
+        return self.columns // self.along
+
     def start(self, block: Int[Array, ""]) -> Int[Array, ""]:
         """First column of a block in each device's share. The last one begins early enough to be as wide as all."""
-        each = self.columns // self.along
-        return jnp.minimum(block * each, self.vocab // self.along - each)
+        return jnp.minimum(block * self.each, self.vocab // self.along - self.each)
 
     def place(self, token: Int[Array, "..."], start: Int[Array, ""]) -> Int[Array, "..."]:
         """The columns of tokens in the block from ``start`` on; past the last one of those that are not in it."""
-        each = self.columns // self.along
         device, at = jnp.divmod(token, self.vocab // self.along)
         at = at - start
-        inside = (token >= 0) & (token < self.vocab) & (at >= 0) & (at < each)
-        return jnp.where(inside, device * each + at, self.columns)
+        inside = (token >= 0) & (token < self.vocab) & (at >= 0) & (at < self.each)
+        return jnp.where(inside, device * self.each + at, self.columns)
 
     def seen(self, block: Int[Array, ""]) -> Bool[Array, "columns"]:
         """Which columns of a block an earlier one has had."""
-        each = self.columns // self.along
-        return jnp.tile(self.start(block) + jnp.arange(each) < block * each, self.along)
+        return jnp.tile(self.start(block) + jnp.arange(self.each) < block * self.each, self.along)
 
     def split(self, x: Array, mode: str = "edge") -> Array:
         """[rows, ...] to [row_blocks, height, ...], padded by ``mode`` (of `jnp.pad`): of the rows of a device every
@@ -102,8 +104,7 @@ class Tiles:
 
     def cut(self, weight: Array, start: Int[Array, ""], axis: int) -> Array:
         """The columns of a block, of a weight whose vocabulary is ``axis``."""
-        each = self.columns // self.along
-        part = jax.lax.dynamic_slice_in_dim(self._by_device(weight, axis), start, each, axis + 1)
+        part = jax.lax.dynamic_slice_in_dim(self._by_device(weight, axis), start, self.each, axis + 1)
         return part.reshape(*weight.shape[:axis], self.columns, *weight.shape[axis + 1 :])
 
     def put(self, weight: Array, part: Array, start: Int[Array, ""], axis: int) -> Array:

@@ -38,8 +38,7 @@ class Kernels:
         "auto", "dense", "tiles", "grouped", "ragged_dot", "megablox", "narrow", "tokamax", "triton"
     ] = "auto"
     """grouped moves no weights; narrow needs TPUs, triton an NVIDIA GPU: where ``products`` are native and ``scales``
-    by channel, they read fp8 weights as they are, which the others widen or copy; the rest are those
-    of ``experts``."""
+    by channel, they read fp8 weights as they are, which the others widen or copy; the rest are those of ``experts``."""
     expert_chunk: int = 0
     """Tokens that the experts of a layer compute at once, on a mesh those of all devices along ``expert``: bounds their
     memory, since each may have to take all of them. 0 = all."""

@@ -45,17 +45,15 @@ class ExpertWeights:
         return replace(self, gate=gate, up=up, down=down)
 
 
-def swiglu(x: Array, weights: ExpertWeights, precision: Precision, product: Callable = matmul) -> Array:
-    """down(silu(gate x) * up x), with ``product`` as the matrix product."""
-    return swiglu_and_parts(x, weights, precision, product)[-1]
+def swiglu(x: Array, weights: ExpertWeights, precision: Precision) -> Array:
+    """down(silu(gate x) * up x)"""
+    return swiglu_and_parts(x, weights, precision)[-1]
 
 
-def swiglu_and_parts(
-    x: Array, weights: ExpertWeights, precision: Precision, product: Callable = matmul
-) -> tuple[Array, Array, Array]:
+def swiglu_and_parts(x: Array, weights: ExpertWeights, precision: Precision) -> tuple[Array, Array, Array]:
     """gate x and up x, which the gradient wants, and `swiglu`."""
-    gate, up = (product(x, weight, precision, precision.dtype) for weight in (weights.gate, weights.up))
-    return gate, up, product(gated(gate, up), weights.down, precision, precision.dtype)
+    gate, up = (matmul(x, weight, precision, precision.dtype) for weight in (weights.gate, weights.up))
+    return gate, up, matmul(gated(gate, up), weights.down, precision, precision.dtype)
 
 
 def gated(gate: Array, up: Array) -> Array:
