@@ -30,7 +30,7 @@ from rlstab_jax.types import UserError
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = "runs.jsonl"
-MOST_PAIRS = 40
+MOST_PAIRS = 50
 X, ACCURACY = "progress/gradient_steps", "eval/accuracy_training"
 # Fields that do not change what a run computes, but for the order of sums.
 BESIDES = ("checkpoint_every", "keep_checkpoints", "logged_samples", "learner.remat", "learner.unroll")
