@@ -179,8 +179,8 @@ def build(config: RunConfig) -> Engines:
             f"{config.cold_start.check_prompts}, but the task holds out {heldout} prompts: "
             "ask for fewer, or hold out more"
         )
-    tokenizer = task.tokenizer
-    pair = build_pair(config, *meshes(config), jax.default_backend(), tokenizer.stop_ids, tokenizer.pad_id)
+    tokenizer, both = task.tokenizer, meshes(config, jax.devices())
+    pair = build_pair(config, *both, jax.default_backend(), tokenizer.stop_ids, tokenizer.pad_id)
     texts = config.rollout.stop
     stop = stop_strings(texts, tokenizer.encode, partial(decode_text, tokenizer)) if texts else None
     return Engines(**vars(pair), task=task, stop=stop)
@@ -343,18 +343,17 @@ def _check_parts(config: RunConfig, row_parts: dict[str, int], making: str) -> N
             )
 
 
-def meshes(config: RunConfig) -> tuple[Mesh, Mesh | None]:
-    """The mesh that trains, and that of the last ``rollout.devices`` devices, which makes batches, or None.
+def meshes(config: RunConfig, devices: Sequence[Any]) -> tuple[Mesh, Mesh | None]:
+    """The mesh that trains, and that of the last ``rollout.devices`` of ``devices``, which makes batches, or None.
 
-    Raises UserError where there are too few devices, or several processes, whose devices are not set aside.
+    Raises UserError where there are too few devices, or those of several processes, which are not set aside.
     """
-    devices, aside = jax.devices(), config.rollout.devices
+    aside = config.rollout.devices
     if not aside:
-        return make_mesh(config.mesh), None
-    if jax.process_count() > 1:
+        return make_mesh(config.mesh, devices), None
+    if (processes := len({device.process_index for device in devices})) > 1:
         raise UserError(
-            f"rollout.devices = {aside} with {jax.process_count()} processes: devices are set aside within one "
-            "process; use 0"
+            f"rollout.devices = {aside} with {processes} processes: devices are set aside within one process; use 0"
         )
     if aside >= len(devices):
         raise UserError(

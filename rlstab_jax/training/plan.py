@@ -15,14 +15,14 @@ import jax
 
 from rlstab_jax.inference.continuous import admitted_at_once
 from rlstab_jax.learner import LearnerConfig
-from rlstab_jax.parallel.mesh import make_mesh
+from rlstab_jax.parallel.sharding import Layout
 from rlstab_jax.parallel.topology import Topology, topology_devices
 from rlstab_jax.tasks import build_task
 from rlstab_jax.training.config import RunConfig
-from rlstab_jax.training.engines import EnginePair, build_pair, check_host_memory, resolved
+from rlstab_jax.training.engines import EnginePair, build_pair, check_host_memory, meshes, resolved
 from rlstab_jax.training.plan_flops import products, scaled
 from rlstab_jax.training.plan_hlo import Cost, program_cost, round_cost
-from rlstab_jax.training.plan_programs import AFFECTED, Programs
+from rlstab_jax.training.plan_programs import AFFECTED, LEARNING, Programs
 from rlstab_jax.training.plan_sampling import SAMPLING, Program, device_bytes
 from rlstab_jax.training.pretrained import matched
 from rlstab_jax.training.validate import validate
@@ -97,12 +97,17 @@ class Plan:
     changes: tuple[Change, ...]
     """One for each that does not fit."""
     row_devices: int
-    """Devices that rows of a batch are split over."""
+    """Devices that rows of responses are split over while they are sampled."""
 
     @property
     def fits(self) -> bool:
         """Whether the config fits as it is."""
         return not self.refused
+
+    @property
+    def aside(self) -> float:
+        """The part of the devices that makes batches while the others learn; 0 where all do both, in turns."""
+        return self.config.rollout.devices / self.topology.devices
 
     def bytes_of(self, phase: str, part: str) -> float:
         """Bytes of a part of a phase's memory."""
@@ -126,11 +131,8 @@ def make_plan(config: RunConfig, topology: Topology, say: Callable[[str], None] 
         config, stop_ids = resolved(config, task), task.tokenizer.stop_ids
     if config.rollout.log_probs == "matched":
         raise UserError("rollout.log_probs = 'matched': a plan is made for two engines; use 'decode' or 'rescore'")
-    if config.rollout.devices or config.rollout.partial:
-        raise UserError(
-            f"rollout.devices = {config.rollout.devices}, rollout.partial = {config.rollout.partial}: a plan is made "
-            "for devices that sample and learn in turns, whole responses; use 0 of both"
-        )
+    if config.rollout.partial:
+        raise UserError(f"rollout.partial = {config.rollout.partial}: a plan is made for whole responses; use 0")
     devices = topology_devices(topology)
     with jax.default_device(devices[0]):  # kernels may ask which one they are made for; nothing is computed on it
         return _planned(config, topology, devices, stop_ids, say)
@@ -148,7 +150,7 @@ def _planned(
     def engines(config: RunConfig) -> EnginePair:
         validate(config)
         check_host_memory(config, devices)
-        return build_pair(config, make_mesh(config.mesh, devices), None, topology.platform, stop_ids, 0)
+        return build_pair(config, *meshes(config, devices), topology.platform, stop_ids, 0)
 
     programs = Programs(engines(config))
     measured: dict[str, Phase] = {}
@@ -167,14 +169,14 @@ def _planned(
             if change.needed is not None:
                 todo = [other for other in PHASES if other in (*todo, name) or other in AFFECTED[change.field]]
     phases = tuple(measured[name] for name in PHASES if name in measured)
-    return Plan(topology, programs.engines.config, phases, tuple(refused), tuple(changes), programs.row_devices)
+    return Plan(topology, programs.engines.config, phases, tuple(refused), tuple(changes), programs.making.row_shards)
 
 
 def measure(programs: Programs, program: Program, topology: Topology) -> Phase:
     """Compiles a program and accounts for it."""
     runs = _runs(programs, program.name)
-    devices = topology.devices
-    used = 1 / programs.engines.mesh.shape["expert"]
+    mesh = programs.mesh(program.name)
+    devices, used = mesh.size, 1 / mesh.shape["expert"]
     work = scaled(products(program.traced.jaxpr, used=used), 1 / devices)
     kept = {name: float(device_bytes(tree)) for name, tree in program.kept.items()}
     parts = {name: float(device_bytes(tree)) for name, tree in program.parts.items()}
@@ -246,7 +248,7 @@ def _over_windows(programs: Programs, program: Program, work: Any, traffic: floa
     if traffic >= cache:  # else it lies on the chip, where reading it is no traffic
         traffic -= missing * cache
     if len(lengths) > 1:
-        used = 1 / programs.engines.mesh.shape["expert"]
+        used = 1 / programs.making.mesh.shape["expert"]
         shortest = scaled(products(programs.decode_of(lengths[0]).jaxpr, used=used), 1 / devices)
         share = missing / (1 - lengths[0] / lengths[-1])
         work = {rate: work[rate] - share * (work[rate] - shortest.get(rate, 0.0)) for rate in work}
@@ -327,7 +329,8 @@ def _levers(programs: Programs, phase: str) -> list[tuple[str, list[Any]]]:
     In the order of the harm that they do: parts of a batch and smaller tiles of logits cost little time, computing
     again and the way to the host's memory more, and rounded moments change the numbers.
     """
-    config, rows = programs.engines.config, programs.row_devices
+    config, mesh = programs.engines.config, programs.mesh(phase)
+    rows = Layout(mesh).row_parts
     learner, minibatch = config.learner, config.prompts_per_minibatch * config.samples_per_prompt
 
     def parts(field: str, whole: int) -> tuple[str, list[Any]]:
@@ -335,7 +338,7 @@ def _levers(programs: Programs, phase: str) -> list[tuple[str, list[Any]]]:
         more = range(_get(config, field) + 1, whole + 1)
         return field, [parts for parts in more if whole % parts == 0 and whole // parts % rows == 0]
 
-    smallest = LearnerConfig.logits_per_chunk * programs.engines.mesh.size  # below it, devices' units would idle
+    smallest = LearnerConfig.logits_per_chunk * mesh.size  # below it, devices' units would idle
     tiles = [learner.logits_per_chunk // 4**i for i in range(1, 20)]
     head = ("learner.logits_per_chunk", [tile for tile in tiles if tile >= smallest])
     again: dict[str, list[Any]] = {"none": ["dots", "full"], "dots": ["full"]}
@@ -349,6 +352,8 @@ def _levers(programs: Programs, phase: str) -> list[tuple[str, list[Any]]]:
         own = [parts("learner.score_micro_batches", config.responses_per_step), head]
     elif phase == "update":
         own = [parts("learner.micro_batches", minibatch), head, ("learner.remat", again.get(learner.remat, []))]
+    if programs.aside and phase not in LEARNING:
+        return own
     offload: list[Any] = [] if learner.offload_optimizer else [True]
     narrow: list[Any] = [] if learner.moments_dtype == "bfloat16" else ["bfloat16"]
     return [*own, *zip(STATE, (offload, narrow), strict=True)]

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlstab_jax.training.plan import Phase, Plan
+from rlstab_jax.training.plan_programs import LEARNING
 from rlstab_jax.training.plan_sampling import SAMPLING
 
 GIB = 2**30
@@ -29,6 +30,8 @@ class PerN:
     """Roofline of a gradient step, with its share of sampling and scoring."""
     sampling: float
     """Share of it that is sampling."""
+    idle: float
+    """Share of the devices' time in which those that make batches wait for those that learn, or the other way round."""
     chip_hours: float
     """Of the run."""
     cost: float | None
@@ -49,20 +52,26 @@ def _with(plan: Plan, n: int, price: float | None) -> PerN:
     responses = config.prompts_per_minibatch * n * config.samples_per_prompt
     waves = _waves(plan, config.prompts_per_minibatch * n, factor)
     if waves is None:
-        return PerN(n, responses, None, math.inf, math.inf, math.nan, math.inf, None if price is None else math.inf)
+        cost = None if price is None else math.inf
+        return PerN(n, responses, None, math.inf, math.inf, math.nan, math.nan, math.inf, cost)
     growth = _growth(plan, factor, waves)
     repeats = factor / growth  # as many responses in flight, one after another
     sampled = sum(
         sampling_seconds(phase, plan, growth) * phase.runs * repeats for phase in plan.phases if phase.name in SAMPLING
     )
     sampled += sum(phase.total for phase in plan.phases if phase.name == "prepare")
-    learnt = sum(phase.total * factor for phase in plan.phases if phase.name not in (*SAMPLING, "prepare"))
-    step = sampled + learnt
+    made = sampled + sum(phase.total * factor for phase in plan.phases if phase.name == "score")
+    learnt = sum(phase.total * factor for phase in plan.phases if phase.name in LEARNING)
+    step, idle = made + learnt, 0.0
+    if plan.aside:  # at the same time
+        step = max(made, learnt)
+        idle = 1 - (plan.aside * made + (1 - plan.aside) * learnt) / step
     # The last global step is never cut.
     steps = math.ceil(config.gradient_steps / n)
     hours = steps * step * plan.topology.chips / 3600
     needed = max(needed_with(plan, phase, growth, factor, waves) for phase in plan.phases)
-    return PerN(n, responses, waves, needed, step / n, sampled / step, hours, None if price is None else hours * price)
+    cost = None if price is None else hours * price
+    return PerN(n, responses, waves, needed, step / n, sampled / step, idle, hours, cost)
 
 
 def _growth(plan: Plan, factor: float, waves: int) -> float:
@@ -90,7 +99,8 @@ def needed_with(plan: Plan, phase: Phase, growth: float, factor: float, waves: i
     if phase.name not in SAMPLING:
         results = held.get("results", 0.0) if phase.name == "score" else 0.0  # of the whole batch
         return phase.needed + (batch + others + results) * (factor - 1)
-    states = held["training state"] + held.get("previous state", 0.0)
+    # Where devices are set aside, those that sample hold no more of it than its parameters.
+    states = held.get("training state", held.get("parameters", 0.0)) + held.get("previous state", 0.0)
     fixed = held.get("weights", 0.0) + states + held.get("reference", 0.0)
     before = plan.bytes_of("score", "rollout") * factor if waves > 1 else 0.0
     written = held.get("responses", 0.0)  # of a wave, whatever the slots
@@ -160,6 +170,12 @@ def print_plan(plan: Plan, table: Sequence[PerN], price: float | None, console: 
         )
     if plan.fits:
         console.print("All phases fit as configured.")
+    if plan.aside:
+        aside = plan.config.rollout.devices
+        console.print(
+            f"{aside} devices make batches (all phases but {' and '.join(LEARNING)}) while {topology.devices - aside} "
+            "learn: a global step takes as long as the longer of the two."
+        )
     console.print(_minibatch_table(plan, table, price))
     console.print(NOTES, style="dim")
 
@@ -169,7 +185,7 @@ NOTES = (
     "moving bytes and sending them, at peak rates. Decoding is the mean step of responses that are all as long as they "
     'may be; all of rollout.attempts are made. "repeated" is work done more than once, by several devices or by a '
     "dense or padded form of grouped products; tokens choose experts evenly. Not in it: evaluation, cold start, "
-    "judging, checkpoints, the slower way to the host's memory."
+    "judging, checkpoints, the slower way to the host's memory, what devices set aside exchange with the others."
 )
 
 
@@ -238,7 +254,8 @@ def _minibatch_table(plan: Plan, rows: Sequence[PerN], price: float | None) -> T
     config = plan.config
     slots = f" in {config.rollout.slots} slots" if config.rollout.slots else ""
     table = Table(
-        "N", "responses", "waves", "needs GiB", "s a gradient step", "sampling", "chip-hours",
+        "N", "responses", "waves", "needs GiB", "s a gradient step", "sampling", *(["idle"] if plan.aside else []),
+        "chip-hours",
         title=f"By N, for {config.gradient_steps} gradient steps of {config.prompts_per_minibatch} prompts x "
         f"{config.samples_per_prompt}{slots}; compiled for N = {config.minibatches}; "
         "learner.score_micro_batches grows with N",
@@ -248,11 +265,12 @@ def _minibatch_table(plan: Plan, rows: Sequence[PerN], price: float | None) -> T
         table.add_column(f"cost at {price:g} a chip-hour")
     for row in rows:
         if row.waves is None:
-            cells = [str(row.minibatches), str(row.responses), "none fits", "", "", "", ""]
+            cells = [str(row.minibatches), str(row.responses), "none fits", *[""] * (5 if plan.aside else 4)]
         else:
             needs = f"{_gib(row.needed)}{'' if row.needed <= plan.topology.memory else ' (too much)'}"
+            idle = [f"{row.idle:.0%}"] if plan.aside else []
             cells = [str(row.minibatches), str(row.responses), str(row.waves), needs, f"{row.seconds:.3g}",
-                     f"{row.sampling:.0%}", f"{row.chip_hours:,.2f}"]  # fmt: skip
+                     f"{row.sampling:.0%}", *idle, f"{row.chip_hours:,.2f}"]  # fmt: skip
         table.add_row(*cells, *([f"{row.cost:,.2f}"] if row.cost is not None and row.waves else []))
     return table
 

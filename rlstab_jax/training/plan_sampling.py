@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlstab_jax.inference import prepare
 from rlstab_jax.inference.continuous import (
@@ -102,25 +102,39 @@ def device_bytes(tree: Any) -> int:
 KEY = jax.eval_shape(lambda: jax.random.key(0)).dtype
 
 
+def placed(mesh: Mesh, shapes: Any, *axes: Any, row: bool = False) -> Any:
+    """``shapes`` with their rows over the data-parallel devices (``row``), or with a spec for each dimension."""
+
+    def of(leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = row_sharding(mesh, leaf) if row else NamedSharding(mesh, PartitionSpec(*axes))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(of, shapes)
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplingPrograms:
     """The programs that make a batch of ``engines``, and what lies on the devices meanwhile."""
 
     engines: EnginePair
 
+    @property
+    def making(self) -> EnginePair:
+        """On the devices that make batches: those set aside for it, or all."""
+        return self.engines.making
+
+    @property
+    def aside(self) -> bool:
+        return self.engines.rollout_mesh is not None
+
     def placed(self, shapes: Any, *axes: Any, row: bool = False) -> Any:
-        """``shapes`` with their rows over the data-parallel devices (``row``), or with a spec for each dimension."""
-
-        def of(leaf: Any) -> jax.ShapeDtypeStruct:
-            mesh = self.engines.mesh
-            sharding = row_sharding(mesh, leaf) if row else NamedSharding(mesh, PartitionSpec(*axes))
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-        return jax.tree.map(of, shapes)
+        """On the devices that make batches."""
+        return placed(self.making.mesh, shapes, *axes, row=row)
 
     @cached_property
     def params(self) -> dict:
-        return self.engines.placed_like(lambda: initial_params(self.engines.training, 0))
+        """On the devices that make batches."""
+        return self.making.placed_like(lambda: initial_params(self.engines.training, 0))
 
     @cached_property
     def state(self) -> Any:
@@ -131,11 +145,6 @@ class SamplingPrograms:
     def _optimiser(self) -> Any:
         """What an update needs besides parameters and batch; PR2's predictors among it."""
         return self.state.opt_state, self.state.predictor
-
-    @property
-    def row_devices(self) -> int:
-        """Devices that rows are split over."""
-        return Layout(self.engines.mesh).row_parts
 
     @property
     def rows(self) -> int:
@@ -158,14 +167,13 @@ class SamplingPrograms:
     def prompts(self) -> int:
         """That are prefilled at once."""
         samples = self.engines.config.samples_per_prompt
-        return chunk_prompts(self.rows, samples, self.row_devices) if self.by_rounds else self.rows // samples
+        return chunk_prompts(self.rows, samples, self.making.row_shards) if self.by_rounds else self.rows // samples
 
     @cached_property
     def prepare(self) -> Program:
         precision = self.engines.config.rollout.precision
-        traced = prepare.trace(self.params, precision=precision, mesh=self.engines.mesh)
-        kept = {"optimiser": self._optimiser, **self._throughout}
-        return Program("prepare", traced, {"parameters": self.params}, kept)
+        traced = prepare.trace(self.params, precision=precision, mesh=self.making.mesh)
+        return Program("prepare", traced, {"parameters": self.params}, self._beside_making)
 
     @cached_property
     def variables(self) -> dict:
@@ -175,7 +183,7 @@ class SamplingPrograms:
     @cached_property
     def rollout(self) -> Any:
         """Of the whole global step."""
-        config, engines = self.engines.config, self.engines
+        config, engines = self.engines.config, self.making
         rows, prompt, response = config.responses_per_step, config.rollout.prompt_length, config.rollout.response_length
         records = jax.eval_shape(
             lambda: empty_records(engines.inference, engines.sampling.per_row(rows), rows, response, self.support, True)
@@ -215,6 +223,13 @@ class SamplingPrograms:
         return kept
 
     @property
+    def _beside_making(self) -> dict[str, Any]:
+        """What lies on the devices that make batches, besides the parameters that make them."""
+        if self.aside:
+            return {"reference": self.params} if self.engines.config.needs_reference else {}
+        return {"optimiser": self._optimiser, **self._throughout}
+
+    @property
     def _attempts(self) -> dict[str, Any]:
         """Of dynamic sampling, while a later attempt samples: what came of those before."""
         return {"earlier attempts": self.rollout} if self.engines.config.rollout.attempts > 1 else {}
@@ -222,7 +237,10 @@ class SamplingPrograms:
     @property
     def _beside_sampling(self) -> dict[str, Any]:
         """What lies on the devices while responses are sampled: the training state, and the waves before."""
-        kept = {"training state": self.state, **self._throughout, **self._attempts}
+        if self.aside:
+            kept = {"parameters": self.params, **self._beside_making, **self._attempts}
+        else:
+            kept = {"training state": self.state, **self._throughout, **self._attempts}
         if self.engines.config.rollout.waves > 1:
             kept["rollout"] = self.rollout
         return kept
@@ -236,7 +254,7 @@ class SamplingPrograms:
 
     @cached_property
     def prefill(self) -> Program:
-        traced = jax.jit(prefill, static_argnums=0).trace(self.engines.inference, self.variables, *self._fed)
+        traced = jax.jit(prefill, static_argnums=0).trace(self.making.inference, self.variables, *self._fed)
         parts = {"weights": self.variables, "prompts": self._fed}
         kept = self._beside_sampling
         if self.by_rounds:
@@ -256,7 +274,7 @@ class SamplingPrograms:
 
     def _lying(self, filled: Prefill) -> Prefill:
         """Where the compiler is taken to put them, if it is not asked."""
-        caches = self.placed(filled.keys_values, Layout(self.engines.mesh).rows, "tensor")
+        caches = self.placed(filled.keys_values, Layout(self.making.mesh).rows, "tensor")
         others = self.placed(dataclasses.replace(filled, keys_values=[]), row=True)
         return dataclasses.replace(others, keys_values=caches)
 
@@ -265,7 +283,7 @@ class SamplingPrograms:
         """Of rounds: gives free slots to waiting prompts."""
         if not self.by_rounds:
             return None
-        config, engines, count = self.engines.config, self.engines, admitted_at_once(self.rows)
+        config, engines, count = self.engines.config, self.making, admitted_at_once(self.rows)
         slots, filled = self.slots(self.windows[-1]), self._prefilled["prefilled"]
         numbers = [self.placed(jax.ShapeDtypeStruct((count,), jnp.int32)) for _ in range(3)]
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), self.responses))
@@ -285,7 +303,7 @@ class SamplingPrograms:
 
     def _begun(self, window: int) -> tuple[Slots, Rollout]:
         """Of rounds: idle slots with a window of that length, and the buffers of a wave's results."""
-        config, engines = self.engines.config, self.engines
+        config, engines = self.engines.config, self.making
         shape = (self.responses // config.samples_per_prompt, config.rollout.prompt_length)
 
         def make() -> tuple[Slots, Rollout]:
@@ -306,7 +324,7 @@ class SamplingPrograms:
 
     def slots(self, window: int) -> Slots:
         """What decoding carries, with a response window of that length."""
-        engines, length = self.engines, self.engines.config.rollout.prompt_length
+        engines, length = self.making, self.engines.config.rollout.prompt_length
 
         def make() -> Slots:
             shape = jnp.zeros((self.prompts, length), jnp.int32)
@@ -328,7 +346,7 @@ class SamplingPrograms:
 
         shapes = self._begun(window)[0] if self.by_rounds else jax.eval_shape(make)
         places = {
-            name: self.placed(getattr(shapes, name), Layout(self.engines.mesh).rows, "tensor")
+            name: self.placed(getattr(shapes, name), Layout(self.making.mesh).rows, "tensor")
             for name in ("prompt", "response")
         }
         if self.by_rounds:  # what the host looks at
@@ -338,7 +356,7 @@ class SamplingPrograms:
 
     @cached_property
     def records(self) -> Any:
-        config, engines = self.engines.config, self.engines
+        config, engines = self.engines.config, self.making
         steps = config.rollout.response_length - 1
         make = partial(empty_records, engines.inference, support=self.support, slots=self.rows, steps=steps)
         return self.placed(
@@ -368,10 +386,10 @@ class SamplingPrograms:
         if self.by_rounds:
             rows = self.placed(jax.ShapeDtypeStruct((self.rows,), jnp.int32))
             return decode_round.trace(
-                self.engines.inference, self.variables, slots, self.results, rows, self.support, True, ROUND
+                self.making.inference, self.variables, slots, self.results, rows, self.support, True, ROUND
             )
         step = jax.jit(decode, static_argnames=("model", "support"), donate_argnames=("slots", "records"))
-        return step.trace(self.engines.inference, self.variables, slots, self.records, number, number, self.support)
+        return step.trace(self.making.inference, self.variables, slots, self.records, number, number, self.support)
 
     @cached_property
     def decode(self) -> Program:

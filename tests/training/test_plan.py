@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import pytest
+from rich.console import Console
 
 from rlstab_jax.cli import main
 from rlstab_jax.models import Kernels, Precision, fp8
@@ -19,7 +20,7 @@ from rlstab_jax.parallel.topology import Topology, topology
 from rlstab_jax.stability.monitor import Check, MonitorConfig
 from rlstab_jax.training.config import RunConfig
 from rlstab_jax.training.engines import build_pair
-from rlstab_jax.training.plan import PHASES, Change, Phase, Plan, _over_windows, _runs, _seconds, measure
+from rlstab_jax.training.plan import PHASES, Change, Phase, Plan, _levers, _over_windows, _runs, _seconds, measure
 from rlstab_jax.training.plan_flops import products
 from rlstab_jax.training.plan_hlo import Cost
 from rlstab_jax.training.plan_programs import Programs
@@ -99,8 +100,8 @@ ROW_DEVICES = 4  # over fsdp and expert
         ("--topology v5e:2x2 --by 0", "expected a price of 0 or more, and N of 1 or more"),
         ("--topology v5e:2x2 --price -1", "expected a price of 0 or more, and N of 1 or more"),
         (
-            "--topology v5e:2x2 --rollout.lag 1 --rollout.devices 1",
-            "rollout.devices = 1, rollout.partial = 0: a plan is",
+            "--topology v5e:2x2 --rollout.lag 2 --rollout.partial 8",
+            "rollout.partial = 8: a plan is made for whole responses; use 0",
         ),
     ],
 )
@@ -111,10 +112,17 @@ def test_mistakes(arguments: str, message: str, capsys: pytest.CaptureFixture[st
 
 
 @needs_libtpu
-def test_a_mesh_that_does_not_divide() -> None:
-    done = planned("tests/training/plan_config.py", "--topology", "v5e:2x2", "--mesh.fsdp", "3")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--topology v5e:2x2 --mesh.fsdp 3", "needs 6 devices, but there are 4: lower a size"),
+        ("--topology v5p:2x2x2 --rollout.lag 1 --rollout.devices 2", "rollout.devices = 2 with 2 processes: devices"),
+    ],
+)
+def test_a_mesh_that_cannot_be(arguments: str, message: str) -> None:
+    done = planned("tests/training/plan_config.py", *arguments.split())
     assert done.returncode == 2
-    assert "needs 6 devices, but there are 4: lower a size" in done.stderr.splitlines()[-1]
+    assert message in done.stderr.splitlines()[-1]
     assert not done.stdout
 
 
@@ -126,9 +134,10 @@ def phase(name: str, runs: float, memory: dict, seconds: tuple[float, float, flo
 
 
 def programs_of(config: RunConfig) -> Programs:
-    """The programs of a config on one CPU device, with the reference kernels."""
+    """The programs of a config on one CPU device, which is also the one set aside, if one is; reference kernels."""
     config = dataclasses.replace(config, mesh=MeshConfig(), kernels=Kernels("reference", "dense", "reference", "dense"))
-    return Programs(build_pair(config, make_mesh(config.mesh, jax.devices()[:1]), None, "cpu", (0,), 0))
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    return Programs(build_pair(config, mesh, mesh if config.rollout.devices else None, "cpu", (0,), 0))
 
 
 def test_packed_rows_are_planned_as_they_run() -> None:
@@ -249,6 +258,34 @@ def test_what_lies_on_the_devices_besides() -> None:
     }  # fmt: skip
 
 
+def test_devices_set_aside() -> None:
+    """Those that make batches hold parameters and a reference policy, no optimiser and no batch that waits: of these
+    fields none spares them anything."""
+    config = plan_config.config()
+    config = dataclasses.replace(
+        config,
+        objective=ObjectiveConfig("grpo", kl_coefficient=0.01),
+        rollout=dataclasses.replace(config.rollout, lag=1, devices=1),
+    )
+    programs = programs_of(config)
+    parameters, batch, state = map(device_bytes, (programs.params, programs.whole, programs.state))
+    reference = {"reference": parameters}
+    learning = {**reference, "waiting batches": batch}
+    expected = {
+        "prepare": reference,
+        "prefill": {"parameters": parameters, **reference},
+        "score": reference,
+        "split": {"training state": state, **learning},
+        "update": {"global batch": batch, **learning},
+    }
+    for name, kept in expected.items():
+        assert {name: device_bytes(tree) for name, tree in getattr(programs, name).kept.items()} == kept
+    device = Topology("v5e:2x2", CHIP.chip, 1, "cpu")
+    phases = [measure(programs, getattr(programs, name), device) for name in ("prefill", "split")]
+    fields = [[field for field, _ in _levers(programs, phase.name)] for phase in phases]
+    assert fields == [["rollout.waves"], ["learner.offload_optimizer", "learner.moments_dtype"]]
+
+
 def by_slots(slots: int = 8, **rollout: Any) -> Programs:
     config = plan_config.config()
     return programs_of(dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, slots=slots, **rollout)))
@@ -336,6 +373,29 @@ def test_by_minibatches() -> None:
     assert eight.needed == max(3 + 4 + 8, 2 + 3 + 4 + 4) * GIB
 
 
+def test_a_step_takes_the_longer_of_two_parts() -> None:
+    """One of four devices makes batches, in less time than the others learn in: it waits. With ten times the scoring
+    they wait."""
+    plan = by_hand()
+    config = dataclasses.replace(plan.config, rollout=dataclasses.replace(plan.config.rollout, lag=1, devices=1))
+    plan = dataclasses.replace(plan, config=config)
+    weights = 2 * GIB / CHIP.chip.memory_bandwidth
+    (two,) = by_minibatches(plan, (2,), price=None)
+    made = 0.5 + 100 * (weights + 0.02) + 3
+    assert two.seconds == pytest.approx(12 / 2)
+    assert two.idle == pytest.approx((12 - made) / 12 / 4)
+    assert two.chip_hours == pytest.approx(15 * 12 * 4 / 3600)
+    slow = dataclasses.replace(plan.phases[2], runs=20)
+    (two,) = by_minibatches(dataclasses.replace(plan, phases=(*plan.phases[:2], slow, plan.phases[3])), (2,), None)
+    assert two.seconds == pytest.approx((made - 3 + 30) / 2)
+    assert two.idle == pytest.approx((made - 3 + 30 - 12) / (made - 3 + 30) * 3 / 4)
+    console = Console(width=150)
+    with console.capture() as shown:
+        print_plan(plan, [two], None, console)
+    assert "1 devices make batches (all phases but split and update) while 3 learn" in shown.get()
+    assert f"{two.idle:.0%}" in shown.get()
+
+
 def test_what_does_not_grow() -> None:
     """Four times the rows beside twice the training state: 2 + 3 + 3 GiB, of rows 16."""
     plan = by_hand()
@@ -382,8 +442,6 @@ def test_no_wave_fits() -> None:
 
 def test_report(capsys: pytest.CaptureFixture[str]) -> None:
     """Every number of the tables has its line, and what was changed has its reason."""
-    from rich.console import Console
-
     plan = by_hand()
     change = Change("decode", "rollout.waves", 2, 8 * GIB, ("rollout.waves = 2",))
     larger = Change("score", "topology", "v5e:4x4", None, ())
