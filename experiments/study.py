@@ -64,6 +64,10 @@ class Pairs:
     def cold_start(self, pair: int) -> int:
         return self.first_cold_start + pair % self.cold_starts
 
+    def seeds(self, pair: int) -> dict[str, int]:
+        """Both, by the fields of a run's config."""
+        return {"seed": self.seed(pair), "cold_start.seed": self.cold_start(pair)}
+
 
 # No study uses a seed or a cold start of the other kind; those up to 101 belong to the study of the monitor.
 TUNING = Pairs(first_seed=1000, first_cold_start=1000, cold_starts=4)
@@ -104,8 +108,15 @@ class Study:
         return next(cell for cell in self.cells if cell.name == name)
 
     def config(self, cell: Cell, pair: int) -> RunConfig:
-        seeds = {"seed": self.pairs.seed(pair), "cold_start.seed": self.pairs.cold_start(pair)}
-        return replaced(self.base, {**cell.changes, **seeds})
+        return replaced(self.base, {**cell.changes, **self.pairs.seeds(pair)})
+
+    def key(self, cell: Cell, pair: int) -> str:
+        """`key_of` the config: the pairs of a cell differ in their seeds alone, and all else is looked at once."""
+        return _hash({**self._of_first_pair[cell.name], **self.pairs.seeds(pair)})
+
+    @functools.cached_property
+    def _of_first_pair(self) -> dict[str, dict[str, Any]]:
+        return {cell.name: differences(self.config(cell, 0)) for cell in self.cells}
 
 
 def replaced(config: Any, changes: Mapping[str, Any]) -> Any:
@@ -130,7 +141,11 @@ def differences(config: RunConfig) -> dict[str, Any]:
 
 def key_of(config: RunConfig) -> str:
     """What a run is known by: a hash of what its config differs in from the defaults, seeds included."""
-    return hashlib.sha256(json.dumps(differences(config), sort_keys=True).encode()).hexdigest()[:16]
+    return _hash(differences(config))
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,8 +232,8 @@ def runs_of(study: Study, records: Mapping[str, dict[str, Any]]) -> dict[str, li
 
 def _runs_of(study: Study, cell: Cell, pairs: Sequence[int], records: Mapping[str, dict[str, Any]]) -> Iterator[Run]:
     for pair in pairs:
-        config = study.config(cell, pair)
-        if (row := records.get(key_of(config))) is not None:
+        if (row := records.get(study.key(cell, pair))) is not None:
+            config = study.config(cell, pair)
             yield Run(
                 pair,
                 config.cold_start.seed,
@@ -232,7 +247,7 @@ def _runs_of(study: Study, cell: Cell, pairs: Sequence[int], records: Mapping[st
 
 def _determines_start(config: RunConfig) -> str:
     parts = (config.seed, config.task, config.model, config.cold_start, config.learner.precision, config.evaluation)
-    return hashlib.sha256(json.dumps(plain(parts), sort_keys=True).encode()).hexdigest()[:16]
+    return _hash(plain(parts))
 
 
 def missing(
@@ -246,10 +261,10 @@ def missing(
     for block in range(first, seeds, 2):
         for cell in study.cells:
             for pair in range(block, min(block + 2, seeds)):
-                config = study.config(cell, pair)
-                key = key_of(config)
+                key = study.key(cell, pair)
                 if key not in taken and any(fnmatch.fnmatch(cell.name, pattern) for pattern in only):
                     taken.add(key)
+                    config = study.config(cell, pair)
                     jobs.append(workers.Job(cell.name, pair, key, config, differences(config)))
     return jobs
 

@@ -56,7 +56,7 @@ from experiments.claims import (
 )
 from experiments.pairing import Runs, common
 from experiments.setting import LEARNING_RATE, RATES
-from experiments.study import RESULTS, Run, key_of, read, read_records, runs_of
+from experiments.study import RESULTS, Run, read, read_records, runs_of
 
 CONFIRMATORY = tuple(
     module.STUDY
@@ -223,7 +223,7 @@ def _progress(records: Mapping[str, dict[str, Any]], results: Path) -> str:
     for study in STUDIES:
         done = runs_of(study, records)
         complete = sum(len(runs) >= ENOUGH for runs in done.values())
-        keys = {key_of(study.config(study.cell(name), run.pair)) for name, runs in done.items() for run in runs}
+        keys = {study.key(study.cell(name), run.pair) for name, runs in done.items() for run in runs}
         own = len(keys - counted)
         counted |= keys
         link = f"[`{study.name}`]({study.name})" if any(done.values()) else f"`{study.name}`"

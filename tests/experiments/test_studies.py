@@ -360,6 +360,7 @@ def test_every_cell_of_every_study_can_be_run() -> None:
             assert config.gradient_steps % config.minibatches == 0, cell.name
             assert math.isinf(config.learner.max_grad_norm) or cell.name in LIMITED, cell.name
             assert config.learner.load_balance == config.learner.router_z == 0, cell.name
+            assert given.key(cell, 41) == study.key_of(given.config(cell, 41)), cell.name
 
 
 def test_every_claim_names_cells_of_its_study() -> None:
