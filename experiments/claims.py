@@ -110,6 +110,11 @@ PAPER = (
              "within 640 updates", _ON, "collapses", ("mixed-no_is",), ("mixed",), primary=False),
     Contrast("b", "with mu mixed, IS is worth accuracy (asked after six pairs had been seen)", _ON, "higher",
              ("mixed",), ("mixed-no_is",), primary=False),
+    *(Contrast("b", f"with noise on the sampler's weights that {how}, IS is worth accuracy, within 640 updates", _ON,
+               "higher", (name,), (f"{name}-no_is",), primary=False)
+      for name, how in
+      (("noise", "lasts and makes a large gap"), ("noise_anew", "is drawn anew and makes a large gap"),
+       ("small_noise", "lasts and makes a small gap"))),
     Contrast("c", "length normalisation is worse", _ON, "higher", ("minirl",), ("length_norm",)),
     Contrast("c", "the same, where the answers to one prompt differ in length", _ON, "higher", ("minirl-skips",),
              ("length_norm-skips",), primary=False),

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import engine_gaps, gradients, persistence, scale
+from experiments import engine_gaps, gradients, on_policy, persistence, scale
 from experiments.benchmarks.common import markdown
 from experiments.claims import ENOUGH
 from experiments.pairing import common
@@ -125,6 +125,7 @@ def of_projections(results: Path) -> str:
 def of_persistence(results: Path) -> str:
     """Size and persistence of the gap by kind of rollouts, and how runs with and without IS ended."""
     kinds = {"e4m3": ("minirl", "no_is"), "4 bits": ("minirl-4bit", "no_is-4bit"), "mu mixed": ("mixed", "mixed-no_is")}
+    kinds |= {label: (name, f"{name}-no_is") for name, (label, _) in on_policy.NOISES.items()}
     lags = (16, 64, 256)
     rows = persistence.table(read(results / "persistence" / persistence.FILE))
     of = {(row["cell"], row["lag"]): row for row in rows}

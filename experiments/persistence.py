@@ -3,13 +3,14 @@
 The hypothesis: without the IS weight a run collapses if the gap pushes in one direction for long, not if it is large.
 Rounding errors are drawn anew as the weights move. So a fixed probe of sequences, sampled at the first checkpoint, is
 scored under both engines at every checkpoint, and delta_t of one checkpoint is correlated, over tokens, with that of a
-later one. The runs are those of `experiments.on_policy` with a checkpoint every 16 updates; those with mu mixed are the
-ones whose gap should persist, since training cannot remove it.
+later one. The runs are those of `experiments.on_policy` with a checkpoint every 16 updates; those with mu mixed, and
+with noise that lasts, are the ones whose gap should persist, since training cannot remove it.
 
-    python -m experiments.persistence [--seeds 3] [--draw]
+    python -m experiments.persistence [--seeds 3] [--first-pair 0] [--cells '*'] [--draw]
 """
 
 import dataclasses
+import fnmatch
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,7 +35,10 @@ from rlstab_jax.types import Rollout, RoutingReplay, UserError
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-CELLS = ("minirl", "no_is", "mixed", "mixed-no_is", "minirl-4bit", "no_is-4bit")
+CELLS = (
+    *("minirl", "no_is", "mixed", "mixed-no_is", "minirl-4bit", "no_is-4bit"),
+    *(cell.name for cell in on_policy.NOISE_CELLS),
+)
 EVERY = 16
 PROMPTS = 64
 FOLDER = RESULTS / "persistence"
@@ -89,7 +93,7 @@ def measure(config: RunConfig, run: Path, prompts: int = PROMPTS) -> dict[str, A
             if restored is None:
                 raise UserError(f"{run} has no checkpoint of step {step}")
             params = engines.place(restored[1]).train.params
-            weights = inference_weights(engines, params)
+            weights = inference_weights(engines, params, step)
             if probe is None:
                 probe = sample_responses(engines, weights, [heldout[i] for i in range(prompts)], 10**6)
             old, _ = score_old(engines, params, probe, RoutingReplay.LIVE)
@@ -155,6 +159,8 @@ def draw(out: Path) -> None:
 
 def main(
     seeds: int = 3,
+    cells: tuple[str, ...] = ("*",),
+    first_pair: int = 0,
     draw_only: Annotated[bool, tyro.conf.arg(name="draw")] = False,
     runs: Path = Path("runs/studies"),
 ) -> None:
@@ -162,6 +168,8 @@ def main(
 
     Args:
       seeds: pairs of the on-policy study.
+      cells: only those whose name matches one of these, e.g. 'noise*'.
+      first_pair: leave out the pairs before.
       draw_only: only draw.
       runs: where the run directories are kept.
     """
@@ -169,9 +177,9 @@ def main(
     if not draw_only:
         prepare(runs)
     there = {(row["cell"], row["pair"]) for row in read(path)}
-    for pair in range(0 if draw_only else seeds):
+    for pair in () if draw_only else range(first_pair, seeds):
         for cell in CELLS:
-            if (cell, pair) not in there:
+            if (cell, pair) not in there and any(fnmatch.fnmatch(cell, pattern) for pattern in cells):
                 config = study.config(study.cell(cell), pair)
                 row = measure(config, runs / f"persistence-{cell}-pair{pair:02d}")
                 add(path, {"cell": cell, "pair": pair, "cold_start": config.cold_start.seed, **row})

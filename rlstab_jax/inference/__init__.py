@@ -3,7 +3,7 @@
 from rlstab_jax.inference.continuous import sample_continuously, sampler_for
 from rlstab_jax.inference.matched import sample_matched, score_matched
 from rlstab_jax.inference.partial import sample_on, with_room
-from rlstab_jax.inference.quantize import prepare
+from rlstab_jax.inference.quantize import prepare, with_noise
 from rlstab_jax.inference.routes import import_routes
 from rlstab_jax.inference.sampler import sample
 from rlstab_jax.inference.sampling import Sampling, sample_keys
@@ -22,5 +22,6 @@ __all__ = [
     "sampler_for",
     "score_matched",
     "stop_strings",
+    "with_noise",
     "with_room",
 ]

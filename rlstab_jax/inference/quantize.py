@@ -1,10 +1,13 @@
 """From the training engine's float32 parameters to the stored weights of an inference engine, once per rollout."""
 
 from functools import partial
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import traverse_util
 from jax.sharding import Mesh
+from jaxtyping import Array, Float
 
 from rlstab_jax.models.by_layer import LAYERS, by_layer
 from rlstab_jax.models.layers import SCALE
@@ -35,6 +38,23 @@ def prepare(params: dict, precision: Precision, mesh: Mesh | None = None) -> dic
     tied = "lm_head" not in params
     layers = {depth: _stored(layer["params"], precision, mesh, tied) for depth, layer in apart[LAYERS].items()}
     return _stored(apart["params"], precision, mesh, tied) | {LAYERS: layers}
+
+
+@jax.jit
+def with_noise(params: dict, size: Float[Array, ""] | float, key: Array) -> dict:
+    """Parameters with Gaussian noise of ``size`` times each matrix's root mean square on it; norms have none.
+
+    What stands for an engine whose errors are those of no number format: of any size, for as long as ``key`` stays.
+    """
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+
+    def noisy(path: Any, leaf: Array, key: Array) -> Array:
+        if path[-1].key == "gain":
+            return leaf
+        return leaf + size * jnp.sqrt(jnp.mean(jnp.square(leaf))) * jax.random.normal(key, leaf.shape, leaf.dtype)
+
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(tree, [noisy(*leaf, key) for leaf, key in zip(leaves, keys, strict=True)])
 
 
 def _stored(params: dict, precision: Precision, mesh: Mesh | None, tied: bool) -> dict:

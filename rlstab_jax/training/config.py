@@ -30,6 +30,11 @@ class RolloutConfig:
     uniform: float = 0.0
     """Share u of mu = (1 - u) softmax + u U, with U uniform over the tokens kept: a mismatch that training cannot
     remove, since the training engine's pi and evaluations are not mixed. mu's log-probs are the mixture's."""
+    weight_noise: float = 0.0
+    """Standard deviation of Gaussian noise on the weights that sample, in root mean squares of each matrix: a gap of
+    any size, whose errors are as often up as down. Evaluations are without it."""
+    weight_noise_lasts: bool = True
+    """Whether that noise is the same in all of the run; or else it is drawn anew for each rollout batch."""
     support: int = 0
     """Tokens kept at most of each distribution, if it is truncated. They are recorded, and both policies renormalised
     over them, so that the IS ratio is taken at the true distributions."""

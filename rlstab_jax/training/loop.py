@@ -139,7 +139,7 @@ def produce(
     config, drops = engines.config, engines.config.rollout.overlong == "drop"
 
     with timed("sample") as preparing_time:  # once, for all attempts and for `rescore`
-        weights = inference_weights(engines, params)
+        weights = inference_weights(engines, params, step)
 
     # y ~ mu_old, with the log-probs and routes of the inference engine, and R(x, y).
     def respond(asked: list[Prompt], attempt: int) -> Responses:

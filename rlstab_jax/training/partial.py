@@ -71,7 +71,9 @@ def begin(engines: Engines, params: dict, prompts: list[Prompt], step: int, vers
     """The first round of the batch that global step ``step`` learns from, by parameters of ``version`` global steps."""
     config = engines.config.rollout
     with timed("sample") as seconds:
-        rollout = sample_responses(engines, inference_weights(engines, params), prompts, step, length=config.partial)
+        rollout = sample_responses(
+            engines, inference_weights(engines, params, step), prompts, step, length=config.partial
+        )
         model, pad_id = engines.config.model, int(engines.sampling.pad_id)
         rollout = with_room(rollout, config.response_length, pad_id, model.vocab_size, model.num_experts)
         rollout = replace(rollout, version=jnp.where(rollout.response_mask, jnp.int32(version), 0))
@@ -94,7 +96,9 @@ def go_on(engines: Engines, params: dict, one: Unfinished, step: int, version: i
     last = one.rounds + 1 == config.lag
     length = config.response_length - begun if last else config.partial
     with timed("sample") as sampling_time:
-        rollout = go_on_sampling(engines, inference_weights(engines, params), rollout, one.prompts, step, begun, length)
+        rollout = go_on_sampling(
+            engines, inference_weights(engines, params, step), rollout, one.prompts, step, begun, length
+        )
         assert rollout.version is not None
         drawn = rollout.response_mask.at[:, :begun].set(False)
         rollout = replace(rollout, version=jnp.where(drawn, jnp.int32(version), rollout.version))

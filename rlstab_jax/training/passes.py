@@ -18,6 +18,7 @@ from rlstab_jax.inference import (
     sample_on,
     sampler_for,
     score_matched,
+    with_noise,
 )
 from rlstab_jax.inference.matched import MatchedPass
 from rlstab_jax.learner import Packing, PolicyScores, plan, score
@@ -34,9 +35,17 @@ from rlstab_jax.training.engines import Engines
 from rlstab_jax.types import Poll, Rollout, RoutingReplay, row_axis, undisturbed
 
 
-def inference_weights(engines: Engines, params: dict) -> dict:
-    """The stored weights of the inference engine at ``params``."""
-    return engines.settle(prepare(params, engines.config.rollout.precision, engines.mesh))
+def inference_weights(engines: Engines, params: dict, step: int) -> dict:
+    """The stored weights of the inference engine at ``params``, with which global step ``step``'s batch is sampled."""
+    rollout = engines.config.rollout
+    if rollout.weight_noise:
+        key = jax.random.fold_in(jax.random.key(engines.config.seed), _NOISE)
+        key = jax.random.fold_in(key, 0 if rollout.weight_noise_lasts else step)
+        params = engines.settle(with_noise(params, np.float32(rollout.weight_noise), key))
+    return engines.settle(prepare(params, rollout.precision, engines.mesh))
+
+
+_NOISE = 2**32 - 1  # where the keys of draws have the number of a global step
 
 
 def responses_of(
@@ -171,7 +180,7 @@ def score_old(
     if engines.config.rollout.log_probs == "matched":
         routes = replayed_routes(replay, rollout, None) if replay is RoutingReplay.R3 else None
         # Model and weights as they sampled, laid out alike: on a mesh another layout is another order of sums.
-        weights = inference_weights(engines, params)
+        weights = inference_weights(engines, params, step=0)  # which have no noise
         scores, statistics = matched_scores(
             score_matched(engines.inference, weights, rollout, engines.sampling, routes),
             engines.config.model.num_experts,

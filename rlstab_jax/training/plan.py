@@ -131,8 +131,9 @@ def make_plan(config: RunConfig, topology: Topology, say: Callable[[str], None] 
         config, stop_ids = resolved(config, task), task.tokenizer.stop_ids
     if config.rollout.log_probs == "matched":
         raise UserError("rollout.log_probs = 'matched': a plan is made for two engines; use 'decode' or 'rescore'")
-    if config.rollout.partial:
-        raise UserError(f"rollout.partial = {config.rollout.partial}: a plan is made for whole responses; use 0")
+    for field, words in (("partial", "whole responses"), ("weight_noise", "weights as they are")):
+        if value := getattr(config.rollout, field):
+            raise UserError(f"rollout.{field} = {value}: a plan is made for {words}; use 0")
     devices = topology_devices(topology)
     with jax.default_device(devices[0]):  # kernels may ask which one they are made for; nothing is computed on it
         return _planned(config, topology, devices, stop_ids, say)

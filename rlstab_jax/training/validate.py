@@ -32,6 +32,7 @@ RANGES: dict[str, dict[str, Range]] = {
         ),
         **_TRUNCATION,
         "uniform": (0, BELOW_1, "from 0 (no mixture) to below 1"),
+        "weight_noise": (0, HUGE, "0 (none) or more, and finite"),
         "lag": (0, INT32_MAX, "0 (learn from what was just sampled) or more"),
         "partial": _NONE,
         "devices": (0, INT32_MAX, "0 (none set aside) or more"),
@@ -118,6 +119,11 @@ def _log_probs(config: RunConfig) -> None:
         raise UserError(
             f"rollout.uniform = {rollout.uniform} with rollout.log_probs = {rollout.log_probs!r}: a scoring pass knows "
             "nothing of the mixture that tokens were drawn from; use 'decode'"
+        )
+    if rollout.log_probs == "matched" and rollout.weight_noise:
+        raise UserError(
+            f"rollout.weight_noise = {rollout.weight_noise} with rollout.log_probs = 'matched': noise on the weights "
+            "that sample makes a gap, and matched engines have none; use 0, or 'decode'"
         )
     if rollout.log_probs == "matched" and (rollout.precision != learner.precision or rollout.slots):
         raise UserError(

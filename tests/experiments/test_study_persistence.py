@@ -54,13 +54,14 @@ def test_a_run_is_measured_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (tmp_path / "persistence.png").stat().st_size > 10_000
 
 
-def test_log_mu_is_that_of_the_mixture() -> None:
-    """With equal engines it is the sampler's own log-prob, which the mixture is in."""
+@pytest.mark.parametrize("gap", [{"uniform": 0.3}, {"weight_noise": 0.1}])
+def test_log_mu_is_that_of_the_gap(gap: dict[str, float]) -> None:
+    """With engines of one precision it is the sampler's own log-prob, which the mixture or the noise is in."""
     config = dataclasses.replace(
-        tiny_run.config(), rollout=dataclasses.replace(tiny_run.config().rollout, precision=Precision(), uniform=0.3)
+        tiny_run.config(), rollout=dataclasses.replace(tiny_run.config().rollout, precision=Precision(), **gap)
     )
     engines = build(config)
-    weights = inference_weights(engines, initial_params(engines.training, 0))
+    weights = inference_weights(engines, initial_params(engines.training, 0), step=1)
     probe = sample_responses(engines, weights, [engines.task.split("heldout")[i] for i in range(4)], 0)
     mask = np.asarray(probe.response_mask)
     found = persistence.log_mu(engines, weights, probe)

@@ -15,7 +15,7 @@ import pytest
 import tiny
 from flax import traverse_util
 
-from rlstab_jax.inference import prepare
+from rlstab_jax.inference import prepare, with_noise
 from rlstab_jax.inference.sampler import sample_batch
 from rlstab_jax.models import ModelConfig, Precision, fp8, quantised
 from rlstab_jax.models.by_layer import LAYERS, by_layer
@@ -180,6 +180,30 @@ def test_errors_are_ordered_as_the_formats_are() -> None:
     assert ordered == sorted(ordered)
     native, emulated = (log_probs(PRECISIONS[name])[0] for name in ("e4m3 native", "e4m3"))
     assert np.median(np.abs(native - emulated)) < 1e-5
+
+
+def test_noise_on_weights() -> None:
+    """Of its size in each matrix, none on gains; another key draws another, and no size is no change."""
+    params = tiny.parameters(tiny.MIXED)
+    before, key = traverse_util.flatten_dict(params), jax.random.key(3)
+    noisy, again, other, none = (
+        traverse_util.flatten_dict(with_noise(params, size, key))
+        for size, key in ((0.1, key), (0.1, key), (0.1, jax.random.key(4)), (0.0, key))
+    )
+    large = 0
+    for path, leaf in before.items():
+        np.testing.assert_array_equal(noisy[path], again[path])
+        np.testing.assert_array_equal(none[path], leaf)
+        errors = [np.asarray(of[path] - leaf) for of in (noisy, other)]
+        if path[-1] == "gain":
+            assert not errors[0].any()
+            continue
+        rms = float(jnp.sqrt(jnp.mean(leaf**2)))
+        for error in errors:
+            assert error.std() == pytest.approx(0.1 * rms, rel=5 / np.sqrt(2 * error.size))
+        assert abs(np.mean(errors[0] * errors[1])) < 5 * (0.1 * rms) ** 2 / np.sqrt(leaf.size)
+        large += leaf.size > 1000
+    assert large > 3
 
 
 def test_laid_out_on_meshes() -> None:

@@ -21,6 +21,11 @@ from tests.training.test_loop import configured
         ({"temperature": 1e-7}, "rollout.temperature = 1e-07: expected at least 1e-06"),
         ({"uniform": 1.0}, r"rollout.uniform = 1.0: expected from 0 \(no mixture\) to below 1"),
         ({"uniform": 0.1, "log_probs": "rescore"}, "rollout.uniform = 0.1 with rollout.log_probs = 'rescore'"),
+        ({"weight_noise": -0.1}, r"rollout.weight_noise = -0.1: expected 0 \(none\) or more, and finite"),
+        (
+            {"weight_noise": 0.1, "log_probs": "matched"},
+            "rollout.weight_noise = 0.1 with rollout.log_probs = 'matched'",
+        ),
     ],
 )
 def test_sampling_that_no_ratio_can_be_taken_of_is_refused(rollout: dict, message: str) -> None:

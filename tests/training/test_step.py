@@ -14,7 +14,7 @@ from rlstab_jax.learner import PolicyScores
 from rlstab_jax.stability.reduce import values
 from rlstab_jax.tasks import Rewards, prompt_iterator
 from rlstab_jax.training import loop, measure, passes
-from rlstab_jax.training.engines import Engines, build
+from rlstab_jax.training.engines import Engines, build, initial_params
 from rlstab_jax.training.queue import Experience, blank
 from rlstab_jax.types import Rollout, RoutingReplay
 from tests.training.test_loop import FLOAT32, configured
@@ -154,6 +154,24 @@ def test_weights_are_quantised_once_a_step_and_freed_before_pi_old(monkeypatch: 
     loop.produce(engines, {}, None, next(prompts), 1, prompts)
     assert len(Weights.made) == 1
     assert used == 4 * Weights.made
+
+
+def test_noise_on_the_sampler_lasts_or_is_drawn_anew() -> None:
+    """By the run's seed and, if it does not last, by the global step; without noise the weights are those stored."""
+
+    def weights(step: int, seed: int = 0, **rollout: Any) -> np.ndarray:
+        engines = build(configured(rollout={"precision": FLOAT32, **rollout}, seed=seed))
+        params = initial_params(engines.training, 0)
+        return np.asarray(passes.inference_weights(engines, params, step)["params"]["embedding"])
+
+    plain, noise = weights(1), {"weight_noise": 0.1}
+    np.testing.assert_array_equal(plain, weights(1, seed=1))
+    lasting, anew = (weights(1, **noise, weight_noise_lasts=lasts) for lasts in (True, False))
+    np.testing.assert_array_equal(lasting, weights(2, **noise))
+    np.testing.assert_array_equal(anew, weights(1, **noise, weight_noise_lasts=False))
+    others = weights(1, seed=1, **noise), weights(2, **noise, weight_noise_lasts=False)
+    for one in (lasting, anew):
+        assert all((one != other).mean() > 0.9 for other in (plain, *others))
 
 
 def test_keys_of_draws_differ_by_group_step_attempt_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ def test_waves() -> None:
     prompts = [at_once.task.split("train")[number] for number in range(4)]
 
     def sampled(engines: Engines) -> Any:
-        return sample_responses(engines, inference_weights(engines, params), prompts, step=3)
+        return sample_responses(engines, inference_weights(engines, params, step=3), prompts, step=3)
 
     one, two = sampled(at_once), sampled(waves)
     np.testing.assert_array_equal(one.tokens, two.tokens)
