@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from rlstab_jax.models.attention_parts import LOWEST, TINY, loaded, over_two_parts, padded
+from rlstab_jax.models.pallas import check_addressable
 from rlstab_jax.models.precision import Format, Stored, from_bytes
 from rlstab_jax.models.spread import evenly
 from rlstab_jax.types import UserError
@@ -42,7 +43,7 @@ def decode_triton(
       interpret: runs the kernel as JAX operations, on any platform; for tests.
 
     Raises:
-      UserError: heads whose width is no power of two from 16 on.
+      UserError: heads whose width is no power of two from 16 on; a cache that Pallas cannot address.
     """
     c = q.shape[-1]
     if c < QUERIES or c & (c - 1):
@@ -68,6 +69,8 @@ def _part(
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
+    remedy = "sample fewer rows at once (rollout.waves, rollout.slots), or use 'reference'"
+    check_addressable(k.values, "kernels.decode_attention = 'triton': on one device a layer's keys", remedy)
     batch, kv_heads, queries, c = q.shape
     rows = QUERIES if queries <= QUERIES else 2 * QUERIES  # of a program
     q, mask = padded(q, 2, rows), padded(mask, 1, KEYS)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from rlstab_jax.models.pallas import exact
+from rlstab_jax.models.pallas import check_addressable, exact
 from rlstab_jax.models.precision import is_narrow_float
 from rlstab_jax.types import UserError
 
@@ -209,6 +209,8 @@ def triton(
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton as backend
 
+    what, remedy = "kernels.decode_experts = 'triton': on one device a layer's experts", "split them (mesh.expert)"
+    check_addressable(weight, what, remedy)
     (rows, size), (experts, _, columns) = x.shape, weight.shape
     x = x.astype(jnp.bfloat16) if is_narrow_float(x.dtype) else x
     sums = jnp.int32 if x.dtype == jnp.int8 else jnp.float32

@@ -1,10 +1,23 @@
-"""What it takes to call Pallas kernels of libraries."""
+"""What it takes to call Pallas kernels."""
 
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 import jax
+from jaxtyping import Array
+
+from rlstab_jax.types import UserError
+
+
+def check_addressable(values: Array, what: str, remedy: str) -> None:
+    """Raises UserError for an array that Pallas's Triton kernels cannot address: they take signed numbers of 32 bits
+    for arrays of up to 4 GiB, which do not reach as many bytes."""
+    if values.dtype.itemsize == 1 and 2**31 < values.size <= 2**32:
+        raise UserError(
+            f"{what} have {values.size} numbers of a byte, and between 2**31 and 2**32 they cannot be addressed: "
+            f"{remedy}"
+        )
 
 
 def exact(f: Callable[..., Any]) -> Callable[..., Any]:

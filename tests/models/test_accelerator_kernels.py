@@ -157,6 +157,32 @@ def test_triton_refuses_heads_that_it_cannot_load() -> None:
         DECODE["triton"](q[..., :12], prompt, response, *masks)
 
 
+def test_triton_refuses_what_it_cannot_address() -> None:
+    """Of 2**31 to 2**32 bytes; those of more are addressed by 64 bits, and those of two bytes a number by what is
+    in range."""
+    rows, kv_heads, c, window = 1024, 8, 128, 2304
+    q = jax.ShapeDtypeStruct((rows, kv_heads, 1, c), jnp.bfloat16)
+    masks = jax.ShapeDtypeStruct((rows, 64), jnp.bool_), jax.ShapeDtypeStruct((rows, window), jnp.bool_)
+
+    def attended(dtype: Any, times: int = 1) -> Any:
+        def part(length: int) -> tuple[Stored, Stored]:
+            shapes = (rows, kv_heads, c, length), (rows, kv_heads, length, c)
+            k, v = (jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
+            return Stored(k), Stored(v)
+
+        wide = masks[0], jax.ShapeDtypeStruct((rows, times * window), jnp.bool_)
+        return jax.eval_shape(decode_triton, q, part(64), part(times * window), *wide)
+
+    with pytest.raises(UserError, match=r"keys have 2415919104 numbers of a byte, .* cannot be addressed"):
+        attended(jnp.float8_e4m3fn)
+    for sizes in ((jnp.bfloat16, 1), (jnp.float8_e4m3fn, 2)):
+        assert attended(*sizes).shape == q.shape
+    of_experts = (16, 7168), (256, 7168, 2048)
+    x, weight = (jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn) for shape in of_experts)
+    with pytest.raises(UserError, match=r"experts have 3758096384 numbers of a byte, .* split them \(mesh.expert\)"):
+        jax.eval_shape(triton, x, weight, jax.ShapeDtypeStruct((256,), jnp.int32))
+
+
 def experts_case() -> tuple[dict[str, jax.Array], jax.Array]:
     """150 tokens, of which every third is not dispatched, and an expert without tokens."""
     generator = np.random.default_rng(2)
