@@ -8,6 +8,7 @@ once more. With z = logits / temperature, p = softmax(z) over the support, y the
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -20,7 +21,8 @@ from rlstab_jax.models.precision import Precision, Stored, store_activations
 from rlstab_jax.models.products import at_rest, matmul
 from rlstab_jax.models.transformer import Transformer, head_of, logits_of
 
-# Rows of a tile, where there are so many: the head's weight is read once for each block of rows.
+# Rows of a tile on each device at most, unless more fit with the whole vocabulary. The weight is read once for each
+# block of rows, and the hidden states for each block of columns: a tile is about as high as wide.
 ROWS = 1024
 # Rows of a quantised head's blocks at least, on each device.
 QUANTISED_ROWS = 128
@@ -35,7 +37,7 @@ class Tiles:
     """How ``row_blocks`` x ``blocks`` tiles of at most ``rows`` x ``columns`` logits cover all of them.
 
     ``across`` and ``along`` are the devices that rows and the vocabulary lie over. Each has an equal share of every
-    tile, cut from what it holds: nothing moves, and no device computes what another does.
+    tile, cut from what it holds: no weight moves, and no device computes what another does.
     """
 
     rows: int
@@ -48,21 +50,26 @@ class Tiles:
 
     @staticmethod
     def within(logits: int, rows: int, vocab: int, across: int = 1, along: int = 1) -> "Tiles":
-        """Tiles of at most ``logits`` logits, with the whole vocabulary where `ROWS` rows of it fit, but of one logit
-        of each device at least."""
-        height = min(rows, logits, max(logits // vocab, ROWS))
-        width = min(vocab, logits // height)
-        if LANES * along < width < vocab:
-            width -= width % (LANES * along)
-        return Tiles.of_size(height, width, rows, vocab, across, along)
+        """Tiles of at most ``logits`` logits, but of one of each device at least."""
+        across, along = _sharing(rows, vocab, across, along)
+        each = max(logits // (across * along), 1)
+        height = min(rows // across, max(logits // (across * vocab), min(ROWS, math.isqrt(each))))
+        width = min(vocab // along, each // height)
+        if LANES < width < vocab // along:
+            width -= width % LANES
+        return Tiles.of_size(height * across, width * along, rows, vocab, across, along)
 
     @staticmethod
     def of_size(height: int, width: int, rows: int, vocab: int, across: int = 1, along: int = 1) -> "Tiles":
-        """Tiles of at most so many rows and columns. What devices cannot share equally is taken as one's."""
-        across, along = (of if size % of == 0 else 1 for size, of in ((rows, across), (vocab, along)))
+        """Tiles of at most so many rows and columns, as equal as they can be: the last block begins in the one before.
+        What devices cannot share equally is taken as one's."""
+        across, along = _sharing(rows, vocab, across, along)
         row_share, share = rows // across, vocab // along
         row_blocks = -(-row_share // min(max(height // across, 1), row_share))
-        each = max(width // along, 1)
+        widest = min(max(width // along, 1), share)
+        even = -(-share // -(-share // widest))
+        lanes = -(-even // LANES) * LANES
+        each = lanes if lanes <= widest else even
         return Tiles(
             -(-row_share // row_blocks) * across, row_blocks, each * along, -(-share // each), vocab, across, along
         )
@@ -114,6 +121,11 @@ class Tiles:
 
     def _by_device(self, weight: Array, axis: int) -> Array:
         return weight.reshape(*weight.shape[:axis], self.along, -1, *weight.shape[axis + 1 :])
+
+
+def _sharing(rows: int, vocab: int, across: int, along: int) -> tuple[int, int]:
+    """The devices that share rows and vocabulary equally: all of them, or as if there were one."""
+    return across if rows % across == 0 else 1, along if vocab % along == 0 else 1
 
 
 @struct.dataclass
@@ -230,6 +242,16 @@ def _backward(tiles, precision, tied, saved, cotangents):
     operands = (*parts, of_log_prob, of_entropy)
     stored = at_rest(weight, None, precision, tied)
 
+    def of_hidden(d_logits, numbers):
+        """[height, columns] with [columns, d] or [d, columns]; for each device of the vocabulary its own sum, so that
+        they are added up once, and not for each tile."""
+        axis = 0 if tied else 1
+        if tiles.along == 1:
+            return dot(d_logits, numbers, (((1,), (axis,)), ((), ())))
+        each = d_logits.reshape(-1, tiles.along, tiles.each)
+        numbers = numbers.reshape(*numbers.shape[:axis], tiles.along, tiles.each, *numbers.shape[axis + 1 :])
+        return jnp.moveaxis(dot(each, numbers, (((2,), (axis + 1,)), ((1,), (axis,)))), 0, 1)
+
     def over_columns(carry, block):
         d_hidden, d_weight = carry
         start = tiles.start(block)
@@ -246,8 +268,8 @@ def _backward(tiles, precision, tied, saved, cotangents):
             target = jnp.arange(tiles.columns) == tiles.place(rows.target, start)[:, None]
             d_z = d_z + jnp.where(target & (z > -jnp.inf), of_log_prob[:, None], 0.0)
             d_logits = (d_z / rows.temperature[:, None]).astype(narrow)
-            # [height, columns] with [columns, d] or [d, columns]; then [height, columns] and [height, d].
-            d_h = d_h + dot(d_logits, numbers, (((1,), (0 if tied else 1,)), ((), ())))
+            d_h = d_h + of_hidden(d_logits, numbers)
+            # [height, columns] and [height, d]
             h = store_activations(h, precision).load(narrow, precision.block)
             both = (d_logits, h) if tied else (h, d_logits)
             return d_part + dot(*both, (((0,), (0,)), ((), ()))), d_h
@@ -257,8 +279,11 @@ def _backward(tiles, precision, tied, saved, cotangents):
         d_part = d_part + tiles.cut(d_weight, start, axis)
         return (d_hidden, tiles.put(d_weight, d_part, start, axis)), None
 
-    zeros = jnp.zeros(operands[0].shape, jnp.float32), jnp.zeros(weight.shape, jnp.float32)
+    *rows_of_blocks, d = operands[0].shape
+    by_device = () if tiles.along == 1 else (tiles.along,)
+    zeros = jnp.zeros((*rows_of_blocks, *by_device, d), jnp.float32), jnp.zeros(weight.shape, jnp.float32)
     (d_hidden, d_weight), _ = jax.lax.scan(over_columns, zeros, jnp.arange(tiles.blocks))
+    d_hidden = d_hidden.sum(2) if by_device else d_hidden
     return d_weight.astype(weight.dtype), tiles.join(d_hidden, hidden.shape[0]).astype(hidden.dtype), None
 
 
@@ -291,7 +316,7 @@ def _extended(running: Running, z: Array, at: Int[Array, "rows"]) -> Running:
     maximum = jnp.maximum(running.maximum, z.max(1))
     below = z - maximum[:, None]
     weight = jnp.exp(below)
-    moment = jnp.where(weight > 0, weight * below, 0.0).sum(1)
+    moment = (weight * jnp.where(weight > 0, below, 0.0)).sum(1)  # not inf, whose gradient would be NaN
     old, shrink = running.maximum - maximum, jnp.exp(running.maximum - maximum)
     chosen = jnp.take_along_axis(z, jnp.minimum(at, z.shape[1] - 1)[:, None], axis=1)[:, 0]
     chosen = jnp.where(at < z.shape[1], jnp.maximum(chosen, LOW), LOW)
@@ -319,7 +344,8 @@ def _scaled(
 
 def _holds(z: Float[Array, "height columns"], at: Int[Array, "height n"]) -> Bool[Array, "height columns"]:
     """True in the columns ``at`` of each row; those past the last one are left out."""
-    return jnp.zeros(z.shape, bool).at[jnp.arange(len(at))[:, None], at].set(True, mode="drop")
+    # By row: with the rows as indices, some compilers would bring all of them to each device.
+    return jax.vmap(lambda at: jnp.zeros(z.shape[1], bool).at[at].set(True, mode="drop"))(at)
 
 
 def _part(tiles: Tiles, tied: bool, weight: Stored, start: Array) -> Stored:

@@ -28,9 +28,10 @@ class Kernels:
     bfloat16 or float16; splash needs TPUs."""
     experts: Literal["auto", "dense", "tiles", "grouped", "ragged_dot", "megablox", "tokamax"] = "auto"
     """dense is the slow reference; tiles is fast on CPU; grouped pads experts' shares to the largest, in one batched
-    product; ragged_dot runs anywhere and is fast on TPU, but on NVIDIA GPUs it multiplies each of a token's k rows with
-    every expert; megablox needs TPUs; tokamax needs an NVIDIA GPU, for the gradient a Hopper (H100, H200), bfloat16 and
-    the package of that name. auto is tiles on CPUs, grouped on GPUs, ragged_dot on TPUs."""
+    product, and is tiles, a slow loop on GPUs, where one has several times the mean; ragged_dot runs anywhere and is
+    fast on TPU, but on NVIDIA GPUs it multiplies each of a token's k rows with every expert; megablox needs TPUs;
+    tokamax needs an NVIDIA GPU, for the gradient a Hopper (H100, H200), bfloat16 and the package of that name. auto is
+    tiles on CPUs, grouped on GPUs, ragged_dot on TPUs."""
     decode_attention: Literal["auto", "reference", "splash", "flash", "triton"] = "auto"
     """reference anywhere; splash and flash need TPUs, triton an NVIDIA GPU. flash and triton read int8 and fp8 caches
     as they are, which the others widen, and of a window what is filled."""

@@ -40,7 +40,8 @@ def grouped(x: Tokens, experts: Experts, gates: Gates, weights: ExpertWeights, p
     """One batched product over all experts, each with its tokens padded to the largest share.
 
     That size is chosen at run time from a few static ones. It moves no weights, which makes it faster than `tiles`; it
-    is `tiles` where some expert has more than the largest of these sizes, or most have none.
+    is `tiles` where some expert has more than the largest of these sizes, or most have none. Memory is that of the
+    largest size, chosen or not: ``kernels.expert_chunk`` bounds it.
     """
     num_tokens, k = experts.shape
     # With fewer, most experts have nothing to do, and their weights need not be read.
@@ -67,11 +68,16 @@ def tile_size(assignments: int, num_experts: int) -> int:
 
 
 def group_sizes(tokens: int, k: int, num_experts: int) -> tuple[int, ...]:
-    """Sizes that `grouped` is compiled for: multiples of 8 from just above an expert's mean share to its double, or to
-    four times a share of which tiles would be many."""
+    """Sizes that `grouped` is compiled for: multiples of 8 from just above an expert's mean share to its double; of
+    small shares to what the largest of many experts has by chance, and to four times one of which tiles would be many.
+    """
     mean = tokens * k / num_experts
-    factors = (1.125, 1.25, 1.375, 1.5, 2) if mean < LARGEST_TILE else (1.125, 1.25, 1.5, 2, 3, 4)
-    return tuple(sorted({min(tokens, -(-math.ceil(mean * factor) // 8) * 8) for factor in factors}))
+    shares = [mean * factor for factor in (1.125, 1.25, 1.375, 1.5, 2)]
+    if mean >= LARGEST_TILE:
+        shares = [mean * factor for factor in (1.125, 1.25, 1.5, 2, 3, 4)]
+    elif (by_chance := mean + 4 * math.sqrt(mean) + 4) > 2 * mean:
+        shares.append(by_chance)
+    return tuple(sorted({min(tokens, -(-math.ceil(share) // 8) * 8) for share in shares}))
 
 
 @struct.dataclass

@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -142,7 +143,7 @@ def check_quantised(
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), got, wanted)
 
 
-def check_head(mesh: Mesh) -> None:
+def check_head(mesh: Mesh, logits: int) -> None:
     """Each device computes its own rows of every tile of logits, into whatever number of tiles they go: logits twice,
     and the two gradients."""
     rows, vocab, d = 8 * 31 * 5, 1000, 32
@@ -150,13 +151,37 @@ def check_head(mesh: Mesh) -> None:
 
     def loss(hidden: jax.Array, kernel: jax.Array, targets: jax.Array) -> jax.Array:
         variables = {"params": {"lm_head": {"kernel": kernel}}}
-        return sum(x.sum() for x in head_log_probs(model, variables, hidden, targets, jnp.ones(rows), None, 30_000))
+        return sum(x.sum() for x in head_log_probs(model, variables, hidden, targets, jnp.ones(rows), None, logits))
 
     over = Layout(mesh).constrain_rows((jnp.ones((rows, d)), jnp.zeros(rows, jnp.int32)))
     kernel = jax.device_put(jnp.ones((d, vocab)), NamedSharding(mesh, P("fsdp", "tensor")))
     program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(over[0], kernel, over[1]).compile()
     computed, needed = mesh.size * program_cost(program.as_text()).products, 4 * 2 * rows * vocab * d
     assert needed <= computed <= 1.05 * needed, computed / needed
+
+
+def check_head_values(mesh: Mesh, tied: bool, truncated: bool, rows: int) -> None:
+    """In tiles whose blocks overlap, on a mesh as on one device: log-probs, entropies and gradients, of truncated
+    distributions and with barred tokens, and of rows that the devices do not share equally."""
+    vocab, d, generator = 74, 16, np.random.default_rng(rows)
+    config = dataclasses.replace(CONFIG, vocab_size=vocab, tie_embeddings=tied)
+    hidden, kernel = (generator.standard_normal(shape, np.float32) for shape in ((rows, d), (d, vocab)))
+    targets = generator.integers(0, vocab, rows).astype(np.int32)
+    others = np.where(targets[:, None] == (tokens := generator.integers(0, vocab, (rows, 2))), vocab, tokens)
+    support = np.c_[targets, others].astype(np.int32) if truncated else None
+    barred = None if truncated else others.astype(np.int32)
+
+    def losses(model: Transformer, hidden: jax.Array, kernel: jax.Array) -> Any:
+        variables = {"params": {"embedding": kernel.T} if tied else {"lm_head": {"kernel": kernel}}}
+        numbers = targets, np.linspace(0.5, 2, rows, dtype=np.float32), support, 200, barred
+        got = head_log_probs(model, variables, hidden, *numbers)
+        return sum((jnp.cos(i + jnp.arange(rows)) * x).sum() for i, x in enumerate(got)), got
+
+    def run(mesh: Mesh | None) -> Any:
+        graded = jax.value_and_grad(partial(losses, MODEL.clone(config=config, mesh=mesh)), (0, 1), has_aux=True)
+        return jax.jit(graded)(hidden if mesh is None else Layout(mesh).constrain_rows(jnp.asarray(hidden)), kernel)
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), run(mesh), run(None))
 
 
 def check_replay(mesh: Mesh | None, rollout: Rollout) -> None:
@@ -187,7 +212,10 @@ if __name__ == "__main__":
     check_quantised(fp8(activations="none", kv_cache="none"), MeshConfig(2, 2, 2, 1), 20, reference, expected[0])
     check_quantised(fp8(scales="block", block=16, kv_cache="none"), MeshConfig(1, 2, 2, 2), 0, reference, expected[0])
     check_predictor(make_mesh(MeshConfig(1, 2, 2, 2)), reference)
-    check_head(make_mesh(MeshConfig(1, 2, 2, 2)))
+    for logits in (30_000, 868_000):
+        check_head(make_mesh(MeshConfig(1, 2, 2, 2)), logits)
+    for number, rows in enumerate((88, 90, 88, 90)):
+        check_head_values(make_mesh(MeshConfig(1, 2, 2, 2)), number < 2, number % 2 == 0, rows)
     check_head(make_mesh(MeshConfig(2, 2, 2, 1)))
     check_replay(None, reference)
     check_replay(make_mesh(MeshConfig(1, 2, 2, 2)), reference)

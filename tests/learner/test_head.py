@@ -12,7 +12,7 @@ import tiny
 
 from rlstab_jax.inference import prepare
 from rlstab_jax.learner import score
-from rlstab_jax.learner.head import Tiles, head_log_probs
+from rlstab_jax.learner.head import LANES, Tiles, head_log_probs
 from rlstab_jax.models import ModelConfig, Precision, fp8, quantised
 from rlstab_jax.models.precision import store_activations, store_weight
 from rlstab_jax.models.transformer import logits_of
@@ -199,7 +199,10 @@ def test_tiles_cover_all_logits_within_the_budget(rows: int, vocab: int, logits:
     tiles = Tiles.within(logits, rows, vocab, across, along)
     assert tiles.across == (across if rows % across == 0 else 1)
     assert tiles.along == (along if vocab % along == 0 else 1)
-    assert tiles.rows * tiles.columns <= logits or tiles.rows == tiles.across or tiles.columns == tiles.along
+    assert tiles.rows * tiles.columns <= max(logits, tiles.across * tiles.along)
+    # Blocks are as equal as the units' width lets them be.
+    width = LANES if tiles.each % LANES == 0 else 1
+    assert tiles.columns * tiles.blocks - vocab <= tiles.along * tiles.blocks * width
     assert tiles.rows * tiles.row_blocks >= rows
     assert tiles.columns * tiles.blocks >= vocab
     split = tiles.split(jnp.arange(rows))
