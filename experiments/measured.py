@@ -75,7 +75,9 @@ def collapses_without_clipping(off_policy: Mapping[str, Sequence[Run]], scales: 
         "answers of up to 17 tokens": [run for cells in (off_policy, scales) for name, done in cells.items()
                                        if "noclip" in name and "-lr" not in name and not name.startswith("len")
                                        for run in done],
-        **{f"answers of up to {name[3:]} tokens": scales[f"{name}-n8-noclip-live"] for name in scale.LENGTHS},
+        **{f"answers of up to {length[3:]} tokens": [run for name, done in scales.items()
+                                                     if name.startswith(f"{length}-n8-noclip") for run in done]
+           for length in scale.LENGTHS},
     }  # fmt: skip
     told = [f"{sum(run.collapsed for run in done)} of {len(done)} with {what}" for what, done in counts.items()]
     return f"At the common rate, of the runs without clipping there collapse {', '.join(told)}."
