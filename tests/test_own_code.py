@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import linecache
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -80,6 +81,8 @@ def test_what_has_no_source_is_known_by_what_it_does():
 def imported(file):
     """The module ``mine_of_a_test``, from a file that was just written."""
     linecache.checkcache(str(file))
+    # Of the same size and second as the file before, its bytecode would pass for this one's.
+    Path(importlib.util.cache_from_source(str(file))).unlink(missing_ok=True)
     spec = importlib.util.spec_from_file_location("mine_of_a_test", file)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
