@@ -237,8 +237,9 @@ LEADS = (
                "starts)", "scale", "higher", (f"large-{a}",), ("large-n8-clip-live",), first_pair=30)
       for what, a in (("R3 is better than live routing, N = 8, clip", "n8-clip-r3"),
                       ("on-policy updates are better than N = 8, clip, live", "n1-live"))),
-    *(Contrast("length", f"with answers of 73 tokens {what}, N = 8 (asked after ten pairs had been seen; of others)",
-               "scale", kind, (f"len73-{a}",), (f"len73-{b}",), primary=primary, first_pair=first_pair)
+    *(Contrast("length", f"with answers of 73 tokens {what}, N = 8 (asked after ten pairs had been seen; of others"
+               f"{' from the same cold starts' if first_pair == 30 else ''})", "scale", kind, (f"len73-{a}",),
+               (f"len73-{b}",), primary=primary, first_pair=first_pair)
       for what, kind, a, b, primary, first_pair in
       (("clipping is better than none, live", "higher", "n8-clip-live", "n8-noclip-live", True, 30),
        ("live routing without clipping collapses", "collapses", "n8-noclip-live", "n8-clip-live", False, 30),

@@ -10,7 +10,6 @@ with noise that lasts, are the ones whose gap should persist, since training can
 """
 
 import dataclasses
-import fnmatch
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +20,7 @@ import tyro
 from jaxtyping import Bool, Float
 
 from experiments import drawing, on_policy, statistics
-from experiments.study import RESULTS, add, command, read
+from experiments.study import RESULTS, add, command, matches, read
 from experiments.workers import prepare
 from rlstab_jax.rundir import read_metrics
 from rlstab_jax.training.checkpoint import Checkpoints
@@ -179,7 +178,7 @@ def main(
     there = {(row["cell"], row["pair"]) for row in read(path)}
     for pair in () if draw_only else range(first_pair, seeds):
         for cell in CELLS:
-            if (cell, pair) not in there and any(fnmatch.fnmatch(cell, pattern) for pattern in cells):
+            if (cell, pair) not in there and matches(cell, cells):
                 config = study.config(study.cell(cell), pair)
                 row = measure(config, runs / f"persistence-{cell}-pair{pair:02d}")
                 add(path, {"cell": cell, "pair": pair, "cold_start": config.cold_start.seed, **row})

@@ -250,6 +250,11 @@ def _determines_start(config: RunConfig) -> str:
     return _hash(plain(parts))
 
 
+def matches(cell: str, patterns: Sequence[str]) -> bool:
+    """Whether a cell's name is like one of the patterns that a command was given, e.g. 'n8*'."""
+    return any(fnmatch.fnmatch(cell, pattern) for pattern in patterns)
+
+
 def missing(
     study: Study, records: Mapping[str, dict[str, Any]], seeds: int, only: Sequence[str] = ("*",), first: int = 0
 ) -> list[workers.Job]:
@@ -262,7 +267,7 @@ def missing(
         for cell in study.cells:
             for pair in range(block, min(block + 2, seeds)):
                 key = study.key(cell, pair)
-                if key not in taken and any(fnmatch.fnmatch(cell.name, pattern) for pattern in only):
+                if key not in taken and matches(cell.name, only):
                     taken.add(key)
                     config = study.config(cell, pair)
                     jobs.append(workers.Job(cell.name, pair, key, config, differences(config)))

@@ -246,8 +246,6 @@ def _backward(tiles, precision, tied, saved, cotangents):
         """[height, columns] with [columns, d] or [d, columns]; for each device of the vocabulary its own sum, so that
         they are added up once, and not for each tile."""
         axis = 0 if tied else 1
-        if tiles.along == 1:
-            return dot(d_logits, numbers, (((1,), (axis,)), ((), ())))
         each = d_logits.reshape(-1, tiles.along, tiles.each)
         numbers = numbers.reshape(*numbers.shape[:axis], tiles.along, tiles.each, *numbers.shape[axis + 1 :])
         return jnp.moveaxis(dot(each, numbers, (((2,), (axis + 1,)), ((1,), (axis,)))), 0, 1)
@@ -280,11 +278,9 @@ def _backward(tiles, precision, tied, saved, cotangents):
         return (d_hidden, tiles.put(d_weight, d_part, start, axis)), None
 
     *rows_of_blocks, d = operands[0].shape
-    by_device = () if tiles.along == 1 else (tiles.along,)
-    zeros = jnp.zeros((*rows_of_blocks, *by_device, d), jnp.float32), jnp.zeros(weight.shape, jnp.float32)
+    zeros = jnp.zeros((*rows_of_blocks, tiles.along, d), jnp.float32), jnp.zeros(weight.shape, jnp.float32)
     (d_hidden, d_weight), _ = jax.lax.scan(over_columns, zeros, jnp.arange(tiles.blocks))
-    d_hidden = d_hidden.sum(2) if by_device else d_hidden
-    return d_weight.astype(weight.dtype), tiles.join(d_hidden, hidden.shape[0]).astype(hidden.dtype), None
+    return d_weight.astype(weight.dtype), tiles.join(d_hidden.sum(2), hidden.shape[0]).astype(hidden.dtype), None
 
 
 _log_probs.defvjp(_forward, _backward)

@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 from rlstab_jax.learner import Minibatch, Packing, score, update
 from rlstab_jax.models.layers import PREDICTOR
 from rlstab_jax.parallel.sharding import Layout
-from rlstab_jax.training.engines import EnginePair, initial_params
-from rlstab_jax.training.loop import first_train_state, minibatch, rollout_advantages
+from rlstab_jax.training.engines import EnginePair
+from rlstab_jax.training.loop import minibatch, rollout_advantages
 from rlstab_jax.training.plan_sampling import SAMPLING, Program, SamplingPrograms, placed
 
 LEARNING = ("split", "update")
@@ -85,13 +85,10 @@ class Programs(SamplingPrograms):
     @property
     def _foretelling(self) -> dict | None:
         """Of PR2: the weights of the predictors, on the devices that make batches."""
-
-        def make() -> dict:
-            engines = self.engines
-            state = first_train_state(engines, initial_params(engines.training, 0))
-            return state.predictor.weights  # type: ignore[union-attr]
-
-        return self.making.placed_like(make) if self.state.predictor else None
+        if (predictor := self.state.predictor) is None:
+            return None
+        shapes = predictor.weights
+        return self.making.placed_like(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))
 
     @cached_property
     def whole(self) -> Minibatch:

@@ -173,8 +173,8 @@ def print_plan(plan: Plan, table: Sequence[PerN], price: float | None, console: 
     if plan.aside:
         aside = plan.config.rollout.devices
         console.print(
-            f"{aside} devices make batches (all phases but {' and '.join(LEARNING)}) while {topology.devices - aside} "
-            "learn: a global step takes as long as the longer of the two."
+            f"Devices that make batches (all phases but {' and '.join(LEARNING)}): {aside}; that learn meanwhile: "
+            f"{topology.devices - aside}. A global step takes as long as the longer of the two."
         )
     console.print(_minibatch_table(plan, table, price))
     console.print(NOTES, style="dim")

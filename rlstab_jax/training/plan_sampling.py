@@ -237,10 +237,8 @@ class SamplingPrograms:
     @property
     def _beside_sampling(self) -> dict[str, Any]:
         """What lies on the devices while responses are sampled: the training state, and the waves before."""
-        if self.aside:
-            kept = {"parameters": self.params, **self._beside_making, **self._attempts}
-        else:
-            kept = {"training state": self.state, **self._throughout, **self._attempts}
+        of_making = {"parameters": self.params, **self._beside_making}
+        kept = (of_making if self.aside else {"training state": self.state, **self._throughout}) | self._attempts
         if self.engines.config.rollout.waves > 1:
             kept["rollout"] = self.rollout
         return kept
